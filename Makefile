@@ -1,0 +1,56 @@
+# Margay's two commands are `make demo` and `make test`; both do all their own set-up. `make help` lists the rest.
+SHELL       := /bin/bash
+VERSION     ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+LDFLAGS     := -s -w -X margay/internal/version.version=$(VERSION)
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+BINARIES    := vrouter margay-agent margay-cni margayctl
+FUZZTIME    ?= 30s
+
+export CGO_ENABLED = 0
+
+.PHONY: help
+help: ## what there is to make
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+.PHONY: setup
+setup: ## install the system packages that the demo and the tests use (Debian, Ubuntu; root)
+	@scripts/setup.sh
+
+.PHONY: build
+build: ## the four static binaries, in bin/
+	@mkdir -p bin
+	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ $(addprefix ./cmd/,$(BINARIES))
+
+.PHONY: demo
+demo: setup build ## a cluster of three nodes on this machine: what the system is for, in about a minute
+	@scripts/demo.sh
+
+.PHONY: test
+test: setup build ## all tests: units, integration in network namespaces, a whole cluster
+	go vet ./...
+	go test -count=1 -timeout 15m $$(go list ./... | grep -v '^margay/test/')
+	go test -count=1 -timeout 20m -v ./test/...
+
+.PHONY: test-race
+test-race: setup ## the race detector on everything that can carry it (needs a C compiler)
+	CGO_ENABLED=1 go test -race -count=1 -timeout 20m $$(go list ./... | grep -v '^margay/test/')
+
+.PHONY: fuzz
+fuzz: ## every fuzz target for FUZZTIME (30s)
+	@scripts/fuzz.sh $(FUZZTIME)
+
+.PHONY: lint
+lint: ## gofmt, go vet, staticcheck
+	@test -z "$$(gofmt -l . | tee /dev/stderr)"
+	go vet ./...
+	go run $(STATICCHECK) ./...
+
+.PHONY: proto
+proto: ## regenerate the gRPC contract (protoc, protoc-gen-go v1.36.12, protoc-gen-go-grpc v1.6.2)
+	cd vrouter/rpc/vrouterpb && protoc --go_out=. --go_opt=paths=source_relative \
+		--go-grpc_out=. --go-grpc_opt=paths=source_relative vrouter.proto
+
+.PHONY: clean
+clean: ## what was built, and every lab
+	-@test -x bin/margayctl && bin/margayctl lab down --all
+	rm -rf bin

@@ -1,0 +1,127 @@
+// Package margay holds no code: its test keeps the import tables of docs/design.md true.
+package margay
+
+import (
+	"os/exec"
+	"strings"
+	"testing"
+)
+
+// rooms is the table "The rooms" of docs/design.md: what each room may import of the others. A room covers the
+// packages below it unless one of them has a row of its own. cmd/* and bench may import anything, and nothing may
+// import bench.
+var rooms = map[string][]string{
+	"vrouter/packet":     {},
+	"vrouter/fib":        {},
+	"vrouter":            {"vrouter/packet", "vrouter/fib"},
+	"vrouter/port":       {"vrouter", "vrouter/packet"},
+	"vrouter/rpc":        {"vrouter", "vrouter/fib"},
+	"datastore":          {},
+	"ipam":               {"datastore"},
+	"bgp":                {},
+	"cni":                {},
+	"cni/server":         {"cni"},
+	"agent/api":          {},
+	"agent":              {"datastore", "ipam", "bgp", "cni/server", "vrouter/rpc", "agent/api"},
+	"lab":                {"datastore"},
+	"ctl":                {"datastore", "ipam", "bgp", "lab", "vrouter/rpc", "agent/api"},
+	"internal/version":   {},
+	"internal/netnstest": {},
+}
+
+// anywhere lists the packages that every room may import, tests' tools included.
+var anywhere = map[string]bool{"internal/version": true, "internal/netnstest": true}
+
+// homes says where an external module may be imported (non-test code only).
+var homes = map[string][]string{
+	"github.com/osrg/gobgp/":         {"bgp"},
+	"go.etcd.io/etcd/":               {"datastore"},
+	"github.com/songgao/water":       {"vrouter/port"},
+	"github.com/cilium/ebpf":         {"vrouter/port"},
+	"golang.org/x/sys/":              {"vrouter/port", "cni/server", "agent", "lab"},
+	"github.com/vishvananda/netlink": {"vrouter/port", "cni/server", "agent", "lab"},
+	"google.golang.org/grpc":         {"vrouter/rpc"},
+	"github.com/google/gopacket":     {},
+}
+
+// roomOf returns the row of the table that a package of ours (path relative to the module) belongs to.
+func roomOf(pkg string) string {
+	for p := pkg; p != ""; {
+		if _, ok := rooms[p]; ok {
+			return p
+		}
+		i := strings.LastIndexByte(p, '/')
+		if i < 0 {
+			return ""
+		}
+		p = p[:i]
+	}
+	return ""
+}
+
+func contains(list []string, s string) bool {
+	for _, l := range list {
+		if l == s {
+			return true
+		}
+	}
+	return false
+}
+
+func TestImportsFollowTheDesign(t *testing.T) {
+	out, err := exec.Command("go", "list", "-f", `{{.ImportPath}}{{range .Imports}} {{.}}{{end}}`, "./...").CombinedOutput()
+	if err != nil {
+		t.Fatalf("go list: %v\n%s", err, out)
+	}
+	seen := 0
+	for _, line := range strings.Split(strings.TrimSpace(string(out)), "\n") {
+		fields := strings.Fields(line)
+		pkg := strings.TrimPrefix(strings.TrimPrefix(fields[0], "margay"), "/")
+		if pkg == "" || strings.HasPrefix(pkg, "cmd/") || strings.HasPrefix(pkg, "bench") || strings.HasPrefix(pkg, "test/") {
+			continue
+		}
+		room := roomOf(pkg)
+		if room == "" {
+			t.Errorf("package %s belongs to no room of docs/design.md", pkg)
+			continue
+		}
+		seen++
+		for _, imp := range fields[1:] {
+			checkImport(t, pkg, room, imp)
+		}
+	}
+	if seen < 10 {
+		t.Fatalf("go list named only %d of our packages: the check saw too little", seen)
+	}
+}
+
+func checkImport(t *testing.T, pkg, room, imp string) {
+	t.Helper()
+	if own, ok := strings.CutPrefix(imp, "margay/"); ok {
+		target := roomOf(own)
+		if target != room && !anywhere[target] && !contains(rooms[room], target) {
+			t.Errorf("%s (room %s) imports %s: docs/design.md does not allow it", pkg, room, imp)
+		}
+		return
+	}
+	for prefix, allowed := range homes {
+		if strings.HasPrefix(imp, prefix) && !contains(allowed, room) {
+			t.Errorf("%s (room %s) imports %s, whose home is %v", pkg, room, imp, allowed)
+		}
+	}
+}
+
+// TestPluginIsSmall holds the plugin to what a runtime can start in milliseconds: no etcd, no BGP, no gRPC.
+func TestPluginIsSmall(t *testing.T) {
+	out, err := exec.Command("go", "list", "-deps", "./cmd/margay-cni").CombinedOutput()
+	if err != nil {
+		t.Fatalf("go list: %v\n%s", err, out)
+	}
+	for _, dep := range strings.Fields(string(out)) {
+		for _, banned := range []string{"go.etcd.io/", "github.com/osrg/", "google.golang.org/grpc"} {
+			if strings.HasPrefix(dep, banned) {
+				t.Errorf("margay-cni links %s", dep)
+			}
+		}
+	}
+}
