@@ -1,0 +1,322 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"margay/agent/api"
+	"margay/bgp"
+	"margay/cni/server"
+	"margay/datastore"
+	"margay/ipam"
+	"margay/vrouter/rpc"
+)
+
+// Config is what margay-agent is started with.
+type Config struct {
+	Node          string
+	RunDir        string // sockets
+	StateDir      string // what must survive a reboot of the daemons
+	Datastore     datastore.Config
+	Autodetection string // see DetectUnderlay
+	BGPPort       int
+	HoldTime      time.Duration
+	RestartTime   time.Duration // how long peers keep our routes while we are dead (RFC 4724)
+	SyncTimeout   time.Duration // how long stale routes wait for the peers' End-of-RIB
+	GoBGPSocket   string        // GoBGP's own gRPC API, for its gobgp command; empty: none
+	Log           *slog.Logger
+}
+
+// retryPause is the wait before a reconciliation that failed is tried again.
+const retryPause = time.Second
+
+// Agent is the control plane of one node. Run's goroutine owns all state that has no lock.
+type Agent struct {
+	cfg      Config
+	log      *slog.Logger
+	store    *datastore.Store
+	alloc    *ipam.Allocator
+	underlay Underlay
+	plane    *dataplane
+	kernel   *kernelTable
+	cni      *server.Server
+	cluster  *cluster
+	speaker  *bgp.Speaker
+	as       uint32
+
+	kick   chan struct{}
+	synced bool // the first BGP tables are in, or late: stale state may go
+
+	// mu guards what the status and the CNI server read, and the writes to underlay, plane, speaker and as above.
+	mu      sync.Mutex
+	tunnel  netip.Addr
+	desired Desired // of the last reconciliation
+	failure error   // of the last reconciliation
+	ready   bool
+}
+
+// Run is the agent's life: it returns nil after ctx is done and every session has been closed cleanly, and an error
+// for what the operator has to mend.
+func Run(ctx context.Context, cfg Config) error {
+	a := &Agent{cfg: cfg, log: cfg.Log, kick: make(chan struct{}, 1), failure: errors.New("starting")}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stopStatus, err := a.serveStatus(ctx)
+	if err != nil {
+		return err
+	}
+	defer stopStatus()
+	if err := a.open(ctx); err != nil {
+		return err
+	}
+	defer a.store.Close()
+	defer a.plane.client.Close()
+	defer a.kernel.nl.Close()
+	if err := a.waitForVRouter(ctx); err != nil {
+		return err
+	}
+	if err := a.startBGP(ctx); err != nil {
+		return err
+	}
+	failed := make(chan error, 1)
+	var done sync.WaitGroup
+	done.Go(func() {
+		if err := a.cni.Run(ctx); err != nil && ctx.Err() == nil {
+			failed <- fmt.Errorf("cni server: %w", err)
+		}
+	})
+	err = a.loop(ctx, failed)
+	cancel()
+	a.log.Info("stopping: telling the peers")
+	stopCtx, stopped := context.WithTimeout(context.Background(), 5*time.Second)
+	defer stopped()
+	if stopErr := a.speaker.Stop(stopCtx); stopErr != nil {
+		a.log.Warn("stopping BGP", "err", stopErr)
+	}
+	done.Wait()
+	return err
+}
+
+// open finds the node's address, connects to the datastore and registers the node.
+func (a *Agent) open(ctx context.Context) error {
+	underlay, err := DetectUnderlay(a.cfg.Autodetection)
+	if err != nil {
+		return err
+	}
+	a.locked(func() { a.underlay = underlay })
+	a.log.Info("underlay found", "interface", a.underlay.Interface, "address", a.underlay.Prefix, "mtu", a.underlay.MTU)
+	if a.store, err = datastore.Open(ctx, a.cfg.Datastore); err != nil {
+		return err
+	}
+	nl, err := netlink.NewHandle()
+	if err != nil {
+		return fmt.Errorf("open netlink: %w", err)
+	}
+	a.kernel = &kernelTable{nl: nl}
+	client, err := rpc.Dial(filepath.Join(a.cfg.RunDir, "vrouter.sock"))
+	if err != nil {
+		return err
+	}
+	a.locked(func() { a.plane = &dataplane{client: client, log: a.log} })
+	if err := prepareHost(); err != nil {
+		return err
+	}
+	if err := registerNode(ctx, a.store, a.cfg.Node, a.underlay); err != nil {
+		return err
+	}
+	a.alloc = ipam.New(a.store, a.cfg.Node, a.log)
+	a.cluster = newCluster(a.store, a.cfg.Node, a.log)
+	if err := a.cluster.start(ctx, a.wake); err != nil {
+		return err
+	}
+	a.locked(func() { a.as = a.cluster.asNumber() })
+	a.cni, err = server.New(server.Config{
+		Node:     a.cfg.Node,
+		Socket:   filepath.Join(a.cfg.RunDir, "cni.sock"),
+		QueueDir: filepath.Join(a.cfg.StateDir, "cni", "deleted"),
+		IPAM:     podIPAM{alloc: a.alloc, node: a.cfg.Node},
+		MTU:      a.podMTU,
+		Ready:    a.readyError,
+		Log:      a.log,
+	})
+	return err
+}
+
+// waitForVRouter returns when the vRouter has answered: whether forwarding state was preserved is known only then,
+// and BGP says it in its first message.
+func (a *Agent) waitForVRouter(ctx context.Context) error {
+	found := make(chan struct{}, 1)
+	go a.plane.watch(ctx, func() {
+		select {
+		case found <- struct{}{}:
+		default:
+		}
+		a.wake()
+	})
+	for {
+		if _, ok := a.plane.status(); ok {
+			return nil
+		}
+		a.fail(errors.New("waiting for the vRouter to answer on " + filepath.Join(a.cfg.RunDir, "vrouter.sock")))
+		select {
+		case <-found:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+func (a *Agent) startBGP(ctx context.Context) error {
+	st, _ := a.plane.status()
+	self := a.underlay.Prefix.Addr()
+	speaker, err := bgp.Start(ctx, bgp.Config{
+		AS: a.as, RouterID: self, Listen: self, Port: a.cfg.BGPPort,
+		Restarting:  st.Restored,
+		RestartTime: a.cfg.RestartTime,
+		HoldTime:    a.cfg.HoldTime,
+		Deferral:    a.cfg.SyncTimeout,
+		Log:         a.log,
+		APISocket:   a.cfg.GoBGPSocket,
+	})
+	if err != nil {
+		return fmt.Errorf("start BGP: %w", err)
+	}
+	a.locked(func() { a.speaker = speaker })
+	a.log.Info("BGP started", "as", a.as, "address", self, "forwarding_preserved", st.Restored)
+	return a.speaker.SetPeers(ctx, a.cluster.peers(a.inputs(), a.as))
+}
+
+// locked runs f with what the status reads held still.
+func (a *Agent) locked(f func()) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	f()
+}
+
+// wake asks for a reconciliation; requests that come while one runs become one.
+func (a *Agent) wake() {
+	select {
+	case a.kick <- struct{}{}:
+	default:
+	}
+}
+
+// loop reconciles whenever something changed, until ctx is done or a part of the agent has failed for good.
+func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
+	if err := a.cni.Reconcile(ctx); err != nil {
+		a.log.Error("restoring the pods' host side", "err", err)
+	}
+	syncedCh := a.speaker.Synced()
+	var retry <-chan time.Time
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case err := <-failed:
+			return err
+		case <-syncedCh:
+			syncedCh, a.synced = nil, true
+		case <-a.speaker.Updates():
+		case <-a.kick:
+		case <-retry:
+		}
+		retry = nil
+		err := a.reconcile(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
+		if err != nil {
+			a.log.Error("reconcile", "err", err)
+			retry = time.After(retryPause)
+		}
+		a.settle(err)
+	}
+}
+
+// settle records how a reconciliation ended, for the status.
+func (a *Agent) settle(err error) {
+	was := a.readyError() == nil
+	_, connected := a.plane.status()
+	switch {
+	case err != nil:
+		a.fail(err)
+	case !connected:
+		a.fail(errors.New("the vRouter does not answer"))
+	case !a.synced:
+		a.fail(errors.New("waiting for the BGP peers' first tables"))
+	default:
+		a.locked(func() { a.ready, a.failure = true, nil })
+		if !was {
+			a.log.Info("ready")
+		}
+	}
+}
+
+func (a *Agent) fail(err error) {
+	a.locked(func() { a.ready, a.failure = false, err })
+}
+
+// readyError says why CNI ADD cannot be served now; nil when it can.
+func (a *Agent) readyError() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.failure
+}
+
+func (a *Agent) podMTU() int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return PodMTU(a.underlay.MTU, a.desired.Encap)
+}
+
+func (a *Agent) inputs() Inputs {
+	in := a.cluster.inputs()
+	in.Node, in.Underlay, in.Tunnel = a.cfg.Node, a.underlay, a.tunnel
+	if a.speaker != nil {
+		in.Paths = a.speaker.Best()
+	}
+	return in
+}
+
+// reconcile drives everything to the state that follows from what is known now. What attracts traffic comes after
+// what can carry it: first the vRouter, then the kernel's routes, then the announcements.
+func (a *Agent) reconcile(ctx context.Context) error {
+	a.speaker.Changes() // drained: the table itself is read below
+	in := a.inputs()
+	var errs []error
+	if err := a.ensureTunnel(ctx, in); err != nil {
+		errs = append(errs, err)
+	}
+	in.Tunnel, in.Blocks = a.tunnel, a.cluster.blocks()
+	want := Compute(in)
+	a.locked(func() { a.desired = want })
+	cfg := rpc.Config{NodeAddress: a.underlay.Prefix.Addr(), Underlay: a.underlay.Interface, MTU: a.underlay.MTU - ipipOverhead}
+	if err := a.plane.apply(ctx, cfg, want, a.synced); err != nil {
+		errs = append(errs, fmt.Errorf("program the vRouter: %w", err))
+	}
+	if err := a.applyTunnel(); err != nil {
+		errs = append(errs, err)
+	}
+	if err := a.kernel.Apply(want.Kernel, a.synced); err != nil {
+		errs = append(errs, err)
+	}
+	if err := a.cni.SetPools(want.NAT, want.All); err != nil {
+		errs = append(errs, fmt.Errorf("masquerade: %w", err))
+	}
+	if err := a.speaker.SetPeers(ctx, a.cluster.peers(in, a.as)); err != nil {
+		errs = append(errs, fmt.Errorf("bgp peers: %w", err))
+	}
+	if err := a.speaker.SetAnnounced(ctx, want.Announce); err != nil {
+		errs = append(errs, fmt.Errorf("bgp announcements: %w", err))
+	}
+	return errors.Join(errs...)
+}

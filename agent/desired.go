@@ -1,0 +1,226 @@
+package agent
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"margay/bgp"
+	"margay/vrouter/rpc"
+)
+
+// Pool is what routing needs of an IPPool.
+type Pool struct {
+	Name             string
+	CIDR             netip.Prefix
+	IPIPMode         string // Always, CrossSubnet or Never
+	NATOutgoing      bool
+	DisableBGPExport bool
+}
+
+// Member is a node of the cluster as the datastore lists it.
+type Member struct {
+	Name    string
+	Address netip.Addr
+	AS      uint32 // 0: the cluster's
+}
+
+// Inputs is everything the desired state follows from.
+type Inputs struct {
+	Node     string
+	Underlay Underlay
+	Tunnel   netip.Addr // vr0's own address; invalid while there is none
+	Pools    []Pool
+	Members  []Member
+	Blocks   []netip.Prefix // this node's confirmed blocks
+	Paths    map[netip.Prefix]bgp.Path
+}
+
+// KernelRoute is a route the agent owns in the kernel's main table.
+type KernelRoute struct {
+	Prefix    netip.Prefix
+	Blackhole bool
+	Device    string     // empty for a blackhole
+	Gateway   netip.Addr // invalid: on the device itself
+	Source    netip.Addr // invalid: the kernel's choice
+	Metric    int
+}
+
+// Rejected is a learned route that the import rules refuse, and why.
+type Rejected struct {
+	Prefix netip.Prefix
+	Peer   netip.Addr
+	Why    string
+}
+
+// Desired is the state that the kernel, the vRouter and the BGP speaker are driven to.
+type Desired struct {
+	Nodes    []netip.Addr // who may tunnel to us
+	Routes   map[netip.Prefix]rpc.NextHop
+	Kernel   []KernelRoute
+	Announce []netip.Prefix
+	NAT, All []netip.Prefix // masqueraded sources; destinations that never are
+	Encap    bool           // some pool needs IP-in-IP
+	Rejected []Rejected
+}
+
+// blackholeMetric is far behind every route anybody installs: the blackhole only catches what has lost its route.
+const blackholeMetric = 1 << 20
+
+// tunnelDevice is the vRouter's device, to which the kernel routes the pools that need encapsulation.
+const tunnelDevice = "vr0"
+
+// ipipOverhead is the outer header's size, bytes (RFC 2003).
+const ipipOverhead = 20
+
+// Compute derives the desired state. It is pure: the same inputs give the same result.
+func Compute(in Inputs) Desired {
+	d := Desired{Routes: make(map[netip.Prefix]rpc.NextHop)}
+	members := make(map[netip.Addr]bool, len(in.Members))
+	for _, m := range in.Members {
+		if m.Name != in.Node && m.Address.IsValid() && m.Address != in.Underlay.Prefix.Addr() {
+			members[m.Address] = true
+			d.Nodes = append(d.Nodes, m.Address)
+		}
+	}
+	d.pools(in)
+	d.ownBlocks(in)
+	for prefix, path := range in.Paths {
+		if why := d.learned(in, members, prefix, path); why != "" {
+			d.Rejected = append(d.Rejected, Rejected{Prefix: prefix, Peer: path.Peer, Why: why})
+		}
+	}
+	slices.SortFunc(d.Nodes, netip.Addr.Compare)
+	slices.SortFunc(d.Kernel, compareKernel)
+	slices.SortFunc(d.Rejected, func(a, b Rejected) int { return a.Prefix.Compare(b.Prefix) })
+	return d
+}
+
+func compareKernel(a, b KernelRoute) int {
+	return cmp.Or(a.Prefix.Compare(b.Prefix), cmp.Compare(a.Metric, b.Metric))
+}
+
+// pools routes each pool that needs encapsulation to vr0, and lays a blackhole under every pool, so that a packet to
+// a pod never leaves in clear by the default route.
+func (d *Desired) pools(in Inputs) {
+	for _, p := range in.Pools {
+		d.All = append(d.All, p.CIDR)
+		if p.NATOutgoing {
+			d.NAT = append(d.NAT, p.CIDR)
+		}
+		if !p.CIDR.Addr().Is4() {
+			continue
+		}
+		d.Kernel = append(d.Kernel, KernelRoute{Prefix: p.CIDR, Blackhole: true, Metric: blackholeMetric})
+		if encapsulates(p.IPIPMode) {
+			d.Encap = true
+			d.Kernel = append(d.Kernel, KernelRoute{Prefix: p.CIDR, Device: tunnelDevice, Source: in.Tunnel})
+		}
+	}
+}
+
+func encapsulates(mode string) bool { return mode == "Always" || mode == "CrossSubnet" }
+
+// ownBlocks are announced, accepted out of the tunnel, and blackholed in the kernel, so that a packet to an address
+// that no pod has does not loop through vr0.
+func (d *Desired) ownBlocks(in Inputs) {
+	for _, b := range in.Blocks {
+		d.Routes[b] = rpc.Local()
+		if p, ok := poolOf(in.Pools, b); !ok || !p.DisableBGPExport {
+			d.Announce = append(d.Announce, b)
+		}
+		if !slices.ContainsFunc(in.Pools, func(p Pool) bool { return p.CIDR == b }) {
+			d.Kernel = append(d.Kernel, KernelRoute{Prefix: b, Blackhole: true, Metric: blackholeMetric})
+		}
+	}
+}
+
+// learned places one BGP route; it returns why the route is refused, or "".
+func (d *Desired) learned(in Inputs, members map[netip.Addr]bool, prefix netip.Prefix, path bgp.Path) string {
+	if why := martian(in, prefix); why != "" {
+		return why
+	}
+	for _, b := range in.Blocks {
+		if b.Overlaps(prefix) && prefix.Bits() >= b.Bits() {
+			return fmt.Sprintf("inside this node's own block %s", b)
+		}
+	}
+	if path.NextHop == in.Underlay.Prefix.Addr() {
+		return "next hop is this node itself"
+	}
+	pool, inPool := poolOf(in.Pools, prefix)
+	switch {
+	case !inPool && members[path.Peer]:
+		return "sent by a node of the mesh, but inside no pool"
+	case !inPool:
+		for _, p := range in.Pools {
+			if prefix.Bits() > 0 && prefix.Overlaps(p.CIDR) {
+				return fmt.Sprintf("covers pool %s", p.Name)
+			}
+		}
+		d.direct(in, prefix, path.NextHop)
+		return ""
+	case encapsulates(pool.IPIPMode) && !members[path.NextHop]:
+		return fmt.Sprintf("next hop %s is no node of the cluster, and pool %s needs IP-in-IP", path.NextHop, pool.Name)
+	case pool.IPIPMode == "Always", pool.IPIPMode == "CrossSubnet" && !in.Underlay.Prefix.Masked().Contains(path.NextHop):
+		d.Routes[prefix] = rpc.Tunnel(path.NextHop)
+		return ""
+	}
+	d.Routes[prefix] = rpc.Direct(path.NextHop)
+	d.direct(in, prefix, path.NextHop)
+	return ""
+}
+
+func (d *Desired) direct(in Inputs, prefix netip.Prefix, via netip.Addr) {
+	d.Kernel = append(d.Kernel, KernelRoute{Prefix: prefix, Device: in.Underlay.Interface, Gateway: via})
+}
+
+// martian refuses what no peer may tell us: prefixes of special use (RFC 6890) and routes that would draw the
+// underlay itself away.
+func martian(in Inputs, p netip.Prefix) string {
+	a := p.Addr()
+	switch {
+	case !a.Is4():
+		return "not IPv4"
+	case p != p.Masked():
+		return "has host bits set"
+	case p.Bits() > 0 && (a.IsLoopback() || a.IsMulticast() || a.IsLinkLocalUnicast() || a.As4()[0] == 0 || a.As4()[0] >= 240):
+		return "a special-use prefix (RFC 6890)"
+	case p.Bits() >= in.Underlay.Prefix.Bits() && in.Underlay.Prefix.Masked().Contains(a):
+		return "inside the underlay's subnet"
+	}
+	return ""
+}
+
+func poolOf(pools []Pool, p netip.Prefix) (Pool, bool) {
+	for _, pool := range pools {
+		if pool.CIDR.Bits() <= p.Bits() && pool.CIDR.Contains(p.Addr()) {
+			return pool, true
+		}
+	}
+	return Pool{}, false
+}
+
+// PodMTU is what pods and vr0 get, bytes: room for the outer header where some pool needs one.
+func PodMTU(underlay int, encap bool) int {
+	if encap {
+		return underlay - ipipOverhead
+	}
+	return underlay
+}
+
+// MeshPeers returns this node's sessions of the full mesh. Of each pair the lower address, compared as text, is
+// passive: Calico's rule, so that a mixed cluster agrees.
+func MeshPeers(in Inputs, as uint32) []bgp.Peer {
+	self := in.Underlay.Prefix.Addr()
+	var peers []bgp.Peer
+	for _, m := range in.Members {
+		if m.Name == in.Node || !m.Address.IsValid() || m.Address == self {
+			continue
+		}
+		peers = append(peers, bgp.Peer{Addr: m.Address, AS: cmp.Or(m.AS, as), Kind: "node-to-node mesh",
+			Passive: self.String() < m.Address.String(), Local: self})
+	}
+	return peers
+}

@@ -1,0 +1,167 @@
+package agent
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"margay/bgp"
+	"margay/vrouter/rpc"
+)
+
+var (
+	pfx  = netip.MustParsePrefix
+	addr = netip.MustParseAddr
+)
+
+// threeNodes is node1 of a cluster of three; node3 is in another subnet.
+func threeNodes(mode string) Inputs {
+	return Inputs{
+		Node:     "node1",
+		Underlay: Underlay{Interface: "eth0", Prefix: pfx("198.18.0.1/24"), MTU: 1500},
+		Tunnel:   addr("10.244.0.1"),
+		Pools:    []Pool{{Name: "default", CIDR: pfx("10.244.0.0/16"), IPIPMode: mode, NATOutgoing: true}},
+		Members: []Member{{Name: "node1", Address: addr("198.18.0.1")}, {Name: "node2", Address: addr("198.18.0.2")},
+			{Name: "node3", Address: addr("198.18.9.3"), AS: 64600}},
+		Blocks: []netip.Prefix{pfx("10.244.0.0/26")},
+		Paths: map[netip.Prefix]bgp.Path{
+			pfx("10.244.0.64/26"):  {NextHop: addr("198.18.0.2"), Peer: addr("198.18.0.2")},
+			pfx("10.244.0.128/26"): {NextHop: addr("198.18.9.3"), Peer: addr("198.18.9.3")},
+		},
+	}
+}
+
+func (d Desired) kernel(p string) []string {
+	var out []string
+	for _, r := range d.Kernel {
+		if r.Prefix == pfx(p) {
+			out = append(out, r.String())
+		}
+	}
+	return out
+}
+
+func TestComputeByMode(t *testing.T) {
+	local := rpc.Local()
+	tunnel2, tunnel3 := rpc.Tunnel(addr("198.18.0.2")), rpc.Tunnel(addr("198.18.9.3"))
+	direct2, direct3 := rpc.Direct(addr("198.18.0.2")), rpc.Direct(addr("198.18.9.3"))
+	for _, tc := range []struct {
+		mode         string
+		node2, node3 rpc.NextHop
+		kernel2      []string
+		pool         []string
+		encap        bool
+	}{
+		{"Always", tunnel2, tunnel3, nil, []string{"10.244.0.0/16 dev vr0", "blackhole 10.244.0.0/16 metric 1048576"}, true},
+		{"CrossSubnet", direct2, tunnel3, []string{"10.244.0.64/26 via 198.18.0.2 dev eth0"},
+			[]string{"10.244.0.0/16 dev vr0", "blackhole 10.244.0.0/16 metric 1048576"}, true},
+		{"Never", direct2, direct3, []string{"10.244.0.64/26 via 198.18.0.2 dev eth0"},
+			[]string{"blackhole 10.244.0.0/16 metric 1048576"}, false},
+	} {
+		t.Run(tc.mode, func(t *testing.T) {
+			d := Compute(threeNodes(tc.mode))
+			want := map[netip.Prefix]rpc.NextHop{pfx("10.244.0.0/26"): local, pfx("10.244.0.64/26"): tc.node2, pfx("10.244.0.128/26"): tc.node3}
+			if diff := cmp.Diff(want, d.Routes, cmp.Comparer(func(a, b rpc.NextHop) bool { return a == b })); diff != "" {
+				t.Errorf("vRouter routes (-want +got):\n%s", diff)
+			}
+			if diff := cmp.Diff(tc.kernel2, d.kernel("10.244.0.64/26")); diff != "" {
+				t.Errorf("kernel route to node2 (-want +got):\n%s", diff)
+			}
+			if diff := cmp.Diff(tc.pool, d.kernel("10.244.0.0/16")); diff != "" {
+				t.Errorf("kernel routes of the pool (-want +got):\n%s", diff)
+			}
+			if diff := cmp.Diff([]string{"blackhole 10.244.0.0/26 metric 1048576"}, d.kernel("10.244.0.0/26")); diff != "" {
+				t.Errorf("own block (-want +got):\n%s", diff)
+			}
+			if d.Encap != tc.encap || len(d.Rejected) != 0 {
+				t.Errorf("encap %v, rejected %v", d.Encap, d.Rejected)
+			}
+			if !slices.Equal(d.Nodes, []netip.Addr{addr("198.18.0.2"), addr("198.18.9.3")}) {
+				t.Errorf("nodes that may tunnel to us: %v", d.Nodes)
+			}
+			if !slices.Equal(d.Announce, []netip.Prefix{pfx("10.244.0.0/26")}) {
+				t.Errorf("announced: %v", d.Announce)
+			}
+		})
+	}
+}
+
+func TestImportRules(t *testing.T) {
+	mesh, outside := addr("198.18.0.2"), addr("198.18.0.200")
+	for _, tc := range []struct {
+		prefix        string
+		nextHop, peer netip.Addr
+		why           string // "" is accepted
+	}{
+		{"10.244.7.0/26", mesh, mesh, ""},
+		{"192.0.2.0/24", outside, outside, ""},
+		{"0.0.0.0/0", outside, outside, ""},
+		{"192.0.2.0/24", mesh, mesh, "inside no pool"},
+		{"0.0.0.0/0", mesh, mesh, "inside no pool"},
+		{"10.244.0.0/26", mesh, mesh, "own block"},
+		{"10.244.0.7/32", mesh, mesh, "own block"},
+		{"10.0.0.0/8", outside, outside, "covers pool"},
+		{"10.244.7.0/26", outside, outside, "no node of the cluster"},
+		{"10.244.7.0/26", addr("198.18.0.1"), mesh, "this node itself"},
+		{"198.18.0.0/25", outside, outside, "underlay"},
+		{"198.18.0.2/32", outside, outside, "underlay"},
+		{"127.0.0.0/8", outside, outside, "special-use"},
+		{"224.0.0.0/4", outside, outside, "special-use"},
+		{"240.0.0.0/4", outside, outside, "special-use"},
+		{"0.0.0.0/8", outside, outside, "special-use"},
+		{"2001:db8::/32", outside, outside, "not IPv4"},
+	} {
+		in := threeNodes("Always")
+		in.Paths = map[netip.Prefix]bgp.Path{pfx(tc.prefix): {NextHop: tc.nextHop, Peer: tc.peer}}
+		d := Compute(in)
+		switch {
+		case tc.why == "" && len(d.Rejected) != 0:
+			t.Errorf("%s via %s from %s: refused: %s", tc.prefix, tc.nextHop, tc.peer, d.Rejected[0].Why)
+		case tc.why != "" && (len(d.Rejected) != 1 || !strings.Contains(d.Rejected[0].Why, tc.why)):
+			t.Errorf("%s via %s from %s: expected a refusal that says %q, got %v", tc.prefix, tc.nextHop, tc.peer, tc.why, d.Rejected)
+		}
+	}
+}
+
+func TestMeshPassiveIsComparedAsText(t *testing.T) {
+	in := Inputs{Node: "a", Underlay: Underlay{Prefix: pfx("10.0.0.5/24")},
+		Members: []Member{{Name: "a", Address: addr("10.0.0.5")}, {Name: "b", Address: addr("10.0.0.10")}, {Name: "c", Address: addr("10.0.0.7"), AS: 65001}}}
+	peers := MeshPeers(in, 64512)
+	if len(peers) != 2 || peers[0].Passive || !peers[1].Passive || peers[0].AS != 64512 || peers[1].AS != 65001 {
+		t.Fatalf("10.0.0.5 is above 10.0.0.10 and below 10.0.0.7 as text: %+v", peers)
+	}
+}
+
+func TestChooseUnderlay(t *testing.T) {
+	cands := []candidate{
+		{name: "docker0", index: 3, mtu: 1500, up: true, prefix: pfx("172.17.0.1/16")},
+		{name: "eth1", index: 2, mtu: 9000, up: true, prefix: pfx("192.0.2.9/24")},
+		{name: "lo", index: 1, mtu: 65536, up: true, prefix: pfx("127.0.0.1/8")},
+		{name: "eth0", index: 4, mtu: 1500, up: true, prefix: pfx("198.51.100.7/24")},
+		{name: "eth9", index: 5, mtu: 1500, up: false, prefix: pfx("203.0.113.7/24")},
+	}
+	for _, tc := range []struct{ method, want, err string }{
+		{"first-found", "eth1", ""},
+		{"interface=eth0", "eth0", ""},
+		{"interface=nope,eth0", "eth0", ""},
+		{"interface=docker.*", "docker0", ""},
+		{"interface=eth9", "", "no interface that is up"},
+		{"cidr=198.51.100.0/24", "eth0", ""},
+		{"can-reach=198.51.100.1", "eth0", ""},
+		{"cidr=nope", "", "expected cidr=PREFIX"},
+		{"interface=(", "", "expected interface=REGEXP"},
+		{"interface=", "", "expected interface=REGEXP"},
+		{"best", "", "expected first-found"},
+	} {
+		got, err := choose(tc.method, slices.Clone(cands), addr("198.51.100.7"))
+		switch {
+		case tc.err == "" && (err != nil || got.Interface != tc.want):
+			t.Errorf("%s: got %+v, %v; expected %s", tc.method, got, err, tc.want)
+		case tc.err != "" && (err == nil || !strings.Contains(err.Error(), tc.err)):
+			t.Errorf("%s: expected an error that says %q, got %v", tc.method, tc.err, err)
+		}
+	}
+}

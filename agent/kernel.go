@@ -1,0 +1,139 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// routeProtocol marks the kernel routes that the agent owns (rtm_protocol); it touches no others. The pods' /32
+// routes belong to cni/server under a number of their own.
+const routeProtocol = 81
+
+// kernelTable drives the main routing table to the desired routes.
+type kernelTable struct {
+	nl *netlink.Handle
+}
+
+// kernelKey is what makes a route one route to the kernel.
+type kernelKey struct {
+	prefix netip.Prefix
+	metric int
+}
+
+// Apply installs and changes routes, and, when sweep is set, removes those of ours that are no longer desired. It goes
+// on past single failures and returns them joined.
+func (k *kernelTable) Apply(want []KernelRoute, sweep bool) error {
+	have, err := k.list()
+	if err != nil {
+		return err
+	}
+	links := make(map[string]int)
+	var errs []error
+	wanted := make(map[kernelKey]bool, len(want))
+	for _, w := range want {
+		key := kernelKey{w.Prefix, w.Metric}
+		wanted[key] = true
+		route, err := k.toNetlink(w, links)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		if old, ok := have[key]; ok && sameRoute(old, route) {
+			continue
+		}
+		if err := k.nl.RouteReplace(&route); err != nil {
+			errs = append(errs, fmt.Errorf("route %s: %w", w, err))
+		}
+	}
+	if sweep {
+		for key, r := range have {
+			if !wanted[key] {
+				if err := k.nl.RouteDel(&r); err != nil && !errors.Is(err, unix.ESRCH) {
+					errs = append(errs, fmt.Errorf("remove route %s: %w", key.prefix, err))
+				}
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (k *kernelTable) list() (map[kernelKey]netlink.Route, error) {
+	routes, err := k.nl.RouteListFiltered(unix.AF_INET, &netlink.Route{Protocol: routeProtocol, Table: unix.RT_TABLE_MAIN},
+		netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
+	if err != nil {
+		return nil, fmt.Errorf("list kernel routes: %w", err)
+	}
+	out := make(map[kernelKey]netlink.Route, len(routes))
+	for _, r := range routes {
+		p := netip.PrefixFrom(netip.IPv4Unspecified(), 0)
+		if r.Dst != nil {
+			var ok bool
+			if p, ok = prefixOf(r.Dst); !ok {
+				continue
+			}
+		}
+		out[kernelKey{p, r.Priority}] = r
+	}
+	return out, nil
+}
+
+// toNetlink resolves the device, and a next hop that is not on the link through the kernel's own route to it.
+func (k *kernelTable) toNetlink(w KernelRoute, links map[string]int) (netlink.Route, error) {
+	r := netlink.Route{Dst: ipNet(w.Prefix), Protocol: routeProtocol, Table: unix.RT_TABLE_MAIN, Priority: w.Metric,
+		Type: unix.RTN_UNICAST}
+	if w.Blackhole {
+		r.Type = unix.RTN_BLACKHOLE
+		return r, nil
+	}
+	index, ok := links[w.Device]
+	if !ok {
+		link, err := k.nl.LinkByName(w.Device)
+		if err != nil {
+			return r, fmt.Errorf("route %s: interface %s: %w", w, w.Device, err)
+		}
+		index = link.Attrs().Index
+		links[w.Device] = index
+	}
+	r.LinkIndex = index
+	if w.Source.IsValid() {
+		r.Src = w.Source.AsSlice()
+	}
+	if !w.Gateway.IsValid() {
+		r.Scope = unix.RT_SCOPE_LINK
+		return r, nil
+	}
+	r.Gw = w.Gateway.AsSlice()
+	via, err := k.nl.RouteGet(w.Gateway.AsSlice())
+	if err != nil {
+		return r, fmt.Errorf("route %s: next hop %s is not reachable: %w", w, w.Gateway, err)
+	}
+	if i := slices.IndexFunc(via, func(v netlink.Route) bool { return v.Gw != nil }); i >= 0 {
+		r.Gw, r.LinkIndex = via[i].Gw, via[i].LinkIndex
+	} else if len(via) > 0 {
+		r.LinkIndex = via[0].LinkIndex
+	}
+	return r, nil
+}
+
+func sameRoute(a, b netlink.Route) bool {
+	if a.Type != b.Type {
+		return false
+	}
+	return a.Type == unix.RTN_BLACKHOLE || a.LinkIndex == b.LinkIndex && a.Gw.Equal(b.Gw) && a.Src.Equal(b.Src)
+}
+
+// String is how `ip route` would write it.
+func (w KernelRoute) String() string {
+	if w.Blackhole {
+		return fmt.Sprintf("blackhole %s metric %d", w.Prefix, w.Metric)
+	}
+	if w.Gateway.IsValid() {
+		return fmt.Sprintf("%s via %s dev %s", w.Prefix, w.Gateway, w.Device)
+	}
+	return fmt.Sprintf("%s dev %s", w.Prefix, w.Device)
+}

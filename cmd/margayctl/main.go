@@ -1,0 +1,18 @@
+// Command margayctl operates a Margay cluster.
+package main
+
+import (
+	"context"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"margay/ctl"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	code := ctl.Main(ctx, os.Args[1:], os.Stderr)
+	stop()
+	os.Exit(code)
+}

@@ -1,0 +1,247 @@
+package ctl
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net/netip"
+	"os"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/olekukonko/tablewriter"
+	"github.com/spf13/cobra"
+
+	"margay/agent/api"
+	"margay/internal/version"
+	"margay/vrouter/rpc"
+)
+
+func newNodeCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "node",
+		Short: "The state of this node's daemons: BGP, routes, counters",
+		Args:  cobra.NoArgs,
+		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	cmd.AddCommand(newNodeStatusCommand(), newNodeRoutesCommand(), newNodeCountersCommand())
+	return cmd
+}
+
+func newNodeStatusCommand() *cobra.Command {
+	var output string
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "The BGP peers of this node, as calicoctl shows them, and whether it is ready",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := checkOutput(output, "text", "json"); err != nil {
+				return err
+			}
+			ctx, cancel := context.WithTimeout(cmd.Context(), callTimeout)
+			defer cancel()
+			st, err := api.Get(ctx, agentSocket())
+			if err != nil {
+				return err
+			}
+			if output == "json" {
+				return printJSON(cmd.OutOrStdout(), st)
+			}
+			printNodeStatus(cmd.OutOrStdout(), st)
+			return nil
+		},
+	}
+	addOutput(cmd, &output, "text", "text or json")
+	return cmd
+}
+
+func printNodeStatus(w io.Writer, st api.Status) {
+	state := "ready"
+	if !st.Ready {
+		state = "not ready: " + st.Reason
+	}
+	fmt.Fprintf(w, "Margay process is running.\n\nNode %s, %s on %s, AS %d, %s.\n", st.Node, st.Address, st.Underlay, st.ASNumber, state)
+	if st.VRouter.Connected {
+		fmt.Fprintf(w, "vRouter %s: %s, %d routes.\n", st.VRouter.Version, st.VRouter.Port, st.VRouter.Routes)
+	} else {
+		fmt.Fprintln(w, "vRouter: does not answer.")
+	}
+	fmt.Fprintln(w, "\nIPv4 BGP status")
+	printPeers(w, st.BGP, netip.Addr.Is4, "No IPv4 peers found.")
+	fmt.Fprintln(w, "\nIPv6 BGP status")
+	printPeers(w, st.BGP, netip.Addr.Is6, "No IPv6 peers found.")
+	fmt.Fprintln(w)
+}
+
+func printPeers(w io.Writer, peers []api.Peer, family func(netip.Addr) bool, none string) {
+	table := tablewriter.NewWriter(w)
+	table.SetHeader([]string{"Peer address", "Peer type", "State", "Since", "Info"})
+	found := false
+	for _, p := range peers {
+		if !family(p.Address) {
+			continue
+		}
+		found = true
+		table.Append([]string{p.Address.String(), p.Kind, upState(p), since(p.Since, time.Now()), info(p)})
+	}
+	if !found {
+		fmt.Fprintln(w, none)
+		return
+	}
+	table.Render()
+}
+
+// upState is BIRD's word for the session, which calicoctl shows: up, start (not there yet).
+func upState(p api.Peer) string {
+	if p.State == "Established" {
+		return "up"
+	}
+	return "start"
+}
+
+func info(p api.Peer) string {
+	if p.LastError != "" && p.State != "Established" {
+		return p.State + ": " + p.LastError
+	}
+	return p.State
+}
+
+// since is the time of day for the last day, the date before that, as BIRD writes it.
+func since(t, now time.Time) string {
+	if now.Sub(t) < 24*time.Hour {
+		return t.Local().Format(time.TimeOnly)
+	}
+	return t.Local().Format(time.DateOnly)
+}
+
+// withVRouter runs f with a connection to this node's vRouter.
+func withVRouter(cmd *cobra.Command, f func(ctx context.Context, c *rpc.Client) error) error {
+	socket := vrouterSocket()
+	if _, err := os.Stat(socket); err != nil {
+		return fmt.Errorf("vrouter does not answer on %s: is it running on this node?", socket)
+	}
+	ctx, cancel := context.WithTimeout(cmd.Context(), callTimeout)
+	defer cancel()
+	c, err := rpc.Dial(socket)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	return f(ctx, c)
+}
+
+// routeRow is one line of `node routes`.
+type routeRow struct {
+	Prefix  netip.Prefix `json:"prefix"`
+	Kind    string       `json:"kind"`
+	Gateway netip.Addr   `json:"gateway"`
+	Stale   bool         `json:"stale"`
+}
+
+func newNodeRoutesCommand() *cobra.Command {
+	var output string
+	cmd := &cobra.Command{
+		Use:   "routes",
+		Short: "The vRouter's table on this node: what is local, tunnelled, direct",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := checkOutput(output, "text", "json"); err != nil {
+				return err
+			}
+			return withVRouter(cmd, func(ctx context.Context, c *rpc.Client) error {
+				entries, nodes, err := c.Routes(ctx)
+				if err != nil {
+					return err
+				}
+				rows := make([]routeRow, len(entries))
+				for i, e := range entries {
+					rows[i] = routeRow{e.Prefix, e.NextHop.Kind.String(), e.NextHop.Gateway, e.Stale}
+				}
+				if output == "json" {
+					return printJSON(cmd.OutOrStdout(), struct {
+						Routes []routeRow   `json:"routes"`
+						Nodes  []netip.Addr `json:"nodes"`
+					}{rows, nodes})
+				}
+				tw := tabwriter.NewWriter(cmd.OutOrStdout(), 5, 1, 3, ' ', 0)
+				fmt.Fprintln(tw, "PREFIX\tKIND\tGATEWAY\tSTALE\t")
+				for _, r := range rows {
+					gw := "-"
+					if r.Gateway.IsValid() {
+						gw = r.Gateway.String()
+					}
+					fmt.Fprintf(tw, "%s\t%s\t%s\t%t\t\n", r.Prefix, r.Kind, gw, r.Stale)
+				}
+				return tw.Flush()
+			})
+		},
+	}
+	addOutput(cmd, &output, "text", "text or json")
+	return cmd
+}
+
+func newNodeCountersCommand() *cobra.Command {
+	var (
+		output string
+		all    bool
+	)
+	cmd := &cobra.Command{
+		Use:   "counters",
+		Short: "What the vRouter forwarded and dropped, by reason, the kernel's losses around it included",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := checkOutput(output, "text", "json"); err != nil {
+				return err
+			}
+			return withVRouter(cmd, func(ctx context.Context, c *rpc.Client) error {
+				counters, err := c.Counters(ctx)
+				if err != nil {
+					return err
+				}
+				type row struct{ Packets, Bytes uint64 }
+				if output == "json" {
+					rows := make(map[string]row, len(counters))
+					for _, c := range counters {
+						rows[c.Name] = row{c.Packets, c.Bytes}
+					}
+					return printJSON(cmd.OutOrStdout(), rows)
+				}
+				tw := tabwriter.NewWriter(cmd.OutOrStdout(), 5, 1, 3, ' ', tabwriter.AlignRight)
+				fmt.Fprintln(tw, "PACKETS\tBYTES\t   NAME")
+				for _, c := range counters {
+					if all || c.Packets > 0 {
+						fmt.Fprintf(tw, "%d\t%d\t   %s\n", c.Packets, c.Bytes, strings.TrimSpace(c.Name))
+					}
+				}
+				return tw.Flush()
+			})
+		},
+	}
+	addOutput(cmd, &output, "text", "text or json")
+	cmd.Flags().BoolVar(&all, "all", false, "also the counters that are zero")
+	return cmd
+}
+
+// versionInfo is what `margayctl version -o json` prints.
+type versionInfo struct {
+	Client  string `json:"client"`
+	Agent   string `json:"agent,omitempty"`
+	VRouter string `json:"vrouter,omitempty"`
+}
+
+func versions(ctx context.Context) versionInfo {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	v := versionInfo{Client: version.String()}
+	if st, err := api.Get(ctx, agentSocket()); err == nil {
+		v.Agent = st.Version
+	}
+	if c, err := rpc.Dial(vrouterSocket()); err == nil {
+		defer c.Close()
+		if st, err := c.Status(ctx); err == nil {
+			v.VRouter = st.Version
+		}
+	}
+	return v
+}

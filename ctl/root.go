@@ -1,0 +1,161 @@
+// Package ctl is margayctl: calicoctl's verbs over Calico's datastore, the node's own state, and the lab.
+//
+// root.go builds the command tree; each command has a file of its own. Commands print what was asked for on standard
+// output and everything else on standard error, return errors that end up as one line, and know -o json.
+package ctl
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"margay/datastore"
+	"margay/internal/version"
+	"margay/lab"
+)
+
+// callTimeout bounds one command's talk with etcd or a daemon.
+const callTimeout = 15 * time.Second
+
+// defaultRunDir is where a node's daemons have their sockets.
+const defaultRunDir = "/run/margay"
+
+// NewCommand returns margayctl's command tree.
+func NewCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "margayctl",
+		Short: "Operate a Margay cluster: resources, addresses, BGP, and a lab on one machine",
+		Long: `margayctl speaks calicoctl's language over Calico's own datastore, asks the daemons of a node about themselves, and
+builds whole clusters out of network namespaces ("margayctl lab").
+
+The datastore is found as calicoctl finds it: DATASTORE_TYPE=etcdv3, ETCD_ENDPOINTS, ETCD_CA_CERT_FILE,
+ETCD_CERT_FILE and ETCD_KEY_FILE, then /etc/calico/calicoctl.cfg. Inside a namespace of a lab
+("ip netns exec lab-node1 margayctl …") the lab's datastore and that node's daemons are used.`,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		Version:       version.String(),
+	}
+	cmd.SetVersionTemplate(version.Line("margayctl") + "\n")
+	cmd.AddCommand(newVersionCommand(), newGetCommand(), newApplyCommand("apply"), newApplyCommand("create"), newPatchCommand(),
+		newDeleteCommand(), newIPAMCommand(), newNodeCommand(), newLabCommand())
+	return cmd
+}
+
+// ExitError ends margayctl with a status of its own and without a message: everything has been said.
+type ExitError struct{ Code int }
+
+// Error implements error.
+func (e ExitError) Error() string { return fmt.Sprintf("exit status %d", e.Code) }
+
+// Main runs margayctl and returns its exit status.
+func Main(ctx context.Context, args []string, stderr io.Writer) int {
+	cmd := NewCommand()
+	cmd.SetArgs(args)
+	err := cmd.ExecuteContext(ctx)
+	if err == nil {
+		return 0
+	}
+	if exit := (ExitError{}); errors.As(err, &exit) {
+		return exit.Code
+	}
+	fmt.Fprintln(stderr, "margayctl:", err)
+	return 1
+}
+
+// openStore connects to the datastore that the environment, the configuration file or the surrounding lab names.
+func openStore(ctx context.Context) (*datastore.Store, error) {
+	cfg, err := datastore.ConfigFromEnv()
+	if err != nil {
+		return nil, err
+	}
+	if len(cfg.Endpoints) == 0 {
+		if here, ok := lab.Current(); ok {
+			cfg.Endpoints = here.Endpoints
+		}
+	}
+	return datastore.Open(ctx, cfg)
+}
+
+// runDir returns where this node's sockets are: MARGAY_RUN_DIR, the surrounding lab node's, or the default.
+func runDir() string {
+	if dir := os.Getenv("MARGAY_RUN_DIR"); dir != "" {
+		return dir
+	}
+	if here, ok := lab.Current(); ok && here.RunDir != "" {
+		return here.RunDir
+	}
+	return defaultRunDir
+}
+
+func agentSocket() string   { return filepath.Join(runDir(), "agent.sock") }
+func vrouterSocket() string { return filepath.Join(runDir(), "vrouter.sock") }
+
+// withStore runs f with an open datastore and a deadline.
+func withStore(cmd *cobra.Command, f func(ctx context.Context, s *datastore.Store) error) error {
+	ctx, cancel := context.WithTimeout(cmd.Context(), callTimeout)
+	defer cancel()
+	s, err := openStore(ctx)
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	return f(ctx, s)
+}
+
+// printJSON writes v, indented.
+func printJSON(w io.Writer, v any) error {
+	enc := json.NewEncoder(w)
+	enc.SetIndent("", "  ")
+	return enc.Encode(v)
+}
+
+func newVersionCommand() *cobra.Command {
+	var output string
+	cmd := &cobra.Command{
+		Use:   "version",
+		Short: "The version of margayctl, and of this node's daemons where they answer",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := checkOutput(output, "text", "json"); err != nil {
+				return err
+			}
+			v := versions(cmd.Context())
+			if output == "json" {
+				return printJSON(cmd.OutOrStdout(), v)
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "Client Version:   %s\nAgent Version:    %s\nvRouter Version:  %s\n",
+				v.Client, orNone(v.Agent), orNone(v.VRouter))
+			return nil
+		},
+	}
+	addOutput(cmd, &output, "text", "text or json")
+	return cmd
+}
+
+func orNone(s string) string {
+	if s == "" {
+		return "(not running here)"
+	}
+	return s
+}
+
+func addOutput(cmd *cobra.Command, output *string, def, help string) {
+	cmd.Flags().StringVarP(output, "output", "o", def, "output format: "+help)
+}
+
+// checkOutput refuses a format that the command does not know.
+func checkOutput(got string, known ...string) error {
+	for _, k := range known {
+		if got == k {
+			return nil
+		}
+	}
+	return fmt.Errorf("--output %q: expected one of %v", got, known)
+}
