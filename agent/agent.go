@@ -192,7 +192,7 @@ func (a *Agent) startBGP(ctx context.Context) error {
 	}
 	a.locked(func() { a.speaker = speaker })
 	a.log.Info("BGP started", "as", a.as, "address", self, "forwarding_preserved", st.Restored)
-	return a.speaker.SetPeers(ctx, a.cluster.peers(a.inputs(), a.as))
+	return a.speaker.SetPeers(ctx, a.cluster.peers(a.inputs()))
 }
 
 // locked runs f with what the status reads held still.
@@ -312,7 +312,7 @@ func (a *Agent) reconcile(ctx context.Context) error {
 	if err := a.cni.SetPools(want.NAT, want.All); err != nil {
 		errs = append(errs, fmt.Errorf("masquerade: %w", err))
 	}
-	if err := a.speaker.SetPeers(ctx, a.cluster.peers(in, a.as)); err != nil {
+	if err := a.speaker.SetPeers(ctx, a.cluster.peers(in)); err != nil {
 		errs = append(errs, fmt.Errorf("bgp peers: %w", err))
 	}
 	if err := a.speaker.SetAnnounced(ctx, want.Announce); err != nil {

@@ -78,17 +78,19 @@ func (v *view[T]) follow(ctx context.Context, events <-chan datastore.Event, rev
 	}
 }
 
+// apply takes in one event. A value that cannot be read leaves the one before it in force: a slip in a manifest must
+// not take a pool's routes away.
 func (v *view[T]) apply(ev datastore.Event) {
-	item, ok := *new(T), false
-	if ev.Type == datastore.Put {
-		item, ok = v.read(ev.KV)
-	}
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	if ok {
-		v.items[ev.KV.Key] = item
-	} else {
+	if ev.Type != datastore.Put {
+		v.mu.Lock()
 		delete(v.items, ev.KV.Key)
+		v.mu.Unlock()
+		return
+	}
+	if item, ok := v.read(ev.KV); ok {
+		v.mu.Lock()
+		v.items[ev.KV.Key] = item
+		v.mu.Unlock()
 	}
 }
 

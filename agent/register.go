@@ -1,0 +1,78 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"margay/cni/server"
+	"margay/datastore"
+	"margay/ipam"
+)
+
+// registerNode makes this node's Node resource say its address. Two nodes of one address would take each other's
+// packets: that is an error to be mended by a person.
+func registerNode(ctx context.Context, s *datastore.Store, name string, u Underlay) error {
+	nodes, _, err := datastore.ListResources[datastore.Node](ctx, s)
+	if err != nil && len(nodes) == 0 {
+		return fmt.Errorf("list the nodes: %w", err)
+	}
+	for _, n := range nodes {
+		if p, err := n.IPv4(); err == nil && n.Metadata.Name != name && p.Addr() == u.Prefix.Addr() {
+			return fmt.Errorf("address %s is already that of node %s in the datastore: give this node another address, choose one with --ip-autodetection-method, or delete that Node",
+				p.Addr(), n.Metadata.Name)
+		}
+	}
+	set := func(n *datastore.Node) error {
+		if n.Spec.BGP == nil {
+			n.Spec.BGP = &datastore.NodeBGP{}
+		}
+		n.Spec.BGP.IPv4Address = u.Prefix.String()
+		return nil
+	}
+	fresh := datastore.NewNode(name)
+	_ = set(fresh) // never fails
+	if err := datastore.CreateResource(ctx, s, fresh); !errors.Is(err, datastore.ErrExists) {
+		return err
+	}
+	return datastore.ModifyResource(ctx, s, name, set)
+}
+
+// recordTunnel writes the tunnel address where Calico's components look for it.
+func recordTunnel(ctx context.Context, s *datastore.Store, node string, tunnel netip.Addr) error {
+	return datastore.ModifyResource(ctx, s, node, func(n *datastore.Node) error {
+		if n.Spec.BGP == nil {
+			n.Spec.BGP = &datastore.NodeBGP{}
+		}
+		n.Spec.BGP.IPv4IPIPTunnelAddr = tunnel.String()
+		return nil
+	})
+}
+
+// podIPAM is address management as the CNI server wants it.
+type podIPAM struct {
+	alloc *ipam.Allocator
+	node  string
+}
+
+// Assign implements server.IPAM.
+func (p podIPAM) Assign(ctx context.Context, r server.AssignRequest) (netip.Addr, error) {
+	attrs := map[string]string{"node": p.node}
+	if r.Namespace != "" || r.Pod != "" {
+		attrs["namespace"], attrs["pod"] = r.Namespace, r.Pod
+	}
+	got, err := p.alloc.Assign(ctx, ipam.Request{Handle: r.Handle, Attrs: attrs, Use: datastore.UseWorkload, Pools: r.Pools, IP: r.IP})
+	return got.Addr, err
+}
+
+// Release implements server.IPAM.
+func (p podIPAM) Release(ctx context.Context, handle string) error {
+	_, err := p.alloc.ReleaseHandle(ctx, handle)
+	return err
+}
+
+// Addresses implements server.IPAM.
+func (p podIPAM) Addresses(ctx context.Context, handle string) ([]netip.Addr, error) {
+	return p.alloc.HandleAddresses(ctx, handle)
+}

@@ -1,0 +1,333 @@
+package server
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"sync"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+)
+
+// Names in nftables: table "inet margay".
+const (
+	fwTable       = "margay"
+	fwPodSet      = "pod_addresses"
+	fwNATSet      = "nat_pools"
+	fwAllSet      = "pools"
+	fwSpoofed     = "spoofed"
+	fwIPv6        = "pod_ipv6"
+	tunnelDevice  = "vr0"
+	hostPrefix    = "cali"
+	ifNameSize    = 16
+	fwFamily      = nftables.TableFamilyINet
+	fwPodChain    = "from_pod"
+	fwPreChain    = "prerouting"
+	fwPostChain   = "postrouting"
+	protocolIPv4  = 2  // NFPROTO_IPV4
+	protocolIPv6  = 10 // NFPROTO_IPV6
+	offsetSrcIPv4 = 12
+	offsetDstIPv4 = 16
+)
+
+// podKey is one element of the anti-spoofing set: this interface may send from this address.
+type podKey struct {
+	iface string
+	addr  netip.Addr
+}
+
+// firewall owns the table. What it wants is kept in memory; the kernel is brought there by small batches, and when
+// one fails (someone flushed the ruleset) by writing the whole table anew in one transaction.
+type firewall struct {
+	mu      sync.Mutex // held over every exchange with the kernel
+	conn    *nftables.Conn
+	pods    map[podKey]struct{}
+	nat     []addrRange
+	all     []addrRange
+	poolsOK bool // SetPools was called: until then a restarted agent keeps the pools it finds in the kernel
+
+	table            *nftables.Table
+	podSet           *nftables.Set
+	natSet, allSet   *nftables.Set
+	pre, post, onPod *nftables.Chain
+
+	wait  sync.Mutex
+	batch *fwBatch // collecting, not yet sent
+}
+
+// fwBatch gathers the changes of callers that arrive while another batch is on its way: a burst of pods costs a few
+// transactions, not one each.
+type fwBatch struct {
+	add, del []podKey
+	sent     bool
+	err      error
+}
+
+func newFirewall() (*firewall, error) {
+	conn, err := nftables.New()
+	if err != nil {
+		return nil, fmt.Errorf("nftables: %w", err)
+	}
+	f := &firewall{conn: conn, pods: map[podKey]struct{}{}}
+	f.table = &nftables.Table{Name: fwTable, Family: fwFamily}
+	f.podSet = &nftables.Set{Table: f.table, Name: fwPodSet,
+		KeyType: nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeIPAddr)}
+	pools := func(name string) *nftables.Set {
+		return &nftables.Set{Table: f.table, Name: name, KeyType: nftables.TypeIPAddr, Interval: true}
+	}
+	f.natSet, f.allSet = pools(fwNATSet), pools(fwAllSet)
+	f.onPod = &nftables.Chain{Table: f.table, Name: fwPodChain}
+	accept := nftables.ChainPolicyAccept
+	f.pre = &nftables.Chain{Table: f.table, Name: fwPreChain, Type: nftables.ChainTypeFilter,
+		Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityRaw, Policy: &accept}
+	f.post = &nftables.Chain{Table: f.table, Name: fwPostChain, Type: nftables.ChainTypeNAT,
+		Hooknum: nftables.ChainHookPostrouting, Priority: nftables.ChainPriorityNATSource, Policy: &accept}
+	return f, nil
+}
+
+// change adds and removes pods' addresses and returns when the kernel has them.
+func (f *firewall) change(add, del []podKey) error {
+	f.wait.Lock()
+	b := f.batch
+	if b == nil {
+		b = &fwBatch{}
+		f.batch = b
+	}
+	b.add, b.del = append(b.add, add...), append(b.del, del...)
+	f.wait.Unlock()
+
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if b.sent {
+		return b.err
+	}
+	f.wait.Lock()
+	f.batch = nil // later callers start the next one
+	f.wait.Unlock()
+	b.sent, b.err = true, f.send(b)
+	return b.err
+}
+
+func (f *firewall) send(b *fwBatch) error {
+	var add, del []nftables.SetElement
+	for _, k := range b.del {
+		if _, ok := f.pods[k]; ok {
+			delete(f.pods, k)
+			del = append(del, nftables.SetElement{Key: k.bytes()})
+		}
+	}
+	for _, k := range b.add {
+		if _, ok := f.pods[k]; !ok {
+			f.pods[k] = struct{}{}
+			add = append(add, nftables.SetElement{Key: k.bytes()})
+		}
+	}
+	if len(del)+len(add) == 0 {
+		return nil
+	}
+	if len(del) > 0 {
+		if err := f.conn.SetDeleteElements(f.podSet, del); err != nil {
+			return fmt.Errorf("nftables: %w", err)
+		}
+	}
+	if len(add) > 0 {
+		if err := f.conn.SetAddElements(f.podSet, add); err != nil {
+			return fmt.Errorf("nftables: %w", err)
+		}
+	}
+	if err := f.conn.Flush(); err != nil {
+		return f.rebuild()
+	}
+	return nil
+}
+
+// setPods replaces all pods' addresses and writes the whole table.
+func (f *firewall) setPods(keys []podKey) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	clear(f.pods)
+	for _, k := range keys {
+		f.pods[k] = struct{}{}
+	}
+	return f.rebuild()
+}
+
+// setPools replaces what is masqueraded (nat) and what counts as inside the cluster (all).
+func (f *firewall) setPools(nat, all []netip.Prefix) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.nat, f.all, f.poolsOK = mergeIPv4(nat), mergeIPv4(all), true
+	return f.rebuild()
+}
+
+// ensure writes the table again when someone has removed it.
+func (f *firewall) ensure() (repaired bool, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if _, err := f.conn.ListTableOfFamily(fwTable, fwFamily); err == nil {
+		return false, nil
+	}
+	return true, f.rebuild()
+}
+
+// rebuild writes the table in one transaction: readers of packets see the old rules or the new, never none. The
+// counters live on. A table of another shape, left by another release, is replaced instead.
+func (f *firewall) rebuild() error {
+	if f.write(false) == nil {
+		return nil
+	}
+	if err := f.write(true); err != nil {
+		return fmt.Errorf("nftables: table inet %s: %w (needs NET_ADMIN and a kernel of 5.2 or later with nf_tables and nft_masq)", fwTable, err)
+	}
+	return nil
+}
+
+func (f *firewall) write(replace bool) error {
+	c := f.conn
+	c.AddTable(f.table)
+	if replace {
+		c.DelTable(f.table)
+		c.AddTable(f.table)
+	}
+	for _, ch := range []*nftables.Chain{f.onPod, f.pre, f.post} {
+		c.AddChain(ch)
+		c.FlushChain(ch)
+	}
+	for _, name := range []string{fwSpoofed, fwIPv6} {
+		c.AddObj(&nftables.NamedObj{Table: f.table, Name: name, Type: nftables.ObjTypeCounter, Obj: &expr.Counter{}})
+	}
+	var pods []nftables.SetElement
+	for k := range f.pods {
+		pods = append(pods, nftables.SetElement{Key: k.bytes()})
+	}
+	sets := []struct {
+		set      *nftables.Set
+		elements []nftables.SetElement
+		keep     bool
+	}{{f.podSet, pods, false}, {f.natSet, intervals(f.nat), !f.poolsOK}, {f.allSet, intervals(f.all), !f.poolsOK}}
+	for _, s := range sets {
+		if err := c.AddSet(s.set, nil); err != nil {
+			return err
+		}
+		if s.keep {
+			continue
+		}
+		c.FlushSet(s.set)
+		if len(s.elements) == 0 {
+			continue
+		}
+		if err := c.SetAddElements(s.set, s.elements); err != nil {
+			return err
+		}
+	}
+	f.addRules()
+	return c.Flush()
+}
+
+func (k podKey) bytes() []byte {
+	b := make([]byte, ifNameSize+4)
+	copy(b[:ifNameSize-1], k.iface)
+	a := k.addr.As4()
+	copy(b[ifNameSize:], a[:])
+	return b
+}
+
+// intervals encodes ranges as nftables wants them: each start, and the first address after it marked as an end. A
+// range that reaches the last address has no end.
+func intervals(ranges []addrRange) []nftables.SetElement {
+	var out []nftables.SetElement
+	for _, r := range ranges {
+		out = append(out, nftables.SetElement{Key: binary.BigEndian.AppendUint32(nil, r.first)})
+		if r.last != ^uint32(0) {
+			out = append(out, nftables.SetElement{Key: binary.BigEndian.AppendUint32(nil, r.last+1), IntervalEnd: true})
+		}
+	}
+	return out
+}
+
+// Counter is one named counter of the firewall.
+type Counter struct {
+	Name           string
+	Packets, Bytes uint64
+}
+
+func (f *firewall) counters() ([]Counter, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	objs, err := f.conn.GetNamedObjects(f.table)
+	if err != nil {
+		return nil, fmt.Errorf("nftables: read counters: %w", err)
+	}
+	var out []Counter
+	for _, o := range objs {
+		n, ok := o.(*nftables.NamedObj)
+		if !ok {
+			continue
+		}
+		if c, ok := n.Obj.(*expr.Counter); ok {
+			out = append(out, Counter{Name: n.Name, Packets: c.Packets, Bytes: c.Bytes})
+		}
+	}
+	return out, nil
+}
+
+// rule fragments; the registers are the 16-byte ones, so that interface name and address lie side by side in 1 and 2.
+
+func loadMeta(key expr.MetaKey) expr.Any { return &expr.Meta{Key: key, Register: 1} }
+
+func compare(op expr.CmpOp, data []byte) expr.Any {
+	return &expr.Cmp{Op: op, Register: 1, Data: data}
+}
+
+func loadIPv4(offset, register uint32) expr.Any {
+	return &expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 4}
+}
+
+func isProtocol(p byte) []expr.Any {
+	return []expr.Any{loadMeta(expr.MetaKeyNFPROTO), compare(expr.CmpOpEq, []byte{p})}
+}
+
+func ifName(name string) []byte {
+	b := make([]byte, ifNameSize)
+	copy(b, name)
+	return b
+}
+
+func countAndDrop(counter string) []expr.Any {
+	return []expr.Any{&expr.Objref{Type: int(nftables.ObjTypeCounter), Name: counter}, &expr.Verdict{Kind: expr.VerdictDrop}}
+}
+
+// addRules queues the rules. As nft shows them:
+//
+//	prerouting:  iifname "cali*" jump from_pod
+//	from_pod:    meta nfproto ipv4 iifname . ip saddr @pod_addresses return
+//	             meta nfproto ipv6 counter name "pod_ipv6" drop
+//	             counter name "spoofed" drop
+//	postrouting: ip saddr @nat_pools ip daddr != @pools oifname != "cali*" oifname != "vr0" masquerade
+//
+// Pods have no IPv6 yet; what they send of it is mostly their kernel's neighbour discovery, and counted apart.
+func (f *firewall) addRules() {
+	add := func(ch *nftables.Chain, parts ...[]expr.Any) {
+		var exprs []expr.Any
+		for _, p := range parts {
+			exprs = append(exprs, p...)
+		}
+		f.conn.AddRule(&nftables.Rule{Table: f.table, Chain: ch, Exprs: exprs})
+	}
+	lookup := func(s *nftables.Set, invert bool) expr.Any {
+		return &expr.Lookup{SourceRegister: 1, SetName: s.Name, SetID: s.ID, Invert: invert}
+	}
+	add(f.pre, []expr.Any{loadMeta(expr.MetaKeyIIFNAME), compare(expr.CmpOpEq, []byte(hostPrefix)),
+		&expr.Verdict{Kind: expr.VerdictJump, Chain: fwPodChain}})
+	add(f.onPod, isProtocol(protocolIPv4), []expr.Any{loadMeta(expr.MetaKeyIIFNAME), loadIPv4(offsetSrcIPv4, 2),
+		lookup(f.podSet, false), &expr.Verdict{Kind: expr.VerdictReturn}})
+	add(f.onPod, isProtocol(protocolIPv6), countAndDrop(fwIPv6))
+	add(f.onPod, countAndDrop(fwSpoofed))
+	add(f.post, isProtocol(protocolIPv4), []expr.Any{
+		loadIPv4(offsetSrcIPv4, 1), lookup(f.natSet, false),
+		loadIPv4(offsetDstIPv4, 1), lookup(f.allSet, true),
+		loadMeta(expr.MetaKeyOIFNAME), compare(expr.CmpOpNeq, []byte(hostPrefix)),
+		loadMeta(expr.MetaKeyOIFNAME), compare(expr.CmpOpNeq, ifName(tunnelDevice)),
+		&expr.Masq{}})
+}

@@ -1,0 +1,79 @@
+package ctl
+
+import (
+	"context"
+	"fmt"
+	"io"
+
+	"github.com/olekukonko/tablewriter"
+	"github.com/spf13/cobra"
+
+	"margay/datastore"
+	"margay/ipam"
+)
+
+func newIPAMCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "ipam",
+		Short: "The cluster's addresses",
+		Args:  cobra.NoArgs,
+		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	cmd.AddCommand(newIPAMShowCommand())
+	return cmd
+}
+
+func newIPAMShowCommand() *cobra.Command {
+	var (
+		blocks bool
+		output string
+	)
+	cmd := &cobra.Command{
+		Use:   "show",
+		Short: "How much of each pool, and with --show-blocks of each block, is in use",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := checkOutput(output, "text", "json"); err != nil {
+				return err
+			}
+			return withStore(cmd, func(ctx context.Context, s *datastore.Store) error {
+				pools, err := ipam.Usage(ctx, s)
+				if err != nil {
+					return err
+				}
+				if output == "json" {
+					return printJSON(cmd.OutOrStdout(), pools)
+				}
+				printUsage(cmd.OutOrStdout(), pools, blocks)
+				return nil
+			})
+		},
+	}
+	cmd.Flags().BoolVar(&blocks, "show-blocks", false, "also the blocks of each pool")
+	addOutput(cmd, &output, "text", "text or json")
+	return cmd
+}
+
+// printUsage prints calicoctl's table.
+func printUsage(w io.Writer, pools []ipam.PoolUsage, blocks bool) {
+	table := tablewriter.NewWriter(w)
+	table.SetHeader([]string{"Grouping", "CIDR", "IPs Total", "IPs in use", "IPs Free"})
+	row := func(kind, cidr string, total, inUse float64) {
+		table.Append([]string{kind, cidr, fmt.Sprintf("%.5g", total), cell(inUse, total), cell(total-inUse, total)})
+	}
+	for _, p := range pools {
+		row("IP Pool", p.CIDR.String(), float64(p.Total), float64(p.InUse))
+		if !blocks {
+			continue
+		}
+		for _, b := range p.Blocks {
+			row("Block", b.CIDR.String(), float64(b.Total), float64(b.InUse))
+		}
+	}
+	table.Render()
+}
+
+// cell is calicoctl's "n (p%)".
+func cell(n, total float64) string {
+	return fmt.Sprintf("%.5g (%.f%%)", n, 100*n/total)
+}

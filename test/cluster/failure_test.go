@@ -1,0 +1,224 @@
+package cluster
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"os"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// kill ends a process of the lab without notice and returns when it is gone.
+func kill(t *testing.T, pid int) {
+	t.Helper()
+	if pid <= 0 {
+		t.Fatalf("no such process: %d", pid)
+	}
+	p, err := os.FindProcess(pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Signal(syscall.SIGKILL); err != nil {
+		t.Fatalf("kill %d: %v", pid, err)
+	}
+	until(t, 5*time.Second, "the process to be gone", func() bool { return p.Signal(syscall.Signal(0)) != nil || zombie(pid) })
+}
+
+type nodeStatus struct {
+	Ready         bool
+	Reason        string
+	TunnelAddress netip.Addr
+	VRouter       struct{ Stale int }
+	BGP           []struct{ Address, State string }
+}
+
+func agentStatus(t *testing.T, n labNode) (st nodeStatus, err error) {
+	t.Helper()
+	out, err := tryIn(n.Netns, "margayctl", "node", "status", "-o", "json")
+	if err != nil {
+		return st, err
+	}
+	return st, json.Unmarshal([]byte(out), &st)
+}
+
+func tunnelAddress(t *testing.T, n labNode) netip.Addr {
+	t.Helper()
+	st, err := agentStatus(t, n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return st.TunnelAddress
+}
+
+// settled waits until an agent is ready and all its sessions are up.
+func settled(t *testing.T, n labNode) {
+	t.Helper()
+	until(t, 60*time.Second, n.Name+" to settle", func() bool {
+		st, err := agentStatus(t, n)
+		if err != nil || !st.Ready || st.VRouter.Stale != 0 {
+			return false
+		}
+		for _, p := range st.BGP {
+			if p.State != "Established" {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+// agentAway is how long the killed agent stays away: a restarted pod with an image to pull.
+const agentAway = 60 * time.Second
+
+// TestAgentKilledLosesNothing: an agent killed with -9, away for a minute and back costs no packet, and no other node
+// ever forgets the route.
+func TestAgentKilledLosesNothing(t *testing.T) {
+	n1, n2 := node(t, 1), node(t, 2)
+	settled(t, n1)
+	settled(t, n2)
+	there := startStream(t, n1.Pods[0], n2.Pods[0], time.Millisecond)
+	back := startStream(t, n2.Pods[0], n1.Pods[0], time.Millisecond)
+	stopSampling := make(chan struct{})
+	var sampler sync.WaitGroup
+	samples := 0
+	sampler.Go(func() {
+		for {
+			select {
+			case <-stopSampling:
+				return
+			case <-time.After(200 * time.Millisecond):
+			}
+			samples++
+			for _, i := range []int{1, 3} {
+				if !via(t, node(t, i), n2.Address) {
+					t.Errorf("node%d has lost its routes by %s", i, n2.Address)
+				}
+			}
+		}
+	})
+	kill(t, n2.PIDs["agent"])
+	time.Sleep(agentAway) // the outage itself: nothing to await
+	mustCtl(t, "lab", "restart", "--name", labName, "node2", "agent")
+	settled(t, node(t, 2))
+	settled(t, n1)
+	close(stopSampling)
+	sampler.Wait()
+	for name, s := range map[string]*stream{"node1 to node2": there, "node2 to node1": back} {
+		lost, total := s.finish(t)
+		t.Logf("%s: %d datagrams, %d missing; %d samples of the others' tables", name, total, len(lost), samples)
+		if len(lost) != 0 || total < 60_000 {
+			t.Errorf("%s: %d of %d datagrams missing, the first at %v", name, len(lost), total, lost[:min(3, len(lost))])
+		}
+	}
+}
+
+// TestVRouterKilled: traffic is back within two seconds of the restart, and meanwhile nothing leaves in clear.
+func TestVRouterKilled(t *testing.T) {
+	n1, n2 := node(t, 1), node(t, 2)
+	a, b := n1.Pods[0], n2.Pods[0]
+	tap := tapOn(t, n1.Netns, "eth0")
+	s := startStream(t, a, b, 10*time.Millisecond)
+	until(t, 5*time.Second, "the stream to flow", func() bool { s.mu.Lock(); defer s.mu.Unlock(); return len(s.received) > 10 })
+	podPID := in(t, a.Netns, "ip", "-o", "addr", "show", "dev", "eth0")
+	kill(t, n1.PIDs["vrouter"])
+	died := time.Now()
+	until(t, 5*time.Second, "a second without the vRouter", func() bool { return time.Since(died) > time.Second })
+	restarted := time.Now()
+	mustCtl(t, "lab", "restart", "--name", labName, "node1", "vrouter")
+	took := until(t, 10*time.Second, "the stream to flow again", func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		for _, at := range s.received {
+			if at.After(restarted) {
+				return true
+			}
+		}
+		return false
+	})
+	t.Logf("traffic is back %s after the restart began", took.Round(time.Millisecond))
+	if took > 2*time.Second {
+		t.Errorf("traffic was back after %s, expected within 2 s", took)
+	}
+	lost, _ := s.finish(t)
+	if len(lost) == 0 {
+		t.Error("nothing was lost while the vRouter was dead: the test killed nothing")
+	}
+	pool := netip.MustParsePrefix("10.244.0.0/16")
+	for _, p := range tap.all() {
+		if p.proto != 4 && (pool.Contains(p.src) || pool.Contains(p.dst)) {
+			t.Fatalf("left the node in clear: %+v", p)
+		}
+		if p.outgoing && p.proto == 17 && p.src == ip(t, n1.Address) {
+			t.Fatalf("left the node masqueraded: %+v", p)
+		}
+	}
+	if now := in(t, a.Netns, "ip", "-o", "addr", "show", "dev", "eth0"); now != podPID {
+		t.Errorf("the pod's interface changed:\n%s\n%s", podPID, now)
+	}
+	settled(t, n1)
+}
+
+// TestVRouterRestartsWithoutAgent: the snapshot forwards before any agent has said a word.
+func TestVRouterRestartsWithoutAgent(t *testing.T) {
+	n1, n2 := node(t, 1), node(t, 2)
+	kill(t, n1.PIDs["agent"])
+	kill(t, n1.PIDs["vrouter"])
+	mustCtl(t, "lab", "restart", "--name", labName, "node1", "vrouter")
+	took := until(t, 5*time.Second, "traffic by the snapshot", func() bool { return pings(n1.Pods[0].Netns, ip(t, n2.Pods[0].Address)) })
+	t.Logf("forwarding from the snapshot after %s", took.Round(time.Millisecond))
+	mustCtl(t, "lab", "restart", "--name", labName, "node1", "agent")
+	settled(t, node(t, 1))
+}
+
+// TestNodeStopsAndStarts: a clean stop is seen by all within two seconds, a start brings everything back.
+func TestNodeStopsAndStarts(t *testing.T) {
+	before := node(t, 3)
+	began := time.Now()
+	stopped := make(chan error, 1)
+	go func() { _, err := ctl("lab", "stop", "--name", labName, "node3"); stopped <- err }()
+	for _, i := range []int{1, 2} {
+		n := node(t, i)
+		until(t, 5*time.Second, n.Name+" to lose node3's routes", func() bool { return !via(t, n, before.Address) })
+	}
+	took := time.Since(began)
+	t.Logf("the others lost node3's routes %s after the stop began", took.Round(time.Millisecond))
+	if took > 2*time.Second {
+		t.Errorf("the others lost node3's routes after %s, expected within 2 s", took)
+	}
+	if err := <-stopped; err != nil {
+		t.Fatalf("lab stop: %v", err)
+	}
+	if pings(node(t, 1).Pods[0].Netns, ip(t, before.Pods[0].Address)) {
+		t.Error("a pod of the stopped node still answers across nodes")
+	}
+	began = time.Now()
+	mustCtl(t, "lab", "start", "--name", labName, "node3")
+	until(t, 60*time.Second, "node3's pods to be reachable again", func() bool {
+		return pings(node(t, 1).Pods[0].Netns, ip(t, before.Pods[0].Address)) && pings(before.Pods[1].Netns, ip(t, node(t, 2).Pods[0].Address))
+	})
+	t.Logf("node3 is back %s after its start began", time.Since(began).Round(time.Millisecond))
+	after := node(t, 3)
+	for i, p := range before.Pods {
+		if after.Pods[i] != p {
+			t.Errorf("pod changed over the restart: %+v, now %+v", p, after.Pods[i])
+		}
+	}
+	settled(t, after)
+}
+
+// zombie tells that a process is dead and only waits to be reaped by whoever started it.
+func zombie(pid int) bool {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return true
+	}
+	for i := len(stat) - 1; i > 0; i-- {
+		if stat[i] == ')' {
+			return i+2 < len(stat) && stat[i+2] == 'Z'
+		}
+	}
+	return false
+}
