@@ -1,0 +1,144 @@
+// Command vrouter is the data plane of a Margay node: it takes pod packets from the TUN device vr0, puts them into
+// IP-in-IP to the right node, and does the reverse for what arrives.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"margay/internal/version"
+	"margay/vrouter"
+	"margay/vrouter/port"
+	"margay/vrouter/rpc"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	if err := newCommand().ExecuteContext(ctx); err != nil {
+		fmt.Fprintf(os.Stderr, "vrouter: %s\n", strings.ReplaceAll(err.Error(), "\n", "; "))
+		os.Exit(1)
+	}
+}
+
+type options struct {
+	tun      string
+	socket   string
+	stateDir string
+	logLevel string
+}
+
+func newCommand() *cobra.Command {
+	var o options
+	cmd := &cobra.Command{
+		Use:   "vrouter",
+		Short: "Margay's data plane: forwards pod packets between nodes by IP-in-IP",
+		Long: `vrouter is the data plane of a Margay node.
+
+It opens the TUN device vr0, to which the kernel routes the pods' packets for other
+nodes, puts each into an IP-in-IP header for the node that the longest matching
+prefix names, and sends it; what arrives from other nodes it checks, unpacks and
+hands to the kernel. What it cannot forward it drops, and counts by reason.
+
+It has no configuration of its own. margay-agent programs it over the unix socket;
+without the agent it goes on forwarding by what it was told last, also after a
+restart, from the snapshot in the state directory. vr0 stays when vrouter ends.
+
+It needs the capabilities NET_ADMIN and NET_RAW, and /dev/net/tun.`,
+		Example:       "  vrouter\n  vrouter --socket /run/margay/vrouter.sock --log-level debug",
+		Args:          cobra.NoArgs,
+		Version:       version.String(),
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return o.run(cmd.Context())
+		},
+	}
+	cmd.SetVersionTemplate(version.Line("vrouter") + "\n")
+	f := cmd.Flags()
+	f.StringVar(&o.tun, "tun", "vr0", "name of the TUN `device`; made if it is not there")
+	f.StringVar(&o.socket, "socket", "/run/margay/vrouter.sock", "unix socket `path` on which the agent programs the vRouter")
+	f.StringVar(&o.stateDir, "state-dir", "/var/lib/margay", "`directory` of the snapshot file, fib.snapshot")
+	f.StringVar(&o.logLevel, "log-level", "info", "least `level` of log lines: debug, info, warn or error")
+	return cmd
+}
+
+// run opens what can be refused without a trace first, and the device, which stays behind, last.
+func (o *options) run(ctx context.Context) (err error) {
+	log, err := o.logger()
+	if err != nil {
+		return err
+	}
+	if n := len(o.tun); n == 0 || n > 15 || strings.ContainsAny(o.tun, "/% \t\n") {
+		return fmt.Errorf("--tun %q: expected an interface name of 1 to 15 characters", o.tun)
+	}
+	underlay, err := port.OpenUnderlay()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, underlay.Close()) }()
+	if err := os.MkdirAll(o.stateDir, 0o755); err != nil {
+		return fmt.Errorf("--state-dir: %w", err)
+	}
+	listener, err := rpc.Listen(o.socket)
+	if err != nil {
+		return err
+	}
+	tun, err := port.OpenTUN(o.tun)
+	if err != nil {
+		return errors.Join(err, listener.Close())
+	}
+	defer func() { err = errors.Join(err, tun.Close()) }()
+
+	router := vrouter.New()
+	router.OnConfig(func(c vrouter.Config) error {
+		log.Info("configured", "address", c.NodeAddress, "underlay", c.Underlay, "mtu", c.MTU)
+		return errors.Join(underlay.SetInterface(c.Underlay), tun.SetMTU(c.MTU))
+	})
+	keeper := vrouter.NewKeeper(router, filepath.Join(o.stateDir, "fib.snapshot"), log)
+	keeper.Load()
+
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var wg sync.WaitGroup
+	wg.Go(func() { keeper.Run(ctx) })
+	workers := []*vrouter.Worker{
+		router.NewWorker(vrouter.Encap, tun, underlay),
+		router.NewWorker(vrouter.Decap, underlay, tun),
+	}
+	workerErrs := make([]error, len(workers))
+	for i, w := range workers {
+		wg.Go(func() {
+			workerErrs[i] = w.Run()
+			cancel()
+		})
+	}
+	log.Info("vrouter is up", "version", version.String(), "device", tun.Name(), "socket", o.socket)
+
+	server := rpc.NewServer(router, version.String(), func() string { return tun.Name() + ", " + underlay.String() })
+	serveErr := server.Serve(ctx, listener)
+	cancel()
+	tun.Stop()
+	underlay.Stop()
+	wg.Wait()
+	log.Info("vrouter stops", "device left in place", tun.Name())
+	return errors.Join(append(workerErrs, serveErr)...)
+}
+
+func (o *options) logger() (*slog.Logger, error) {
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(o.logLevel)); err != nil {
+		return nil, fmt.Errorf("--log-level %q: expected debug, info, warn or error", o.logLevel)
+	}
+	return slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})), nil
+}

@@ -1,0 +1,64 @@
+package vrouter
+
+import "sync/atomic"
+
+// Counter is one named count of packets and of bytes. Bytes are those of the IP packet as it came to the ladder;
+// counters of the kernel know packets only.
+type Counter struct {
+	Name    string
+	Packets uint64
+	Bytes   uint64
+}
+
+// tally is a counter that one worker writes and anyone reads.
+type tally struct {
+	packets atomic.Uint64
+	bytes   atomic.Uint64
+}
+
+func (t *tally) add(packets, bytes uint64) {
+	t.packets.Add(packets)
+	t.bytes.Add(bytes)
+}
+
+// tallies are one worker's counters.
+type tallies struct {
+	forwarded tally
+	dropped   [reasonCount]tally
+}
+
+// Counters returns every counter: what was forwarded by direction, what was dropped by reason, and the kernel's own
+// losses around the ports. Those that are zero are there too, so that a reader knows their names.
+func (r *Router) Counters() []Counter {
+	r.mu.Lock()
+	workers := r.workers
+	r.mu.Unlock()
+
+	var forwarded [2]Counter
+	forwarded[Encap].Name = "forwarded_" + Encap.String()
+	forwarded[Decap].Name = "forwarded_" + Decap.String()
+	var dropped [reasonCount]Counter
+	var kernel []Counter
+	seen := make(map[Port]bool)
+	for _, w := range workers {
+		f := &forwarded[w.direction]
+		f.Packets += w.tallies.forwarded.packets.Load()
+		f.Bytes += w.tallies.forwarded.bytes.Load()
+		for i := range w.tallies.dropped {
+			dropped[i].Packets += w.tallies.dropped[i].packets.Load()
+			dropped[i].Bytes += w.tallies.dropped[i].bytes.Load()
+		}
+		for _, p := range []Port{w.in, w.out} {
+			if !seen[p] {
+				seen[p] = true
+				kernel = append(kernel, p.Counters()...)
+			}
+		}
+	}
+	all := append(make([]Counter, 0, len(forwarded)+len(dropped)+len(kernel)), forwarded[:]...)
+	for i := range dropped {
+		dropped[i].Name = "drop_" + Reason(i).String()
+	}
+	all = append(all, dropped[:]...)
+	return append(all, kernel...)
+}

@@ -1,0 +1,101 @@
+package packet
+
+import "encoding/binary"
+
+// Outer is what a tunnel's entrance decides about the outer header; the rest follows from the inner one.
+type Outer struct {
+	// Src and Dst are the two ends of the tunnel.
+	Src, Dst [4]byte
+	// TTL of the outer header; the inner one is left as it is.
+	TTL uint8
+	// ID is the identification. It must differ between packets that may be fragmented on the way (RFC 6864).
+	ID uint16
+}
+
+// PushIPIP puts an IP-in-IP header (RFC 2003) in front of the valid IPv4 packet at buf[off:] and returns the outer
+// packet, which lies in buf from off-20 to the end of the inner packet as its total length says. The inner packet is
+// not touched.
+//
+// The outer header: DF is set when the inner one has it set (RFC 2003 section 3.1); ECN is copied, RFC 6040's normal
+// mode; DSCP is copied, the uniform model of RFC 2983; no options.
+//
+// Faults: FaultShort when there are not 20 bytes in front of off or not the inner packet's length behind it,
+// FaultTotalLen when the result would be longer than MaxTotalLen. buf is unchanged then.
+func PushIPIP(buf []byte, off int, o *Outer) ([]byte, Fault) {
+	if off < IPv4MinLen || off > len(buf)-IPv4MinLen {
+		return nil, FaultShort
+	}
+	inner := IPv4(buf[off:])
+	total := IPv4MinLen + inner.TotalLen()
+	if total > MaxTotalLen {
+		return nil, FaultTotalLen
+	}
+	start := off - IPv4MinLen
+	if total > len(buf)-start {
+		return nil, FaultShort
+	}
+	out := buf[start : start+total : start+total]
+	h := out[:IPv4MinLen]
+	h[0] = 4<<4 | IPv4MinLen>>2
+	h[offTOS] = inner.TOS()
+	binary.BigEndian.PutUint16(h[offTotalLen:], uint16(total))
+	binary.BigEndian.PutUint16(h[offID:], o.ID)
+	binary.BigEndian.PutUint16(h[offFragment:], binary.BigEndian.Uint16(inner[offFragment:])&flagDF)
+	h[offTTL] = o.TTL
+	h[offProtocol] = ProtocolIPIP
+	binary.BigEndian.PutUint16(h[offChecksum:], 0)
+	copy(h[offSrc:], o.Src[:])
+	copy(h[offDst:], o.Dst[:])
+	binary.BigEndian.PutUint16(h[offChecksum:], Checksum(h, 0))
+	return out, FaultNone
+}
+
+// ECN codepoints, RFC 3168 section 5.
+const (
+	notECT  = 0
+	ect1    = 1
+	ect0    = 2
+	ce      = 3
+	ecnMask = 3
+
+	ecnDrop = 0xff
+)
+
+// ecnDecap is figure 4 of RFC 6040 (section 4.2): the codepoint of the forwarded packet, by inner and outer codepoint.
+var ecnDecap = [4][4]uint8{
+	notECT: {notECT: notECT, ect0: notECT, ect1: notECT, ce: ecnDrop},
+	ect0:   {notECT: ect0, ect0: ect0, ect1: ect1, ce: ce},
+	ect1:   {notECT: ect1, ect0: ect1, ect1: ect1, ce: ce},
+	ce:     {notECT: ce, ect0: ce, ect1: ce, ce: ce},
+}
+
+// PopIPIP takes the outer header, parsed by ParseIPv4, off an IP-in-IP packet and returns the inner packet, parsed and
+// cut to its own total length. Where congestion was marked on the way, the mark is written into the inner header and
+// its checksum updated (RFC 6040 section 4.2); the inner DSCP and TTL stay.
+//
+// Faults: FaultProtocol when the outer protocol is not 4, FaultFragment when the outer packet is a fragment, FaultECN
+// when the combination of ECN fields must be dropped, and all of ParseIPv4's for the inner packet. The packet is
+// unchanged then.
+func PopIPIP(outer IPv4) (IPv4, Fault) {
+	if outer.Protocol() != ProtocolIPIP {
+		return nil, FaultProtocol
+	}
+	if outer.IsFragment() {
+		return nil, FaultFragment
+	}
+	inner, fault := ParseIPv4(outer.Payload())
+	if fault != FaultNone {
+		return nil, fault
+	}
+	was := inner[offTOS]
+	ecn := ecnDecap[was&ecnMask][outer[offTOS]&ecnMask]
+	if ecn == ecnDrop {
+		return nil, FaultECN
+	}
+	if now := was&^ecnMask | ecn; now != was {
+		before := binary.BigEndian.Uint16(inner)
+		inner[offTOS] = now
+		updateHeaderChecksum(inner, before, binary.BigEndian.Uint16(inner))
+	}
+	return inner, FaultNone
+}

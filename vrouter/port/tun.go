@@ -1,0 +1,283 @@
+package port
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"sync/atomic"
+
+	"github.com/songgao/water"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"margay/vrouter"
+	"margay/vrouter/packet"
+)
+
+const (
+	tunPath = "/dev/net/tun"
+	// tunQueue is the length of the kernel's queue toward us, in packets. The kernel's 500 overflow within the time
+	// slice that another process may take from us.
+	tunQueue = 2048
+	// addrGenModeNone is IN6_ADDR_GEN_MODE_NONE of linux/if_link.h.
+	addrGenModeNone = 1
+	// reopenDelay is the time between attempts to make a deleted device anew, in milliseconds.
+	reopenDelay = 200
+)
+
+// TUN is a persistent TUN device without offloads: the kernel hands every packet over finished and within the MTU, and
+// superpackets toward it are split here. It implements vrouter.Port.
+type TUN struct {
+	name    string
+	fd      int // the number stays the same for the life of the port, see reopen
+	waiter  *waiter
+	links   *netlink.Handle
+	linksMu sync.Mutex
+	mtu     atomic.Int64
+
+	// For Send only.
+	scratch []byte
+	emit    func([]byte)
+	written int
+	failure vrouter.Reason
+}
+
+// OpenTUN creates the device name, or takes over the one that an earlier process left, and sets it up. It stays, with
+// its addresses and routes, when the port is closed or the process dies.
+func OpenTUN(name string) (*TUN, error) {
+	fd, err := openTUN(name)
+	if err != nil {
+		return nil, err
+	}
+	t := &TUN{name: name, fd: fd, scratch: make([]byte, vrouter.BufferSize)}
+	t.emit = t.write
+	if t.waiter, err = newWaiter(); err != nil {
+		return nil, errors.Join(fmt.Errorf("%s: %w", name, err), unix.Close(fd))
+	}
+	if t.links, err = netlink.NewHandle(unix.NETLINK_ROUTE); err == nil {
+		err = t.setUp()
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("%s: %w", name, err), t.Close())
+	}
+	return t, nil
+}
+
+// openTUN attaches to the device and returns a descriptor that only we use: not blocking, closed on exec, and out of
+// the Go runtime's poller, which would be woken by each packet.
+func openTUN(name string) (int, error) {
+	config := water.Config{DeviceType: water.TUN}
+	config.Name = name
+	config.Persist = true
+	device, err := water.New(config)
+	if err != nil {
+		return -1, explainTUN(name, err)
+	}
+	defer device.Close()
+	file, ok := device.ReadWriteCloser.(*os.File)
+	if !ok {
+		return -1, fmt.Errorf("%s: the TUN library gave a %T: expected a file", name, device.ReadWriteCloser)
+	}
+	raw, err := file.SyscallConn()
+	if err != nil {
+		return -1, fmt.Errorf("%s: %w", name, err)
+	}
+	fd := -1
+	var dupErr error
+	if err := raw.Control(func(original uintptr) {
+		fd, dupErr = unix.FcntlInt(original, unix.F_DUPFD_CLOEXEC, 0)
+	}); err != nil {
+		return -1, fmt.Errorf("%s: %w", name, err)
+	}
+	if dupErr != nil {
+		return -1, fmt.Errorf("%s: %w", name, dupErr)
+	}
+	return fd, nil
+}
+
+func explainTUN(name string, err error) error {
+	switch {
+	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENXIO):
+		return &Missing{What: "TUN device " + name, Err: fmt.Errorf("no %s: %w", tunPath, unwrapErrno(err)),
+			Do: "load the driver (modprobe tun), or give the container " + tunPath}
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
+		return &Missing{What: "TUN device " + name, Err: unwrapErrno(err), Do: needPrivilege}
+	case errors.Is(err, unix.EBUSY):
+		return &Missing{What: "TUN device " + name, Err: unwrapErrno(err), Do: "another process, maybe another vrouter, has it open: stop that one, or choose another --tun"}
+	case errors.Is(err, unix.EINVAL):
+		return &Missing{What: "TUN device " + name, Err: unwrapErrno(err), Do: "an interface of that name and another kind is there: remove it, or choose another --tun"}
+	}
+	return fmt.Errorf("TUN device %s: %w", name, err)
+}
+
+// unwrapErrno leaves of an error only the kernel's part, so that one line stays short.
+func unwrapErrno(err error) error {
+	var errno unix.Errno
+	if errors.As(err, &errno) {
+		return errno
+	}
+	return err
+}
+
+// setUp gives the device its queue and MTU and takes it up.
+func (t *TUN) setUp() error {
+	t.linksMu.Lock()
+	defer t.linksMu.Unlock()
+	link, err := t.links.LinkByName(t.name)
+	if err != nil {
+		return err
+	}
+	if err := t.links.LinkSetTxQLen(link, tunQueue); err != nil {
+		return fmt.Errorf("set queue length: %w", err)
+	}
+	if mtu := int(t.mtu.Load()); mtu != 0 {
+		if err := t.links.LinkSetMTU(link, mtu); err != nil {
+			return fmt.Errorf("set MTU %d: %w", mtu, err)
+		}
+	}
+	// Without a link-local address the kernel sends no router solicitations, which would only be counted drops. A
+	// kernel without IPv6 refuses, and needs it not.
+	_ = t.links.LinkSetIP6AddrGenMode(link, addrGenModeNone)
+	if err := t.links.LinkSetUp(link); err != nil {
+		return fmt.Errorf("set up: %w", err)
+	}
+	return nil
+}
+
+// SetMTU sets the device's MTU in bytes, now and whenever the device has to be made anew.
+func (t *TUN) SetMTU(mtu int) error {
+	t.linksMu.Lock()
+	defer t.linksMu.Unlock()
+	link, err := t.links.LinkByName(t.name)
+	if err == nil {
+		err = t.links.LinkSetMTU(link, mtu)
+	}
+	if err != nil {
+		return fmt.Errorf("%s: set MTU %d: %w", t.name, mtu, err)
+	}
+	t.mtu.Store(int64(mtu))
+	return nil
+}
+
+// Name returns the device's name.
+func (t *TUN) Name() string { return t.name }
+
+// Recv implements vrouter.Port.
+func (t *TUN) Recv(batch []*vrouter.Packet) (int, error) {
+	for {
+		if t.waiter.stopped.Load() {
+			return 0, vrouter.ErrStopped
+		}
+		n := 0
+		var err error
+		for n < len(batch) {
+			p := batch[n]
+			var got int
+			if got, err = unix.Read(t.fd, p.Buf[vrouter.Headroom:]); err == unix.EINTR {
+				continue
+			} else if err != nil {
+				break
+			}
+			p.Off, p.Len, p.Offload = vrouter.Headroom, got, vrouter.Offload{}
+			n++
+		}
+		if n > 0 {
+			return n, nil
+		}
+		if err == unix.EBADFD { // the device was deleted under us
+			t.reopen()
+			continue
+		}
+		t.waiter.wait(t.fd, unix.POLLIN, -1)
+	}
+}
+
+// reopen makes the device anew, trying until it works or the port is stopped. The new device takes over the number of
+// the old descriptor, in one step, so that Send, on its own thread, needs no lock.
+func (t *TUN) reopen() {
+	for !t.waiter.stopped.Load() {
+		fd, err := openTUN(t.name)
+		if err == nil {
+			err = unix.Dup3(fd, t.fd, unix.O_CLOEXEC)
+			_ = unix.Close(fd)
+		}
+		if err == nil && t.setUp() == nil {
+			return
+		}
+		t.waiter.wait(-1, 0, reopenDelay)
+	}
+}
+
+// Send implements vrouter.Port.
+func (t *TUN) Send(batch []*vrouter.Packet) {
+	for _, p := range batch {
+		t.written, t.failure = 0, vrouter.ReasonNotSet
+		b := p.Bytes()
+		switch p.Offload.Segmentation {
+		case vrouter.SegmentNone:
+			if o := &p.Offload; o.NeedsChecksum && !packet.CompleteChecksum(b, int(o.ChecksumStart), int(o.ChecksumOffset)) {
+				t.failure = vrouter.ReasonInnerMalformed
+				break
+			}
+			t.write(b)
+		case vrouter.SegmentTCPv4:
+			t.split(packet.SegmentTCP(packet.IPv4(b), int(p.Offload.Size), t.scratch, t.emit))
+		case vrouter.SegmentUDP:
+			t.split(packet.SegmentUDP(packet.IPv4(b), int(p.Offload.Size), t.scratch, t.emit))
+		default:
+			t.failure = vrouter.ReasonOffloadUnsupported
+		}
+		p.Sent, p.Drop = t.written, t.failure
+	}
+}
+
+// split notes a superpacket that is none: its headers contradict what the kernel said about it.
+func (t *TUN) split(fault packet.Fault) {
+	if fault != packet.FaultNone {
+		t.failure = vrouter.ReasonInnerMalformed
+	}
+}
+
+// write hands one packet to the kernel. The kernel takes it or refuses it at once; it never asks us to wait.
+func (t *TUN) write(b []byte) {
+	for {
+		_, err := unix.Write(t.fd, b)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			t.failure = vrouter.ReasonSendFailed
+		} else {
+			t.written++
+		}
+		return
+	}
+}
+
+// Counters implements vrouter.Port. They start with the device, not with the process.
+func (t *TUN) Counters() []vrouter.Counter {
+	var dropped, refused uint64
+	t.linksMu.Lock()
+	link, err := t.links.LinkByName(t.name)
+	t.linksMu.Unlock()
+	if err == nil && link.Attrs().Statistics != nil {
+		s := link.Attrs().Statistics
+		dropped, refused = s.TxDropped, s.RxDropped+s.RxErrors
+	}
+	return []vrouter.Counter{
+		{Name: "kernel_vr0_tx_dropped", Packets: dropped}, // its queue toward us was full, or nobody read
+		{Name: "kernel_vr0_rx_dropped", Packets: refused}, // what we wrote and it did not take
+	}
+}
+
+// Stop implements vrouter.Port.
+func (t *TUN) Stop() { t.waiter.stop() }
+
+// Close implements vrouter.Port. The device stays.
+func (t *TUN) Close() error {
+	if t.links != nil {
+		t.links.Close()
+	}
+	return errors.Join(unix.Close(t.fd), t.waiter.close())
+}
