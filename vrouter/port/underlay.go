@@ -22,7 +22,10 @@ const (
 	sendPatience = 50
 	// vnetHeader is the length of struct virtio_net_hdr.
 	vnetHeader = 10
-	protoIPIP  = 4
+	// ethernetHeader is the length of a frame's header on Ethernet-like interfaces, in bytes; VLAN tags are gone when a
+	// frame comes to us.
+	ethernetHeader = 14
+	protoIPIP      = 4
 )
 
 // Underlay is the port to the other nodes. It receives by an AF_PACKET socket with PACKET_VNET_HDR, because a raw
@@ -36,7 +39,8 @@ type Underlay struct {
 
 	mu      sync.Mutex // SetInterface and the idle Recv
 	name    string
-	index   int // of the interface that recv is bound to; 0: none
+	index   int          // of the interface that recv is bound to; 0: none
+	header  atomic.Int32 // length of its link-layer header, in bytes
 	dropped atomic.Uint64
 
 	to unix.SockaddrInet4
@@ -86,9 +90,13 @@ func (u *Underlay) openSend() (err error) {
 	return enlarge(u.send, unix.SO_SNDBUFFORCE, unix.SO_SNDBUF)
 }
 
+// networkOffset is SKF_NET_OFF of linux/filter.h, -0x100000: from here on offsets count from the IP header.
+const networkOffset = 0xfff00000
+
 func (u *Underlay) openRecv() (err error) {
 	// Protocol 0: deaf until it is bound, so that nothing of another interface slips in.
-	u.recv, err = unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	// SOCK_RAW, because PACKET_VNET_HDR is not for SOCK_DGRAM.
+	u.recv, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
 		return err
 	}
@@ -98,11 +106,10 @@ func (u *Underlay) openRecv() (err error) {
 	if err := unix.SetsockoptInt(u.recv, unix.SOL_PACKET, unix.PACKET_IGNORE_OUTGOING, 1); err != nil {
 		return fmt.Errorf("PACKET_IGNORE_OUTGOING (Linux 4.20): %w", err)
 	}
-	// On a SOCK_DGRAM socket a filter sees the packet from its IP header on.
 	if err := attach(u.recv,
 		bpf.LoadExtension{Num: bpf.ExtType},
 		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unix.PACKET_HOST, SkipTrue: 3},
-		bpf.LoadAbsolute{Off: 9, Size: 1},
+		bpf.LoadAbsolute{Off: networkOffset + 9, Size: 1},
 		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: protoIPIP, SkipTrue: 1},
 		bpf.RetConstant{Val: 0x40000},
 		bpf.RetConstant{Val: 0},
@@ -177,7 +184,20 @@ func (u *Underlay) rebind() error {
 		return fmt.Errorf("underlay %s: bind: %w", u.name, err)
 	}
 	u.index = index
+	u.header.Store(u.linkHeader(request))
 	return nil
+}
+
+// linkHeader returns the length of the link-layer header, in bytes, of the interface that request names.
+func (u *Underlay) linkHeader(request *unix.Ifreq) int32 {
+	if err := unix.IoctlIfreq(u.send, unix.SIOCGIFHWADDR, request); err != nil {
+		return ethernetHeader // it went away; the next bind asks again
+	}
+	switch request.Uint16() {
+	case unix.ARPHRD_ETHER, unix.ARPHRD_LOOPBACK:
+		return ethernetHeader
+	}
+	return 0 // a tunnel or another interface without frames
 }
 
 func htons(v uint16) uint16 {
@@ -213,9 +233,11 @@ func (u *Underlay) Recv(batch []*vrouter.Packet) (int, error) {
 			return 0, vrouter.ErrStopped
 		}
 		n := 0
+		header := int(u.header.Load())
+		start := vrouter.Headroom - header - vnetHeader
 		for n < len(batch) {
 			p := batch[n]
-			got, err := unix.Read(u.recv, p.Buf[vrouter.Headroom-vnetHeader:])
+			got, err := unix.Read(u.recv, p.Buf[start:])
 			if err == unix.EINTR {
 				continue
 			}
@@ -223,8 +245,8 @@ func (u *Underlay) Recv(batch []*vrouter.Packet) (int, error) {
 				// EAGAIN, or once ENETDOWN when the interface goes down or away: in both cases wait.
 				break
 			}
-			p.Off, p.Len = vrouter.Headroom, max(got-vnetHeader, 0)
-			p.Offload = offload(p.Buf[vrouter.Headroom-vnetHeader : vrouter.Headroom])
+			p.Off, p.Len = vrouter.Headroom, max(got-vnetHeader-header, 0)
+			p.Offload = offload(p.Buf[start:start+vnetHeader], header)
 			n++
 		}
 		if n > 0 {
@@ -239,12 +261,12 @@ func (u *Underlay) Recv(batch []*vrouter.Packet) (int, error) {
 	}
 }
 
-// offload reads a virtio-net header (virtio 1.2, 5.1.6), whose offsets count from the IP header here.
-func offload(h []byte) vrouter.Offload {
+// offload reads a virtio-net header (virtio 1.2, 5.1.6) of a frame whose link-layer header has link bytes.
+func offload(h []byte, link int) vrouter.Offload {
 	o := vrouter.Offload{
 		NeedsChecksum:  h[0]&unix.VIRTIO_NET_HDR_F_NEEDS_CSUM != 0,
 		Size:           binary.NativeEndian.Uint16(h[4:]),
-		ChecksumStart:  binary.NativeEndian.Uint16(h[6:]),
+		ChecksumStart:  binary.NativeEndian.Uint16(h[6:]) - uint16(link),
 		ChecksumOffset: binary.NativeEndian.Uint16(h[8:]),
 	}
 	switch h[1] &^ unix.VIRTIO_NET_HDR_GSO_ECN {

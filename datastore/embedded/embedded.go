@@ -1,0 +1,128 @@
+// Package embedded runs an etcd server inside a process: the datastore of one machine, for labs, tests and small
+// clusters. It is a room of its own so that clients of datastore do not link the server.
+package embedded
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/url"
+	"os"
+	"strings"
+	"time"
+
+	"go.etcd.io/etcd/server/v3/embed"
+)
+
+// startTimeout bounds the server's start: replaying a log of ordinary size takes far less.
+const startTimeout = 60 * time.Second
+
+// Config says where the server keeps its data and where it listens.
+type Config struct {
+	Dir        string                    // data directory; made if it is not there
+	ClientURLs []string                  // http://address:port to listen on; port 0 picks a free one; default http://127.0.0.1:2379
+	Log        *slog.Logger              // the server's own log; its routine messages arrive at debug level; nil: nowhere
+	Ready      func(clientURLs []string) // called once the server answers, with the addresses it really listens on; may be nil
+	NoSync     bool                      // never fsync: for tests and labs, data may be lost when the machine (not the process) dies
+}
+
+// Serve runs a single-member server until ctx is done, and then stops it cleanly. It opens no peer port.
+func Serve(ctx context.Context, cfg Config) error {
+	ec, err := cfg.embed()
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
+		return fmt.Errorf("etcd data directory: %w", err)
+	}
+	// etcd reports a port in use with the whole configuration around it; asking first gives one clear line.
+	if err := portsFree(ec.ListenClientUrls); err != nil {
+		return err
+	}
+	server, err := embed.StartEtcd(ec)
+	if err != nil {
+		return fmt.Errorf("etcd in %s: %w", cfg.Dir, err)
+	}
+	defer server.Close()
+	select {
+	case <-server.Server.ReadyNotify():
+	case err := <-server.Err():
+		return fmt.Errorf("etcd in %s: %w", cfg.Dir, err)
+	case <-server.Server.StopNotify():
+		return fmt.Errorf("etcd in %s: stopped while starting", cfg.Dir)
+	case <-ctx.Done():
+		return nil
+	case <-time.After(startTimeout):
+		return fmt.Errorf("etcd in %s: not ready after %s", cfg.Dir, startTimeout)
+	}
+	if cfg.Ready != nil {
+		urls := make([]string, len(server.Clients))
+		for i, l := range server.Clients {
+			urls[i] = "http://" + l.Addr().String()
+		}
+		cfg.Ready(urls)
+	}
+	select {
+	case <-ctx.Done():
+		return nil
+	case err := <-server.Err():
+		return fmt.Errorf("etcd in %s: %w", cfg.Dir, err)
+	case <-server.Server.StopNotify():
+		return fmt.Errorf("etcd in %s: stopped by itself", cfg.Dir)
+	}
+}
+
+// embed translates to etcd's own configuration.
+func (c Config) embed() (*embed.Config, error) {
+	if c.Dir == "" {
+		return nil, errors.New("etcd data directory: expected a path")
+	}
+	if len(c.ClientURLs) == 0 {
+		c.ClientURLs = []string{"http://127.0.0.1:2379"}
+	}
+	var urls []url.URL
+	for _, text := range c.ClientURLs {
+		u, err := url.Parse(text)
+		if err != nil || u.Scheme != "http" || u.Port() == "" || strings.Trim(u.Path, "/") != "" {
+			return nil, fmt.Errorf("etcd client URL %q: expected http://address:port", text)
+		}
+		if net.ParseIP(u.Hostname()) == nil {
+			return nil, fmt.Errorf("etcd client URL %q: expected an IP address, not a name", text)
+		}
+		u.Path = ""
+		urls = append(urls, *u)
+	}
+	log := c.Log
+	if log == nil {
+		log = slog.New(slog.NewTextHandler(io.Discard, nil))
+	}
+	ec := embed.NewConfig()
+	ec.Name = "margay"
+	ec.Dir = c.Dir
+	ec.ListenClientUrls, ec.AdvertiseClientUrls = urls, urls
+	// A single member is never dialled by a peer: the advertised peer URL is only its name, and there is no listener
+	// that two servers on one machine could fight over.
+	ec.ListenPeerUrls = nil
+	ec.InitialCluster = ec.InitialClusterFromName(ec.Name)
+	ec.AutoCompactionMode, ec.AutoCompactionRetention = embed.CompactorModePeriodic, "1h"
+	ec.UnsafeNoFsync = c.NoSync
+	ec.ZapLoggerBuilder = embed.NewZapLoggerBuilder(newZap(log))
+	return ec, nil
+}
+
+// portsFree says which address cannot be listened on, and why.
+func portsFree(urls []url.URL) error {
+	for _, u := range urls {
+		l, err := net.Listen("tcp", u.Host)
+		if err != nil {
+			return fmt.Errorf("etcd client URL %s: %w", u.String(), err)
+		}
+		if err := l.Close(); err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,206 @@
+package ipam
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"net/netip"
+	"strings"
+	"time"
+
+	"margay/datastore"
+)
+
+// errTaken says that a block is another node's.
+var errTaken = errors.New("block belongs to another node")
+
+// claimError says why no block of a pool can be claimed; it is final, trying again does not help.
+type claimError struct{ pool, reason string }
+
+func (e *claimError) Error() string { return "pool " + e.pool + ": " + e.reason }
+
+// claimAny claims a block of the pool for this node: one whose claim was begun and not finished, or a new one.
+func (a *Allocator) claimAny(ctx context.Context, v *view, pool *datastore.IPPool) (*stored, error) {
+	refuse := func(format string, args ...any) error {
+		return &claimError{pool.Metadata.Name, fmt.Sprintf(format, args...)}
+	}
+	for _, cidr := range v.ownIn(pool, func(o ownAffinity) bool { return !o.deleted }) {
+		own := v.affinities[cidr]
+		if v.done[cidr] || (own.state != statePending && own.state != stateConfirmed) {
+			continue // full, or being released
+		}
+		b, err := a.claim(ctx, v, cidr)
+		if errors.Is(err, errTaken) {
+			continue
+		}
+		return b, err
+	}
+	if !v.config.AutoAllocateBlocks {
+		return nil, refuse("the blocks of node %s are full, and auto_allocate_blocks is off", a.node)
+	}
+	if limit := v.config.MaxBlocksPerHost; limit > 0 && len(v.affinities) >= limit {
+		return nil, refuse("the blocks of node %s are full, and it has as many as maxBlocksPerHost allows (%d)", a.node, limit)
+	}
+	prefix, err := pool.Prefix()
+	if err != nil {
+		return nil, refuse("%s", err)
+	}
+	kvs, _, err := a.store.Keys(ctx, BlockPrefix)
+	if err != nil {
+		return nil, err
+	}
+	var used []netip.Prefix
+	for _, kv := range kvs {
+		if cidr, err := parseKeyCIDR(strings.TrimPrefix(kv.Key, BlockPrefix)); err == nil {
+			used = append(used, cidr)
+		}
+	}
+	c := newCandidates(prefix, pool.Spec.BlockSize, a.node, used)
+	for cidr, ok := c.next(); ok; cidr, ok = c.next() {
+		b, err := a.claim(ctx, v, cidr)
+		if errors.Is(err, errTaken) {
+			continue
+		}
+		if err == nil {
+			a.log.Info("block claimed", "block", cidr, "pool", pool.Metadata.Name)
+		}
+		return b, err
+	}
+	return nil, refuse("all %d blocks of %s are taken", c.total, prefix)
+}
+
+// candidates walks the free blocks of a pool, each once. It starts at a place that depends on the node's name, so that
+// nodes that start together do not all want the same block.
+type candidates struct {
+	pool  netip.Prefix
+	bits  int
+	total uint32
+	start uint32
+	i     uint32
+	used  map[netip.Prefix]bool // blocks of bits
+	wide  []netip.Prefix        // used blocks that are larger, left by an older pool
+}
+
+func newCandidates(pool netip.Prefix, bits int, node string, used []netip.Prefix) *candidates {
+	c := &candidates{pool: pool, bits: bits, total: 1 << (bits - pool.Bits()), used: make(map[netip.Prefix]bool, len(used))}
+	h := fnv.New32a()
+	_, _ = h.Write([]byte(node)) // a hash takes everything
+	c.start = h.Sum32() % c.total
+	for _, u := range used {
+		if u.Bits() < bits {
+			c.wide = append(c.wide, u)
+		} else {
+			c.used[netip.PrefixFrom(u.Addr(), bits).Masked()] = true
+		}
+	}
+	return c
+}
+
+func (c *candidates) next() (netip.Prefix, bool) {
+	base := c.pool.Addr().As4()
+	for c.i < c.total {
+		n := (c.start + c.i) % c.total
+		c.i++
+		var raw [4]byte
+		binary.BigEndian.PutUint32(raw[:], binary.BigEndian.Uint32(base[:])+n<<(32-c.bits))
+		cidr := netip.PrefixFrom(netip.AddrFrom4(raw), c.bits)
+		if !c.used[cidr] && !c.inWide(cidr) {
+			return cidr, true
+		}
+	}
+	return netip.Prefix{}, false
+}
+
+func (c *candidates) inWide(cidr netip.Prefix) bool {
+	for _, w := range c.wide {
+		if w.Overlaps(cidr) {
+			return true
+		}
+	}
+	return false
+}
+
+// claim makes a block this node's: affinity pending, then the block, then affinity confirmed. Each step finds what an
+// earlier, interrupted claim left and goes on from there. errTaken if the block is another node's; then no affinity of
+// ours is left.
+func (a *Allocator) claim(ctx context.Context, v *view, cidr netip.Prefix) (*stored, error) {
+	key := affinityKey(a.node, cidr)
+	own, begun := v.affinities[cidr]
+	if !begun || own.state != statePending {
+		own.affinity.state, own.affinity.deleted = statePending, false
+		value, err := own.affinity.encode()
+		if err != nil {
+			return nil, err
+		}
+		op := datastore.OpCreate(key, value)
+		if begun {
+			op = datastore.OpUpdate(key, value, own.revision)
+		}
+		if own.revision, err = a.store.Txn(ctx, op); err != nil {
+			return nil, err
+		}
+		v.affinities[cidr] = own
+	}
+	b, err := a.claimBlock(ctx, cidr, key, own.revision)
+	if errors.Is(err, errTaken) {
+		delete(v.affinities, cidr)
+		if err := a.store.Delete(ctx, key, own.revision); err != nil {
+			return nil, err
+		}
+		return nil, errTaken
+	}
+	if err != nil {
+		return nil, err
+	}
+	own.affinity.state = stateConfirmed
+	value, err := own.affinity.encode()
+	if err != nil {
+		return nil, err
+	}
+	own.revision, err = a.store.Txn(ctx, datastore.OpUpdate(key, value, own.revision), datastore.OpCheck(blockKey(cidr), b.revision))
+	if err != nil {
+		return nil, err
+	}
+	v.affinities[cidr] = own
+	return b, nil
+}
+
+// claimBlock creates the block, or finds it made by an earlier claim of ours.
+func (a *Allocator) claimBlock(ctx context.Context, cidr netip.Prefix, affinityKey string, affinityRev int64) (*stored, error) {
+	// The time is a sequence that no earlier block of this range, deleted since, can have reached.
+	fresh := newBlock(cidr, a.owner(), uint64(time.Now().UnixNano()))
+	value, err := fresh.encode()
+	if err != nil {
+		return nil, err
+	}
+	rev, err := a.store.Txn(ctx, datastore.OpCreate(blockKey(cidr), value), datastore.OpCheck(affinityKey, affinityRev))
+	if err == nil {
+		b := &stored{fresh, rev}
+		a.cache[cidr] = b
+		return b, nil
+	}
+	if !errors.Is(err, datastore.ErrExists) {
+		return nil, err
+	}
+	b, err := a.load(ctx, cidr)
+	if err != nil {
+		return nil, err
+	}
+	if b.affinity != a.owner() {
+		delete(a.cache, cidr)
+		return nil, errTaken
+	}
+	return b, nil
+}
+
+// ConfirmedBlocks lists the IPv4 blocks that are this node's, in order: what it announces. A block whose claim is not
+// finished is not among them.
+func (a *Allocator) ConfirmedBlocks(ctx context.Context) ([]netip.Prefix, error) {
+	kvs, _, err := a.store.List(ctx, AffinityPrefix(a.node))
+	if err != nil {
+		return nil, err
+	}
+	return confirmed(a.decodeAffinities(kvs)), nil
+}

@@ -1,0 +1,134 @@
+package ipam
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+
+	"margay/datastore"
+)
+
+// confirmed lists the blocks with a confirmed affinity, in order.
+func confirmed(own map[netip.Prefix]ownAffinity) []netip.Prefix {
+	maps.DeleteFunc(own, func(_ netip.Prefix, o ownAffinity) bool { return o.state != stateConfirmed || o.deleted })
+	return slices.SortedFunc(maps.Keys(own), netip.Prefix.Compare)
+}
+
+// ReleaseHandle frees all addresses that a handle holds, on whichever node's blocks, and forgets the handle, all in one
+// transaction. It returns what it freed; a handle that holds nothing is not an error.
+func (a *Allocator) ReleaseHandle(ctx context.Context, id string) ([]netip.Addr, error) {
+	if err := validateHandle(id); err != nil {
+		return nil, err
+	}
+	var released []netip.Addr
+	err := a.retry(ctx, func() (err error) {
+		released, err = a.release(ctx, id)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return released, nil
+}
+
+// release is one attempt.
+func (a *Allocator) release(ctx context.Context, id string) ([]netip.Addr, error) {
+	h, rev, err := a.readHandle(ctx, id)
+	if err != nil || rev == 0 {
+		return nil, err
+	}
+	var (
+		released []netip.Addr
+		ops      = []datastore.Op{datastore.OpDelete(handleKey(id), rev)}
+		changed  []*block
+	)
+	for _, cidr := range slices.SortedFunc(maps.Keys(h.blocks), netip.Prefix.Compare) {
+		b := a.cache[cidr]
+		if b == nil {
+			if b, err = a.load(ctx, cidr); errors.Is(err, datastore.ErrNotFound) {
+				continue // deleted with all that was in it
+			} else if err != nil {
+				return nil, err
+			}
+		}
+		next := b.clone()
+		addrs, err := next.releaseHandle(id)
+		if err != nil {
+			return nil, err
+		}
+		if len(addrs) == 0 {
+			// The handle says the block holds something: make sure that it is not only our memory that disagrees.
+			ops = append(ops, datastore.OpCheck(blockKey(cidr), b.revision))
+			continue
+		}
+		released = append(released, addrs...)
+		if next.affinity == "" && next.inUse() == 0 {
+			// Nobody's and empty: it would only keep its range from being claimed.
+			ops = append(ops, datastore.OpDelete(blockKey(cidr), b.revision))
+			delete(a.cache, cidr)
+			continue
+		}
+		next.sequence++
+		value, err := next.encode()
+		if err != nil {
+			return nil, err
+		}
+		ops = append(ops, datastore.OpUpdate(blockKey(cidr), value, b.revision))
+		changed = append(changed, next)
+	}
+	written, err := a.store.Txn(ctx, ops...)
+	if err != nil {
+		return nil, err
+	}
+	for _, b := range changed {
+		a.cache[b.cidr] = &stored{b, written}
+	}
+	return released, nil
+}
+
+// readHandle reads a handle; revision 0 if there is none.
+func (a *Allocator) readHandle(ctx context.Context, id string) (handle, int64, error) {
+	kv, err := a.store.Get(ctx, handleKey(id))
+	if errors.Is(err, datastore.ErrNotFound) {
+		return handle{}, 0, nil
+	}
+	if err != nil {
+		return handle{}, 0, err
+	}
+	h, err := decodeHandle(kv.Value)
+	if err != nil {
+		return handle{}, 0, fmt.Errorf("%s: %w", kv.Key, err)
+	}
+	return h, kv.Revision, nil
+}
+
+// HandleAddresses lists the addresses that a handle holds, in order; none is not an error.
+func (a *Allocator) HandleAddresses(ctx context.Context, id string) ([]netip.Addr, error) {
+	if err := validateHandle(id); err != nil {
+		return nil, err
+	}
+	h, _, err := a.readHandle(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	var out []netip.Addr
+	for cidr := range h.blocks {
+		kv, err := a.store.Get(ctx, blockKey(cidr))
+		if errors.Is(err, datastore.ErrNotFound) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		b, err := decodeBlock(kv.Value)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", kv.Key, err)
+		}
+		out = append(out, b.held(id)...)
+	}
+	slices.SortFunc(out, netip.Addr.Compare)
+	return out, nil
+}

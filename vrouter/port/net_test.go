@@ -1,0 +1,328 @@
+package port_test
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"runtime"
+	"sync/atomic"
+	"testing"
+	"time"
+	"unsafe"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"margay/vrouter"
+	"margay/vrouter/fib"
+	"margay/vrouter/port"
+)
+
+// space is a network namespace without a name: it is gone with the test process, whatever happens.
+type space struct{ handle netns.NsHandle }
+
+func newSpace(t *testing.T) *space {
+	t.Helper()
+	s := &space{}
+	onThread(t, func() error {
+		var err error
+		if s.handle, err = netns.New(); err != nil {
+			return err
+		}
+		lo, err := netlink.LinkByName("lo")
+		if err != nil {
+			return err
+		}
+		return netlink.LinkSetUp(lo)
+	})
+	t.Cleanup(func() {
+		if err := s.handle.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return s
+}
+
+// onThread runs f on a thread of its own, which is thrown away afterwards with whatever namespace it is in.
+func onThread(t *testing.T, f func() error) {
+	t.Helper()
+	result := make(chan error)
+	go func() {
+		runtime.LockOSThread()
+		result <- f()
+	}()
+	if err := <-result; err != nil {
+		t.Fatal(err)
+	}
+}
+
+// do runs f in the namespace.
+func (s *space) do(t *testing.T, f func() error) {
+	t.Helper()
+	onThread(t, func() error {
+		if err := netns.Set(s.handle); err != nil {
+			return err
+		}
+		return f()
+	})
+}
+
+func addAddress(link, address string) error {
+	l, err := netlink.LinkByName(link)
+	if err != nil {
+		return err
+	}
+	a, err := netlink.ParseAddr(address)
+	if err != nil {
+		return err
+	}
+	return errors.Join(netlink.AddrAdd(l, a), netlink.LinkSetUp(l))
+}
+
+func addRoute(link, prefix, source string) error {
+	l, err := netlink.LinkByName(link)
+	if err != nil {
+		return err
+	}
+	p := netip.MustParsePrefix(prefix)
+	return netlink.RouteReplace(&netlink.Route{LinkIndex: l.Attrs().Index, Src: net.ParseIP(source),
+		Dst: &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), 32)}})
+}
+
+// wire connects the namespaces by a veth pair, eth0 on both sides.
+func wire(t *testing.T, a, b *space) {
+	t.Helper()
+	a.do(t, func() error {
+		return netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "eth0", MTU: 1500},
+			PeerName: "eth0", PeerNamespace: netlink.NsFd(b.handle)})
+	})
+	a.do(t, func() error { return addAddress("eth0", "198.18.0.1/24") })
+	b.do(t, func() error { return addAddress("eth0", "198.18.0.2/24") })
+}
+
+// node is a namespace with a router. Its one pod is an address on the loopback device.
+type node struct {
+	*space
+	router   *vrouter.Router
+	tun      *port.TUN
+	underlay *port.Underlay
+	super    atomic.Int64 // superpackets that arrived
+	address  netip.Addr
+	pod      netip.Addr
+}
+
+// spy counts the superpackets that come out of a port.
+type spy struct {
+	vrouter.Port
+	super *atomic.Int64
+}
+
+func (s spy) Recv(batch []*vrouter.Packet) (int, error) {
+	n, err := s.Port.Recv(batch)
+	for _, p := range batch[:n] {
+		if p.Offload.Segmentation != vrouter.SegmentNone {
+			s.super.Add(1)
+		}
+	}
+	return n, err
+}
+
+// newNode makes the namespace's router, not yet configured. index is 1 or 2, the other node's is 3-index.
+func newNode(t *testing.T, s *space, index int) *node {
+	t.Helper()
+	n := &node{space: s, router: vrouter.New(), address: nodeAddress(index), pod: podAddress(index)}
+	s.do(t, func() (err error) {
+		if n.underlay, err = port.OpenUnderlay(); err != nil {
+			return err
+		}
+		if n.tun, err = port.OpenTUN("vr0"); err != nil {
+			return errors.Join(err, n.underlay.Close())
+		}
+		return addAddress("lo", n.pod.String()+"/32")
+	})
+	s.do(t, func() error { return addRoute("vr0", podBlock(3-index).String(), n.pod.String()) })
+	n.router.OnConfig(func(c vrouter.Config) error {
+		return errors.Join(n.underlay.SetInterface(c.Underlay), n.tun.SetMTU(c.MTU))
+	})
+	done := make(chan error)
+	for _, w := range []*vrouter.Worker{
+		n.router.NewWorker(vrouter.Encap, n.tun, n.underlay),
+		n.router.NewWorker(vrouter.Decap, spy{n.underlay, &n.super}, n.tun),
+	} {
+		go func() {
+			runtime.LockOSThread() // never given back: the thread stays in the namespace
+			if err := netns.Set(s.handle); err != nil {
+				done <- err
+				return
+			}
+			done <- w.Run()
+		}()
+	}
+	t.Cleanup(func() {
+		n.tun.Stop()
+		n.underlay.Stop()
+		err := errors.Join(<-done, <-done, n.tun.Close(), n.underlay.Close())
+		if err != nil {
+			t.Error(err)
+		}
+	})
+	return n
+}
+
+func (n *node) configure(t *testing.T, index int) {
+	t.Helper()
+	other := 3 - index
+	err := n.router.Update(vrouter.Update{
+		Config:   &vrouter.Config{NodeAddress: n.address, Underlay: "eth0", MTU: 1480},
+		AddNodes: []netip.Addr{nodeAddress(1), nodeAddress(2)},
+		Set: []vrouter.Route{
+			{Prefix: podBlock(index), NextHop: vrouter.NextHop{Kind: fib.KindLocal}},
+			{Prefix: podBlock(other), NextHop: vrouter.NextHop{Kind: fib.KindTunnel, Gateway: nodeAddress(other)}},
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func nodeAddress(index int) netip.Addr {
+	return netip.AddrFrom4([4]byte{198, 18, 0, byte(index)})
+}
+
+func podAddress(index int) netip.Addr {
+	return netip.AddrFrom4([4]byte{10, 244, byte(index), 1})
+}
+
+func podBlock(index int) netip.Prefix {
+	return netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 244, byte(index), 0}), 26)
+}
+
+// newNodes returns two nodes, wired and configured.
+func newNodes(t *testing.T) (*node, *node) {
+	t.Helper()
+	sa, sb := newSpace(t), newSpace(t)
+	wire(t, sa, sb)
+	a, b := newNode(t, sa, 1), newNode(t, sb, 2)
+	a.configure(t, 1)
+	b.configure(t, 2)
+	return a, b
+}
+
+func (n *node) counter(name string) uint64 {
+	for _, c := range n.router.Counters() {
+		if c.Name == name {
+			return c.Packets
+		}
+	}
+	return ^uint64(0)
+}
+
+// eventually fails the test when condition does not come true in ten seconds.
+func eventually(t *testing.T, what string, condition func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); !condition(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: not within ten seconds", what)
+		}
+	}
+}
+
+// echo starts a UDP echo server on the node's pod and returns its address.
+func (n *node) echo(t *testing.T) *net.UDPAddr {
+	t.Helper()
+	var conn *net.UDPConn
+	n.do(t, func() (err error) {
+		conn, err = net.ListenUDP("udp4", &net.UDPAddr{IP: n.pod.AsSlice()})
+		return err
+	})
+	t.Cleanup(func() {
+		if err := conn.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	go func() {
+		b := make([]byte, 65536)
+		for {
+			got, from, err := conn.ReadFromUDP(b)
+			if err != nil {
+				return
+			}
+			// What cannot be answered shows as a missing answer.
+			_, _ = conn.WriteToUDP(b[:got], from)
+		}
+	}()
+	return conn.LocalAddr().(*net.UDPAddr)
+}
+
+// dialUDP returns a socket of the node's pod.
+func (n *node) dialUDP(t *testing.T, to *net.UDPAddr) *net.UDPConn {
+	t.Helper()
+	var conn *net.UDPConn
+	n.do(t, func() (err error) {
+		conn, err = net.DialUDP("udp4", &net.UDPAddr{IP: n.pod.AsSlice()}, to)
+		return err
+	})
+	t.Cleanup(func() {
+		if err := conn.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return conn
+}
+
+// answered reports whether one datagram of size bytes comes back within a quarter of a second.
+func answered(conn *net.UDPConn, size int) bool {
+	if conn.SetDeadline(time.Now().Add(250*time.Millisecond)) != nil {
+		return false
+	}
+	if _, err := conn.Write(make([]byte, size)); err != nil {
+		time.Sleep(5 * time.Millisecond) // refused at once, as with an interface that is gone
+		return false
+	}
+	got, err := conn.Read(make([]byte, 65536))
+	return err == nil && got == size
+}
+
+// Commands of the ethtool ioctl, linux/ethtool.h.
+const (
+	ethtoolSetTSO = 0x1f
+	ethtoolSetGSO = 0x24
+	ethtoolSetGRO = 0x2c
+)
+
+// ethtool sets one of eth0's features in the caller's namespace.
+func ethtool(command, value uint32) error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer os.NewFile(uintptr(fd), "ethtool").Close()
+	data := [2]uint32{command, value}
+	request := struct {
+		name [unix.IFNAMSIZ]byte
+		data unsafe.Pointer
+		_    [16]byte
+	}{data: unsafe.Pointer(&data)}
+	copy(request.name[:], "eth0")
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCETHTOOL, uintptr(unsafe.Pointer(&request))); errno != 0 {
+		return fmt.Errorf("ethtool %#x: %w", command, errno)
+	}
+	return nil
+}
+
+// bursts limits eth0 to 1 Gbit/s by a token bucket, in the caller's namespace: what waits leaves in bursts, as on a
+// real interface, and without bursts GRO at the other end has nothing to merge.
+func bursts() error {
+	eth0, err := netlink.LinkByName("eth0")
+	if err != nil {
+		return err
+	}
+	const rate = 125_000_000 // bytes a second
+	return netlink.QdiscAdd(&netlink.Tbf{
+		QdiscAttrs: netlink.QdiscAttrs{LinkIndex: eth0.Attrs().Index, Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT},
+		Rate:       rate, Limit: 4 << 20, Buffer: 64 << 10,
+	})
+}
