@@ -7,13 +7,11 @@ import (
 	"log/slog"
 	"net/netip"
 	"path/filepath"
-	"slices"
 	"sync"
 	"time"
 
 	"github.com/vishvananda/netlink"
 
-	"margay/agent/api"
 	"margay/bgp"
 	"margay/cni/server"
 	"margay/datastore"

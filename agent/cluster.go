@@ -13,6 +13,7 @@ import (
 
 	"margay/bgp"
 	"margay/datastore"
+	"margay/ipam"
 )
 
 // blockState is an affinity's value (datastore layout of Calico: /calico/ipam/v2/host/<node>/ipv4/block/<block>).
@@ -41,7 +42,7 @@ func newCluster(s *datastore.Store, node string, log *slog.Logger) *cluster {
 	c.members = newView(s, log, datastore.Nodes.Prefix(), decodeMember)
 	c.bgpPeers = newView(s, log, datastore.BGPPeers.Prefix(), decodeValid[datastore.BGPPeer])
 	c.configs = newView(s, log, datastore.BGPConfigurations.Prefix(), decodeValid[datastore.BGPConfiguration])
-	c.affinities = newView(s, log, "/calico/ipam/v2/host/"+node+"/ipv4/block/", decodeAffinity)
+	c.affinities = newView(s, log, ipam.AffinityPrefix(node), decodeAffinity)
 	return c
 }
 

@@ -2,8 +2,10 @@ package ctl
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"os/exec"
 	"os/signal"
 	"syscall"
 	"text/tabwriter"
@@ -168,8 +170,15 @@ func newLabExecCommand(name *string) *cobra.Command {
 		Short:                 "Run a command in the network namespace of a pod or node; its exit status is passed on",
 		Args:                  cobra.MinimumNArgs(2),
 		DisableFlagsInUseLine: true,
-		RunE: func(_ *cobra.Command, args []string) error {
-			return onLab(*name, func(l *lab.Lab) error { return l.Exec(args[0], args[1:]) })
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return onLab(*name, func(l *lab.Lab) error {
+				err := l.Exec(args[0], args[1:])
+				if errors.Is(err, exec.ErrNotFound) { // the shells' status for it; 1 would look like the command's own
+					fmt.Fprintln(cmd.ErrOrStderr(), "margayctl:", err)
+					return ExitError{Code: 127}
+				}
+				return err
+			})
 		},
 	}
 }

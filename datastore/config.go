@@ -138,6 +138,9 @@ func probe(ctx context.Context, endpoints []string, tlsConfig *tls.Config) error
 			var conn net.Conn
 			if u.Scheme == "https" {
 				conn, err = (&tls.Dialer{Config: tlsConfig}).DialContext(ctx, "tcp", u.Host)
+				if op := (*net.OpError)(nil); err != nil && (!errors.As(err, &op) || op.Op != "dial") {
+					err = fmt.Errorf("tls handshake: %w", err)
+				}
 			} else {
 				conn, err = (&net.Dialer{}).DialContext(ctx, "tcp", u.Host)
 			}

@@ -294,7 +294,7 @@ func (l *Lab) Unreachable(ctx context.Context) ([]string, error) {
 	lost, err := reachAll(ctx, s.endpoints())
 	lines := make([]string, len(lost))
 	for i, u := range lost {
-		lines[i] = fmt.Sprintf("%s (%s) does not reach %s (%s)", u.from.name, u.from.addr, u.to.name, u.to.addr)
+		lines[i] = u.String()
 	}
 	return lines, err
 }

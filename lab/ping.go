@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -8,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -33,6 +35,10 @@ type endpoint struct {
 // unreachable is a pair that did not get through.
 type unreachable struct{ from, to endpoint }
 
+func (u unreachable) String() string {
+	return fmt.Sprintf("%s (%s) does not reach %s (%s)", u.from.name, u.from.addr, u.to.name, u.to.addr)
+}
+
 // reachAll sends an echo request from every endpoint to every other, again and again until each was answered or ctx is
 // over. It returns the pairs without an answer.
 func reachAll(ctx context.Context, all []endpoint) ([]unreachable, error) {
@@ -49,6 +55,9 @@ func reachAll(ctx context.Context, all []endpoint) ([]unreachable, error) {
 			lost = append(lost, unreachable{from, to})
 		}
 		return err
+	})
+	slices.SortFunc(lost, func(a, b unreachable) int {
+		return cmp.Or(a.from.addr.Compare(b.from.addr), a.to.addr.Compare(b.to.addr))
 	})
 	return lost, err
 }
@@ -181,7 +190,7 @@ func describe(lost []unreachable) string {
 			fmt.Fprintf(&b, "\n  and %d more", len(lost)-shown)
 			break
 		}
-		fmt.Fprintf(&b, "\n  %s (%s) does not reach %s (%s)", u.from.name, u.from.addr, u.to.name, u.to.addr)
+		fmt.Fprintf(&b, "\n  %s", u)
 	}
 	return b.String()
 }

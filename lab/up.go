@@ -347,7 +347,7 @@ func (l *Lab) failed(ctx context.Context, s *state, o Options, err error) error 
 			l.name, err, l.Dir(), l.name), l.record(s))
 	}
 	if ctx.Err() != nil {
-		return errors.Join(fmt.Errorf("lab %q: interrupted, and removed again: %w", l.name, ctx.Err()), l.remove(s))
+		return errors.Join(fmt.Errorf("lab %q: interrupted, and removed again (%w)", l.name, ctx.Err()), l.remove(s))
 	}
 	logs, copyErr := l.copyLogs()
 	removeErr := l.remove(s)

@@ -43,7 +43,7 @@ func serve(t *testing.T, cfg embedded.Config) (url string, stop func()) {
 func TestDataSurvivesARestart(t *testing.T) {
 	ctx, dir := context.Background(), t.TempDir()
 	url, stop := serve(t, embedded.Config{Dir: dir, ClientURLs: []string{"http://127.0.0.1:0"}})
-	s, err := datastore.Open(ctx, datastore.Config{Endpoints: []string{url}})
+	s, err := datastore.Open(ctx, datastore.Config{Endpoints: []string{url}, DialTimeout: 2 * time.Second})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -234,6 +234,18 @@ func (s *stream) missing(before time.Time) (lost []time.Time, total int) {
 	return lost, total
 }
 
+// firstAfter returns when the first datagram after the moment given arrived; the zero time if none has.
+func (s *stream) firstAfter(moment time.Time) (first time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, at := range s.received {
+		if at.After(moment) && (first.IsZero() || at.Before(first)) {
+			first = at
+		}
+	}
+	return first
+}
+
 // finish stops sending, waits for what is under way and returns the losses.
 func (s *stream) finish(t *testing.T) (lost []time.Time, total int) {
 	t.Helper()

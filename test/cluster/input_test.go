@@ -23,17 +23,15 @@ func TestBadInput(t *testing.T) {
 	pool := func(spec string) string {
 		return "apiVersion: projectcalico.org/v3\nkind: IPPool\nmetadata: {name: bad}\nspec: " + spec + "\n"
 	}
-	// A user without rights must still be able to run the program.
-	if err := os.Chmod(dir, 0o755); err != nil {
+	// A user without rights must still be able to run the programs, wherever the checkout lies.
+	public := filepath.Join(dir, "bin")
+	if err := os.CopyFS(public, os.DirFS(bin)); err != nil {
 		t.Fatal(err)
 	}
-	public := filepath.Join(dir, "margayctl")
-	data, err := os.ReadFile(filepath.Join(bin, "margayctl"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(public, data, 0o755); err != nil {
-		t.Fatal(err)
+	for _, d := range []string{filepath.Dir(dir), dir, public} {
+		if err := os.Chmod(d, 0o755); err != nil {
+			t.Fatal(err)
+		}
 	}
 	for _, tc := range []struct {
 		name string
@@ -65,7 +63,7 @@ func TestBadInput(t *testing.T) {
 		{"resource missing", []string{"get", "ippool", "nope"}, "nope", 0},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			cmd := exec.Command(public, tc.argv...)
+			cmd := exec.Command(filepath.Join(public, "margayctl"), tc.argv...)
 			if tc.user != 0 {
 				cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: tc.user, Gid: tc.user}}
 			}
@@ -81,6 +79,39 @@ func TestBadInput(t *testing.T) {
 	}
 	if out, _ := ctl("lab", "status", "--name", labName+"x"); !strings.Contains(out, labName+"x") {
 		t.Errorf("a refused lab left something behind: %s", out)
+	}
+}
+
+// TestDaemonsSayWhatIsMissing: a daemon that cannot work ends at its start, with one line that says what to do.
+func TestDaemonsSayWhatIsMissing(t *testing.T) {
+	dir := t.TempDir()
+	noTUN := []string{"unshare", "--mount", "--net", "sh", "-c", `mount -t tmpfs none /dev/net && exec "$0" "$@"`}
+	daemon := func(name string, args ...string) []string {
+		return append([]string{filepath.Join(bin, name)}, append(args, "--state-dir", dir)...)
+	}
+	for name, tc := range map[string]struct {
+		argv []string
+		want string
+	}{
+		"vrouter without /dev/net/tun": {append(noTUN, daemon("vrouter", "--socket", filepath.Join(dir, "v.sock"))...), "/dev/net/tun"},
+		"lab without /dev/net/tun":     {append(noTUN, filepath.Join(bin, "margayctl"), "lab", "up", "--name", labName+"y"), "/dev/net/tun"},
+		"agent without etcd": {append([]string{"ip", "netns", "exec", labName + "-underlay"},
+			daemon("margay-agent", "--run-dir", dir, "--ip-autodetection-method", "interface=br0", "--etcd-endpoints", "http://127.0.0.1:1")...), "not reachable"},
+		"agent with a method unknown": {daemon("margay-agent", "--run-dir", dir, "--ip-autodetection-method", "guess", "--etcd-endpoints", "http://127.0.0.1:1"), "first-found"},
+		"agent with a bad level":      {daemon("margay-agent", "--log-level", "loud"), "--log-level"},
+		"etcd on a URL that is none":  {[]string{filepath.Join(bin, "margay-agent"), "etcd", "--data-dir", dir, "--listen-client", "nonsense"}, "nonsense"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cmd := exec.Command(tc.argv[0], tc.argv[1:]...)
+			var errs bytes.Buffer
+			cmd.Stderr = &errs
+			_ = cmd.Run() // the exit code says it
+			lines := strings.Split(strings.TrimSpace(errs.String()), "\n")
+			last := lines[len(lines)-1]
+			if code := cmd.ProcessState.ExitCode(); code != 1 || !strings.Contains(last, tc.want) || strings.HasPrefix(last, "time=") {
+				t.Errorf("expected exit 1 and a last line that names %q, got exit %d:\n%s", tc.want, code, errs.String())
+			}
+		})
 	}
 }
 

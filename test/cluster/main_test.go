@@ -34,10 +34,15 @@ func TestMain(m *testing.M) {
 	os.Exit(run(m))
 }
 
-func run(m *testing.M) int {
+func run(m *testing.M) (code int) {
 	defer func() {
 		if out, err := ctl("lab", "down", "--name", labName); err != nil {
 			fmt.Fprintf(os.Stderr, "lab down: %v\n%s", err, out)
+			code = 1
+		}
+		if left := leftovers(); left != "" {
+			fmt.Fprintf(os.Stderr, "lab down left behind:\n%s\n", left)
+			code = 1
 		}
 	}()
 	began := time.Now()
@@ -47,6 +52,28 @@ func run(m *testing.M) int {
 	}
 	fmt.Printf("lab up: 3 nodes, 6 pods in %.1fs\n", time.Since(began).Seconds())
 	return m.Run()
+}
+
+// leftovers lists what of this run's labs is still there: namespaces, devices, directories, processes.
+func leftovers() string {
+	var left []string
+	for _, pattern := range []string{"/run/netns/" + labName + "*", "/run/margay/lab/" + labName + "*"} {
+		found, err := filepath.Glob(pattern)
+		if err != nil {
+			return err.Error()
+		}
+		left = append(left, found...)
+	}
+	cmdlines, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		return err.Error()
+	}
+	for _, file := range cmdlines {
+		if text, err := os.ReadFile(file); err == nil && bytes.Contains(text, []byte("/lab/"+labName)) {
+			left = append(left, file+": "+string(bytes.ReplaceAll(text, []byte{0}, []byte{' '})))
+		}
+	}
+	return strings.Join(left, "\n")
 }
 
 // ctl runs margayctl and returns both outputs together.
