@@ -11,26 +11,25 @@ import (
 // packages below it unless one of them has a row of its own. cmd/* and bench may import anything, and nothing may
 // import bench.
 var rooms = map[string][]string{
-	"vrouter/packet":     {},
-	"vrouter/fib":        {},
-	"vrouter":            {"vrouter/packet", "vrouter/fib"},
-	"vrouter/port":       {"vrouter", "vrouter/packet"},
-	"vrouter/rpc":        {"vrouter", "vrouter/fib"},
-	"datastore":          {},
-	"ipam":               {"datastore"},
-	"bgp":                {},
-	"cni":                {},
-	"cni/server":         {"cni"},
-	"agent/api":          {},
-	"agent":              {"datastore", "ipam", "bgp", "cni/server", "vrouter/rpc", "agent/api"},
-	"lab":                {"datastore"},
-	"ctl":                {"datastore", "ipam", "bgp", "lab", "vrouter/rpc", "agent/api"},
-	"internal/version":   {},
-	"internal/netnstest": {},
+	"vrouter/packet":   {},
+	"vrouter/fib":      {},
+	"vrouter":          {"vrouter/packet", "vrouter/fib"},
+	"vrouter/port":     {"vrouter", "vrouter/packet"},
+	"vrouter/rpc":      {"vrouter", "vrouter/fib"},
+	"datastore":        {},
+	"ipam":             {"datastore"},
+	"bgp":              {},
+	"cni":              {},
+	"cni/server":       {"cni"},
+	"agent/api":        {},
+	"agent":            {"datastore", "ipam", "bgp", "cni/server", "vrouter/rpc", "agent/api"},
+	"lab":              {"datastore"},
+	"ctl":              {"datastore", "ipam", "bgp", "lab", "vrouter/rpc", "agent/api"},
+	"internal/version": {},
 }
 
-// anywhere lists the packages that every room may import, tests' tools included.
-var anywhere = map[string]bool{"internal/version": true, "internal/netnstest": true}
+// anywhere lists the packages that every room may import.
+var anywhere = map[string]bool{"internal/version": true}
 
 // homes says where an external module may be imported (non-test code only).
 var homes = map[string][]string{
@@ -40,7 +39,7 @@ var homes = map[string][]string{
 	"github.com/cilium/ebpf":         {"vrouter/port"},
 	"golang.org/x/sys/":              {"vrouter/port", "cni/server", "agent", "lab"},
 	"github.com/vishvananda/netlink": {"vrouter/port", "cni/server", "agent", "lab"},
-	"google.golang.org/grpc":         {"vrouter/rpc"},
+	"google.golang.org/grpc":         {"vrouter/rpc", "datastore"}, // datastore reads the codes of etcd's errors
 	"github.com/google/gopacket":     {},
 }
 

@@ -132,9 +132,14 @@ func agentReady(ctx context.Context, socket string) error {
 
 // seed writes what a cluster's installer writes: the pool, and that the datastore is ready.
 func seed(ctx context.Context, s *state, c *child, pool *datastore.IPPool) error {
+	way, err := newTunnel(netnsPath(underlayName(s.Name)), fmt.Sprintf("%s:%d", at(s.Subnet, etcdOctet), etcdPort))
+	if err != nil {
+		return err
+	}
+	defer way.Close()
 	var store *datastore.Store
-	err := await(ctx, c, "etcd", func(ctx context.Context) (err error) {
-		store, err = datastore.Open(ctx, datastore.Config{Endpoints: []string{s.endpoint()}, DialTimeout: time.Second})
+	err = await(ctx, c, "etcd", func(ctx context.Context) (err error) {
+		store, err = datastore.Open(ctx, datastore.Config{Endpoints: []string{way.URL()}, DialTimeout: time.Second})
 		return err
 	})
 	if err != nil {

@@ -28,8 +28,9 @@ func TestForward(t *testing.T) {
 			a, b := newNodes(t)
 			if gro {
 				for _, n := range []*node{a, b} {
+					sysfs := t.TempDir()
 					n.do(t, func() error {
-						return errors.Join(ethtool(ethtoolSetTSO, 0), ethtool(ethtoolSetGSO, 0), ethtool(ethtoolSetGRO, 1), bursts())
+						return errors.Join(ethtool(ethtoolSetTSO, 0), ethtool(ethtoolSetGSO, 0), ethtool(ethtoolSetGRO, 1), holdGRO(sysfs))
 					})
 				}
 			}

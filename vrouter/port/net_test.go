@@ -1,6 +1,7 @@
 package port_test
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"net"
@@ -273,17 +274,30 @@ func (n *node) dialUDP(t *testing.T, to *net.UDPAddr) *net.UDPConn {
 	return conn
 }
 
-// answered reports whether one datagram of size bytes comes back within a quarter of a second.
+var datagrams atomic.Uint32
+
+// answered reports whether one datagram of size bytes comes back within a quarter of a second. An answer to an earlier
+// one, which comes late, does not count.
 func answered(conn *net.UDPConn, size int) bool {
 	if conn.SetDeadline(time.Now().Add(250*time.Millisecond)) != nil {
 		return false
 	}
-	if _, err := conn.Write(make([]byte, size)); err != nil {
+	want := make([]byte, size)
+	copy(want, []byte{byte(datagrams.Add(1))})
+	if _, err := conn.Write(want); err != nil {
 		time.Sleep(5 * time.Millisecond) // refused at once, as with an interface that is gone
 		return false
 	}
-	got, err := conn.Read(make([]byte, 65536))
-	return err == nil && got == size
+	got := make([]byte, 65536)
+	for {
+		n, err := conn.Read(got)
+		if err != nil {
+			return false
+		}
+		if bytes.Equal(got[:n], want) {
+			return true
+		}
+	}
 }
 
 // Commands of the ethtool ioctl, linux/ethtool.h.
@@ -313,16 +327,23 @@ func ethtool(command, value uint32) error {
 	return nil
 }
 
-// bursts limits eth0 to 1 Gbit/s by a token bucket, in the caller's namespace: what waits leaves in bursts, as on a
-// real interface, and without bursts GRO at the other end has nothing to merge.
-func bursts() error {
-	eth0, err := netlink.LinkByName("eth0")
-	if err != nil {
-		return err
+// holdGRO lets eth0, in the caller's namespace, wait up to 200 µs for the next segment before it hands a merged packet
+// over: without it whether anything is merged depends on how the machine is loaded. The calling thread, which the
+// caller throws away, gets a mount namespace of its own for the sysfs of this network namespace.
+func holdGRO(dir string) error {
+	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+		return fmt.Errorf("unshare: %w", err)
 	}
-	const rate = 125_000_000 // bytes a second
-	return netlink.QdiscAdd(&netlink.Tbf{
-		QdiscAttrs: netlink.QdiscAttrs{LinkIndex: eth0.Attrs().Index, Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT},
-		Rate:       rate, Limit: 4 << 20, Buffer: 64 << 10,
-	})
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fmt.Errorf("make mounts private: %w", err)
+	}
+	if err := unix.Mount("sysfs", dir, "sysfs", 0, ""); err != nil {
+		return fmt.Errorf("mount sysfs: %w", err)
+	}
+	for name, value := range map[string]string{"gro_flush_timeout": "200000", "napi_defer_hard_irqs": "2"} {
+		if err := os.WriteFile(dir+"/class/net/eth0/"+name, []byte(value), 0); err != nil {
+			return err
+		}
+	}
+	return nil
 }

@@ -196,15 +196,18 @@ func (t *TUN) Recv(batch []*vrouter.Packet) (int, error) {
 // reopen makes the device anew, trying until it works or the port is stopped. The new device takes over the number of
 // the old descriptor, in one step, so that Send, on its own thread, needs no lock.
 func (t *TUN) reopen() {
-	for !t.waiter.stopped.Load() {
+	t.retry(func() error {
 		fd, err := openTUN(t.name)
-		if err == nil {
-			err = unix.Dup3(fd, t.fd, unix.O_CLOEXEC)
-			_ = unix.Close(fd)
+		if err != nil {
+			return err
 		}
-		if err == nil && t.setUp() == nil {
-			return
-		}
+		return errors.Join(unix.Dup3(fd, t.fd, unix.O_CLOEXEC), unix.Close(fd))
+	})
+	t.retry(t.setUp)
+}
+
+func (t *TUN) retry(f func() error) {
+	for !t.waiter.stopped.Load() && f() != nil {
 		t.waiter.wait(-1, 0, reopenDelay)
 	}
 }

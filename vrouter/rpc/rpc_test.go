@@ -3,7 +3,6 @@ package rpc
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -261,13 +260,34 @@ func TestListen(t *testing.T) {
 	}
 }
 
-func ExampleClient() {
-	c, err := Dial("/run/margay/vrouter.sock")
-	if err != nil {
-		fmt.Println(err)
-		return
+// TestListenAtOnce starts several at the same moment: one gets the socket, and keeps it.
+func TestListenAtOnce(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "vrouter.sock")
+	const starters = 8
+	results := make(chan net.Listener, starters)
+	for range starters {
+		go func() {
+			l, err := Listen(socket)
+			if err != nil && !errors.Is(err, ErrInUse) {
+				t.Error(err)
+			}
+			results <- l
+		}()
 	}
-	defer c.Close()
-	fmt.Println(Tunnel(netip.MustParseAddr("198.18.0.2")))
-	// Output: tunnel 198.18.0.2
+	var winners []net.Listener
+	for range starters {
+		if l := <-results; l != nil {
+			winners = append(winners, l)
+		}
+	}
+	if len(winners) != 1 {
+		t.Fatalf("%d got the socket", len(winners))
+	}
+	conn, err := net.Dial("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(conn.Close(), winners[0].Close()); err != nil {
+		t.Error(err)
+	}
 }

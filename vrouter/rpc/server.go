@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"google.golang.org/grpc"
@@ -26,6 +27,19 @@ var ErrInUse = errors.New("another vrouter is alive on it")
 // was killed, is replaced. The directory is made, mode 0755, if it is not there.
 func Listen(socket string) (net.Listener, error) {
 	fail := func(err error) (net.Listener, error) { return nil, fmt.Errorf("socket %s: %w", socket, err) }
+	dir := filepath.Dir(socket)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return fail(err)
+	}
+	// Two that start at once look and rename one after the other.
+	lock, err := os.Open(dir)
+	if err != nil {
+		return fail(err)
+	}
+	defer lock.Close()
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
+		return fail(fmt.Errorf("lock its directory: %w", err))
+	}
 	if info, err := os.Lstat(socket); err == nil {
 		if info.Mode().Type() != fs.ModeSocket {
 			return fail(errors.New("the file is not a socket: remove it, or choose another path"))
@@ -33,10 +47,6 @@ func Listen(socket string) (net.Listener, error) {
 		if conn, err := net.DialTimeout("unix", socket, time.Second); err == nil {
 			return fail(errors.Join(ErrInUse, conn.Close()))
 		}
-	}
-	dir := filepath.Dir(socket)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return fail(err)
 	}
 	// Made under another name and renamed: there is no moment in which the socket exists with a wider mode, and a
 	// stale one is replaced in one step.

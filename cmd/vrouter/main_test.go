@@ -1,0 +1,328 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+
+	"margay/vrouter/rpc"
+)
+
+// TestMain makes the test binary the daemon itself when asked to.
+func TestMain(m *testing.M) {
+	if os.Getenv("MARGAY_TEST_VROUTER") != "" {
+		main()
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// space is a network namespace without a name, with a thread of its own.
+type space struct{ run chan func() }
+
+func newSpace(t *testing.T) *space {
+	t.Helper()
+	s := &space{run: make(chan func())}
+	ready := make(chan error)
+	go func() {
+		runtime.LockOSThread() // never given back: the thread ends with the namespace
+		_, err := netns.New()
+		ready <- err
+		for f := range s.run {
+			f()
+		}
+	}()
+	if err := <-ready; err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { close(s.run) })
+	s.do(t, func() error { return up("lo") })
+	return s
+}
+
+func (s *space) do(t *testing.T, f func() error) {
+	t.Helper()
+	result := make(chan error)
+	s.run <- func() { result <- f() }
+	if err := <-result; err != nil {
+		t.Fatal(err)
+	}
+}
+
+func up(name string, addresses ...string) error {
+	link, err := netlink.LinkByName(name)
+	if err != nil {
+		return err
+	}
+	for _, text := range addresses {
+		a, err := netlink.ParseAddr(text)
+		if err != nil {
+			return err
+		}
+		if err := netlink.AddrReplace(link, a); err != nil {
+			return err
+		}
+	}
+	return netlink.LinkSetUp(link)
+}
+
+// daemon is one vrouter process.
+type daemon struct {
+	cmd    *exec.Cmd
+	output bytes.Buffer
+	dir    string
+}
+
+func command(args ...string) *exec.Cmd {
+	cmd := exec.Command("/proc/self/exe", args...)
+	cmd.Env = append(os.Environ(), "MARGAY_TEST_VROUTER=1")
+	return cmd
+}
+
+// start runs a vrouter in the namespace, with its socket and state in dir, and waits until it answers.
+func (s *space) start(t *testing.T, dir string) *daemon {
+	t.Helper()
+	d := &daemon{dir: dir, cmd: command("--socket", filepath.Join(dir, "vrouter.sock"), "--state-dir", dir)}
+	d.cmd.Stdout, d.cmd.Stderr = &d.output, &d.output
+	s.do(t, d.cmd.Start)
+	t.Cleanup(func() { d.stop(t, syscall.SIGKILL) })
+	c := d.dial(t)
+	eventually(t, "vrouter answers", func() bool {
+		_, err := c.Status(t.Context())
+		return err == nil
+	})
+	return d
+}
+
+// stop sends a signal and waits for the end; after the first time it does nothing.
+func (d *daemon) stop(t *testing.T, signal os.Signal) {
+	if d.cmd.ProcessState != nil {
+		return
+	}
+	if err := d.cmd.Process.Signal(signal); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		t.Error(err)
+	}
+	err := d.cmd.Wait()
+	if signal == syscall.SIGTERM && err != nil {
+		t.Errorf("%v\n%s", err, d.output.String())
+	}
+}
+
+func (d *daemon) dial(t *testing.T) *rpc.Client {
+	t.Helper()
+	c, err := rpc.Dial(filepath.Join(d.dir, "vrouter.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Close() })
+	return c
+}
+
+func eventually(t *testing.T, what string, condition func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); !condition(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: not within ten seconds", what)
+		}
+	}
+}
+
+// configure programs node index (1 or 2) as its agent would.
+func (d *daemon) configure(t *testing.T, index byte) {
+	t.Helper()
+	other := 3 - index
+	node := func(i byte) netip.Addr { return netip.AddrFrom4([4]byte{198, 18, 0, i}) }
+	block := func(i byte) netip.Prefix { return netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 244, i, 0}), 26) }
+	c := d.dial(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	_, err := c.Begin(ctx)
+	if err == nil {
+		err = c.Update(ctx, rpc.Update{
+			Config:   &rpc.Config{NodeAddress: node(index), Underlay: "eth0", MTU: 1480},
+			AddNodes: []netip.Addr{node(index), node(other)},
+			Set:      []rpc.Route{{Prefix: block(index), NextHop: rpc.Local()}, {Prefix: block(other), NextHop: rpc.Tunnel(node(other))}},
+		})
+	}
+	if err == nil {
+		_, err = c.End(ctx)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestDaemons: two daemons forward; one is stopped, then killed, and each time forwards again from its snapshot, with
+// vr0 and its routes as they were and without anyone programming it anew.
+func TestDaemons(t *testing.T) {
+	a, b := newSpace(t), newSpace(t)
+	dirA, dirB := t.TempDir(), t.TempDir()
+	// The thread's namespace, by its number, is what the other side of the pair is put into.
+	var peer netns.NsHandle
+	b.do(t, func() (err error) { peer, err = netns.Get(); return err })
+	defer peer.Close()
+	a.do(t, func() error {
+		return netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "eth0"}, PeerName: "eth0", PeerNamespace: netlink.NsFd(peer)})
+	})
+	var dirs = map[*space]string{a: dirA, b: dirB}
+	daemons := map[*space]*daemon{}
+	for i, s := range []*space{a, b} {
+		index := byte(i + 1)
+		s.do(t, func() error { return up("eth0", fmt.Sprintf("198.18.0.%d/24", index)) })
+		daemons[s] = s.start(t, dirs[s])
+		daemons[s].configure(t, index)
+		s.do(t, func() error {
+			link, err := netlink.LinkByName("vr0")
+			if err != nil {
+				return err
+			}
+			if link.Attrs().MTU != 1480 {
+				return fmt.Errorf("MTU of vr0: %d", link.Attrs().MTU)
+			}
+			own := fmt.Sprintf("10.244.%d.1", index)
+			if err := up("vr0", own+"/32"); err != nil {
+				return err
+			}
+			_, pool, err := net.ParseCIDR("10.244.0.0/16")
+			if err != nil {
+				return err
+			}
+			return netlink.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Dst: pool, Src: net.ParseIP(own)})
+		})
+	}
+	var server, conn *net.UDPConn
+	b.do(t, func() (err error) {
+		server, err = net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(10, 244, 2, 1)})
+		return err
+	})
+	defer server.Close()
+	go func() {
+		buf := make([]byte, 2000)
+		for {
+			n, from, err := server.ReadFromUDP(buf)
+			if err != nil {
+				return
+			}
+			// What cannot be answered shows as a missing answer.
+			_, _ = server.WriteToUDP(buf[:n], from)
+		}
+	}()
+	a.do(t, func() (err error) {
+		conn, err = net.DialUDP("udp4", nil, server.LocalAddr().(*net.UDPAddr))
+		return err
+	})
+	defer conn.Close()
+	number := byte(0)
+	answered := func() bool {
+		number++ // an answer to an earlier one, which comes late, does not count
+		if conn.SetDeadline(time.Now().Add(200*time.Millisecond)) != nil {
+			return false
+		}
+		if _, err := conn.Write([]byte{number}); err != nil {
+			return false
+		}
+		for got := make([]byte, 10); ; {
+			if _, err := conn.Read(got); err != nil {
+				return false
+			}
+			if got[0] == number {
+				return true
+			}
+		}
+	}
+	eventually(t, "first answer", answered)
+	for _, signal := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
+		// What it was told is in the snapshot soon after it was told, killed or not.
+		eventually(t, "snapshot", func() bool {
+			_, err := os.Stat(filepath.Join(dirB, "fib.snapshot"))
+			return err == nil
+		})
+		daemons[b].stop(t, signal)
+		if answered() {
+			t.Errorf("an answer after %v", signal)
+		}
+		daemons[b] = b.start(t, dirB)
+		eventually(t, fmt.Sprintf("answer after %v and a restart", signal), answered)
+		s, err := daemons[b].dial(t).Status(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !s.Restored || !s.Configured || s.Routes != 2 || s.Nodes != 2 || s.Stale != 4 || s.Port != "vr0, eth0" {
+			t.Errorf("status after %v: %+v", signal, s)
+		}
+	}
+	b.do(t, func() error {
+		cmd := command("--socket", filepath.Join(dirB, "vrouter.sock"), "--state-dir", dirB)
+		expectRefused(t, cmd, "another vrouter is alive")
+		other := t.TempDir()
+		cmd = command("--socket", filepath.Join(other, "vrouter.sock"), "--state-dir", other)
+		expectRefused(t, cmd, "another process")
+		if left, err := os.ReadDir(other); err != nil || len(left) != 0 {
+			t.Errorf("left behind: %v, %v", left, err)
+		}
+		return nil
+	})
+}
+
+// expectRefused runs cmd and wants exit code 1 and one line that contains want.
+func expectRefused(t *testing.T, cmd *exec.Cmd, want string) {
+	t.Helper()
+	out, err := cmd.CombinedOutput()
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) || exit.ExitCode() != 1 || strings.Count(string(out), "\n") != 1 || !strings.Contains(string(out), want) {
+		t.Errorf("%v: %v, %q: expected exit code 1 and one line with %q", cmd.Args[1:], err, out, want)
+	}
+}
+
+func TestCommandLine(t *testing.T) {
+	for _, arg := range []string{"--version", "--help"} {
+		out, err := command(arg).CombinedOutput()
+		if err != nil || !bytes.Contains(out, []byte("vrouter")) {
+			t.Errorf("%s: %v, %s", arg, err, out)
+		}
+	}
+	expectRefused(t, command("--bogus"), "unknown flag")
+	expectRefused(t, command("extra"), "extra")
+	expectRefused(t, command("--log-level", "loud"), "loud")
+	expectRefused(t, command("--tun", "a/b"), "--tun")
+}
+
+func TestMissing(t *testing.T) {
+	s := newSpace(t)
+	s.do(t, func() error {
+		dir := t.TempDir()
+		args := []string{"--socket", filepath.Join(dir, "vrouter.sock"), "--state-dir", dir}
+
+		// In a user namespace of its own the process has no capability over this network.
+		cmd := command(args...)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWUSER}
+		expectRefused(t, cmd, "run as root")
+
+		exe, err := os.Executable()
+		if err != nil {
+			return err
+		}
+		cmd = exec.Command("unshare", append([]string{"-m", "sh", "-c", `mount -t tmpfs none /dev/net && exec "$0" "$@"`, exe}, args...)...)
+		cmd.Env = append(os.Environ(), "MARGAY_TEST_VROUTER=1")
+		expectRefused(t, cmd, "no /dev/net/tun")
+
+		if left, err := os.ReadDir(dir); err != nil || len(left) != 0 {
+			t.Errorf("left behind: %v, %v", left, err)
+		}
+		return nil
+	})
+}
