@@ -37,6 +37,9 @@ type Config struct {
 // retryPause is the wait before a reconciliation that failed is tried again.
 const retryPause = time.Second
 
+// errSyncing is the state of an agent that has done its own part and waits for its peers'.
+var errSyncing = errors.New("waiting for the BGP peers' first tables")
+
 // Agent is the control plane of one node. Run's goroutine owns all state that has no lock.
 type Agent struct {
 	cfg      Config
@@ -52,6 +55,7 @@ type Agent struct {
 	as       uint32
 
 	kick   chan struct{}
+	host   *hostWatch
 	synced bool // the first BGP tables are in, or late: stale state may go
 
 	// mu guards what the status and the CNI server read, and the writes to underlay, plane, speaker and as above.
@@ -86,6 +90,9 @@ func Run(ctx context.Context, cfg Config) error {
 		return err
 	}
 	failed := make(chan error, 1)
+	if a.host, err = watchHost(ctx, a.underlay.Interface, a.wake); err != nil {
+		return err
+	}
 	var done sync.WaitGroup
 	done.Go(func() {
 		if err := a.cni.Run(ctx); err != nil && ctx.Err() == nil {
@@ -143,7 +150,7 @@ func (a *Agent) open(ctx context.Context) error {
 		QueueDir: filepath.Join(a.cfg.StateDir, "cni", "deleted"),
 		IPAM:     podIPAM{alloc: a.alloc, node: a.cfg.Node},
 		MTU:      a.podMTU,
-		Ready:    a.readyError,
+		Ready:    a.attachError,
 		Log:      a.log,
 	})
 	return err
@@ -214,7 +221,10 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 		a.log.Error("restoring the pods' host side", "err", err)
 	}
 	syncedCh := a.speaker.Synced()
-	var retry <-chan time.Time
+	var (
+		retry    <-chan time.Time
+		reported string // the last error that was logged: a state that lasts is said once
+	)
 	for {
 		select {
 		case <-ctx.Done():
@@ -225,6 +235,10 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 			syncedCh, a.synced = nil, true
 		case <-a.speaker.Updates():
 		case <-a.kick:
+		case <-a.host.underlay:
+			if err := a.redetect(); err != nil {
+				return err
+			}
 		case <-retry:
 		}
 		retry = nil
@@ -233,8 +247,12 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 			return nil
 		}
 		if err != nil {
-			a.log.Error("reconcile", "err", err)
 			retry = time.After(retryPause)
+		}
+		if text := fmt.Sprint(err); text != reported {
+			if reported = text; err != nil {
+				a.log.Error("not in the desired state; trying on", "err", err)
+			}
 		}
 		a.settle(err)
 	}
@@ -250,7 +268,7 @@ func (a *Agent) settle(err error) {
 	case !connected:
 		a.fail(errors.New("the vRouter does not answer"))
 	case !a.synced:
-		a.fail(errors.New("waiting for the BGP peers' first tables"))
+		a.fail(errSyncing)
 	default:
 		a.locked(func() { a.ready, a.failure = true, nil })
 		if !was {
@@ -263,11 +281,20 @@ func (a *Agent) fail(err error) {
 	a.locked(func() { a.ready, a.failure = false, err })
 }
 
-// readyError says why CNI ADD cannot be served now; nil when it can.
+// readyError says why the node is not ready; nil when it is.
 func (a *Agent) readyError() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.failure
+}
+
+// attachError says why CNI ADD cannot be served now; nil when it can. A pod need not wait for what the peers still
+// have to say: this node's side of its network is complete.
+func (a *Agent) attachError() error {
+	if err := a.readyError(); !errors.Is(err, errSyncing) {
+		return err
+	}
+	return nil
 }
 
 func (a *Agent) podMTU() int {

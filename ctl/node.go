@@ -76,6 +76,7 @@ func printNodeStatus(w io.Writer, st api.Status) {
 
 func printPeers(w io.Writer, peers []api.Peer, family func(netip.Addr) bool, none string) {
 	table := tablewriter.NewWriter(w)
+	table.SetAutoWrapText(false) // a reason is one line
 	table.SetHeader([]string{"Peer address", "Peer type", "State", "Since", "Info"})
 	found := false
 	for _, p := range peers {

@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
+	"maps"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -134,11 +136,13 @@ func (a *Allocator) claim(ctx context.Context, v *view, cidr netip.Prefix) (*sto
 		if err != nil {
 			return nil, err
 		}
-		op := datastore.OpCreate(key, value)
+		// Another allocator of this node (an old agent not yet gone) may have claimed a block since we looked; then start
+		// over and use that one.
+		ops := []datastore.Op{datastore.OpCreate(key, value), datastore.OpUnchanged(AffinityPrefix(a.node), v.revision)}
 		if begun {
-			op = datastore.OpUpdate(key, value, own.revision)
+			ops = []datastore.Op{datastore.OpUpdate(key, value, own.revision)}
 		}
-		if own.revision, err = a.store.Txn(ctx, op); err != nil {
+		if own.revision, err = a.store.Txn(ctx, ops...); err != nil {
 			return nil, err
 		}
 		v.affinities[cidr] = own
@@ -203,4 +207,10 @@ func (a *Allocator) ConfirmedBlocks(ctx context.Context) ([]netip.Prefix, error)
 		return nil, err
 	}
 	return confirmed(a.decodeAffinities(kvs)), nil
+}
+
+// confirmed lists the blocks with a confirmed affinity, in order.
+func confirmed(own map[netip.Prefix]ownAffinity) []netip.Prefix {
+	maps.DeleteFunc(own, func(_ netip.Prefix, o ownAffinity) bool { return o.state != stateConfirmed || o.deleted })
+	return slices.SortedFunc(maps.Keys(own), netip.Prefix.Compare)
 }

@@ -1,47 +1,17 @@
 package ipam
 
 import (
-	"context"
-	"fmt"
 	"os"
 	"testing"
 
 	"margay/datastore"
-	"margay/datastore/embedded"
+	"margay/datastore/embedded/embeddedtest"
 )
 
 // endpoint is the server that all tests of this package share.
 var endpoint string
 
-func TestMain(m *testing.M) {
-	os.Exit(withServer(m.Run))
-}
-
-func withServer(run func() int) int {
-	dir, err := os.MkdirTemp("", "margay-ipam")
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	defer os.RemoveAll(dir)
-	ctx, cancel := context.WithCancel(context.Background())
-	ready, ended := make(chan string, 1), make(chan error, 1)
-	go func() {
-		ended <- embedded.Serve(ctx, embedded.Config{Dir: dir, ClientURLs: []string{"http://127.0.0.1:0"}, NoSync: true,
-			Ready: func(urls []string) { ready <- urls[0] }})
-	}()
-	select {
-	case endpoint = <-ready:
-	case err := <-ended:
-		fmt.Fprintln(os.Stderr, err)
-		cancel()
-		return 1
-	}
-	code := run()
-	cancel()
-	<-ended
-	return code
-}
+func TestMain(m *testing.M) { os.Exit(embeddedtest.Main(m, &endpoint)) }
 
 // openStore gives a store with nothing in it but the pools.
 func openStore(t *testing.T, pools ...*datastore.IPPool) *datastore.Store {

@@ -11,12 +11,6 @@ import (
 	"margay/datastore"
 )
 
-// confirmed lists the blocks with a confirmed affinity, in order.
-func confirmed(own map[netip.Prefix]ownAffinity) []netip.Prefix {
-	maps.DeleteFunc(own, func(_ netip.Prefix, o ownAffinity) bool { return o.state != stateConfirmed || o.deleted })
-	return slices.SortedFunc(maps.Keys(own), netip.Prefix.Compare)
-}
-
 // ReleaseHandle frees all addresses that a handle holds, on whichever node's blocks, and forgets the handle, all in one
 // transaction. It returns what it freed; a handle that holds nothing is not an error.
 func (a *Allocator) ReleaseHandle(ctx context.Context, id string) ([]netip.Addr, error) {

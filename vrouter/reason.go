@@ -11,27 +11,27 @@ const (
 	// Both directions.
 	ReasonNotConfigured      // the agent has not told this node's address yet
 	ReasonOffloadUnsupported // a superpacket of a kind that cannot be split
+	ReasonSendFailed         // the kernel refused it: no route to the node, a filter, an interface that is down
+	ReasonSendTooBig         // the kernel refused it: EMSGSIZE
+	ReasonSendQueueFull      // the socket's buffer stayed full
 
 	// Encapsulation: from a pod of this node to another node.
-	ReasonNotIPv4         // IPv6 or nothing known
-	ReasonMalformed       // header or lengths wrong (RFC 1812, 5.2.2)
-	ReasonBadChecksum     // IPv4 header checksum wrong
-	ReasonNoRoute         // no route to the destination
-	ReasonBlackhole       // the longest match is a drop route
-	ReasonNoPod           // the destination is in a block of this node, but no pod has it: the kernel's route led here
-	ReasonDirectRoute     // the kernel should have routed it unencapsulated
-	ReasonGatewaySelf     // the route's gateway is this node
-	ReasonGatewayNotIPv4  // the route's gateway is not reachable by IP-in-IP over IPv4
-	ReasonPacketTooBig    // longer than vr0's MTU, or than an outer header can tell
-	ReasonSendFailed      // the kernel refused it: no route to the node, a filter, an interface that is down
-	ReasonSendTooBig      // the kernel refused it: EMSGSIZE
-	ReasonSendQueueFull   // the socket's buffer stayed full
-	ReasonOuterMalformed  // outer header wrong, or not protocol 4
-	ReasonOuterNotForUs   // outer destination is not this node's address
-	ReasonOuterFragment   // a fragment of an outer packet
-	ReasonOuterSourceNode // outer source is no node of this cluster
+	ReasonNotIPv4        // IPv6 or nothing known
+	ReasonMalformed      // header or lengths wrong (RFC 1812, 5.2.2)
+	ReasonBadChecksum    // IPv4 header checksum wrong
+	ReasonNoRoute        // no route to the destination
+	ReasonBlackhole      // the longest match is a drop route
+	ReasonNoPod          // the destination is in a block of this node, but no pod has it: the kernel's route led here
+	ReasonDirectRoute    // the kernel should have routed it unencapsulated
+	ReasonGatewaySelf    // the route's gateway is this node
+	ReasonGatewayNotIPv4 // the route's gateway is not reachable by IP-in-IP over IPv4
+	ReasonPacketTooBig   // longer than vr0's MTU, or than an outer header can tell
 
 	// Decapsulation: from another node to a pod of this node.
+	ReasonOuterMalformed   // outer header wrong, or not protocol 4
+	ReasonOuterNotForUs    // outer destination is not this node's address
+	ReasonOuterFragment    // a fragment of an outer packet
+	ReasonOuterSourceNode  // outer source is no node of this cluster
 	ReasonInnerMalformed   // inner header wrong
 	ReasonECNIllegal       // outer congestion mark on an inner packet that cannot carry one (RFC 6040, 4.2)
 	ReasonNestedTunnel     // a tunnel inside the tunnel
