@@ -62,7 +62,11 @@ func printUsage(w io.Writer, pools []ipam.PoolUsage, blocks bool) {
 		table.Append([]string{kind, cidr, fmt.Sprintf("%.5g", total), cell(inUse, total), cell(total-inUse, total)})
 	}
 	for _, p := range pools {
-		row("IP Pool", p.CIDR.String(), float64(p.Total), float64(p.InUse))
+		name := p.Name // only the blocks that have lost their pool are known by name alone
+		if p.CIDR.IsValid() {
+			name = p.CIDR.String()
+		}
+		row("IP Pool", name, p.Total, p.InUse)
 		if !blocks {
 			continue
 		}

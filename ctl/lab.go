@@ -196,11 +196,18 @@ func timed(cmd *cobra.Command, what string, f func(context.Context) error) error
 func newLabRestartCommand(name *string) *cobra.Command {
 	var hard bool
 	cmd := &cobra.Command{
-		Use:   "restart NODE vrouter|agent",
-		Short: "Restart a daemon of a node, also one that is dead; returns when it serves",
-		Args:  cobra.ExactArgs(2),
+		Use:   "restart {NODE vrouter|agent | etcd}",
+		Short: "Restart a daemon of a node, or the lab's etcd, also one that is dead; returns when it serves",
+		Args:  cobra.RangeArgs(1, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			etcd := args[0] == "etcd" && len(args) == 1
+			if !etcd && len(args) != 2 {
+				return fmt.Errorf("restart %s: expected a node and vrouter or agent, or etcd alone", args[0])
+			}
 			return onLab(*name, func(l *lab.Lab) error {
+				if etcd {
+					return timed(cmd, "etcd restarted", func(ctx context.Context) error { return l.RestartEtcd(ctx, hard) })
+				}
 				return timed(cmd, args[1]+" of "+args[0]+" restarted", func(ctx context.Context) error {
 					return l.Restart(ctx, args[0], args[1], hard)
 				})

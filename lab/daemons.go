@@ -130,8 +130,8 @@ func agentReady(ctx context.Context, socket string) error {
 	return nil
 }
 
-// seed writes what a cluster's installer writes: the pool, and that the datastore is ready.
-func seed(ctx context.Context, s *state, c *child, pool *datastore.IPPool) error {
+// withStore waits until etcd answers and runs f with a connection to it.
+func withStore(ctx context.Context, s *state, c *child, f func(*datastore.Store) error) error {
 	way, err := newTunnel(netnsPath(underlayName(s.Name)), fmt.Sprintf("%s:%d", at(s.Subnet, etcdOctet), etcdPort))
 	if err != nil {
 		return err
@@ -146,10 +146,17 @@ func seed(ctx context.Context, s *state, c *child, pool *datastore.IPPool) error
 		return err
 	}
 	defer store.Close()
-	info := datastore.NewClusterInformation("default")
-	info.Spec.DatastoreReady = new(true)
-	if err := datastore.CreateResource(ctx, store, info); err != nil {
-		return err
+	return f(store)
+}
+
+// seed writes what a cluster's installer writes: the pool, and that the datastore is ready.
+func seed(ctx context.Context, pool *datastore.IPPool) func(*datastore.Store) error {
+	return func(store *datastore.Store) error {
+		info := datastore.NewClusterInformation("default")
+		info.Spec.DatastoreReady = new(true)
+		if err := datastore.CreateResource(ctx, store, info); err != nil {
+			return err
+		}
+		return datastore.CreateResource(ctx, store, pool)
 	}
-	return datastore.CreateResource(ctx, store, pool)
 }

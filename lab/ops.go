@@ -11,6 +11,8 @@ import (
 	"slices"
 	"syscall"
 	"time"
+
+	"margay/datastore"
 )
 
 // Daemons of a node, as Restart names them.
@@ -135,6 +137,29 @@ func (l *Lab) Restart(ctx context.Context, nodeName, what string, hard bool) err
 		return err
 	}
 	return l.launch(ctx, s, n, what)
+}
+
+// RestartEtcd ends the lab's datastore, by SIGTERM, or by SIGKILL with hard, and starts it again on its data.
+func (l *Lab) RestartEtcd(ctx context.Context, hard bool) error {
+	s, err := l.ready()
+	if err != nil {
+		return err
+	}
+	if err := s.Etcd.stop(ctx, grace(hard)); err != nil {
+		return err
+	}
+	c, err := l.startEtcd(s)
+	if err != nil {
+		return err
+	}
+	err = l.update(func(s *state) error {
+		s.Etcd = c.Process
+		return nil
+	})
+	if err != nil {
+		return errors.Join(err, c.stop(context.Background(), 0))
+	}
+	return withStore(ctx, s, c, func(*datastore.Store) error { return nil })
 }
 
 func grace(hard bool) time.Duration {

@@ -265,7 +265,7 @@ func (l *Lab) buildEtcd(ctx context.Context, s *state, pool *datastore.IPPool) (
 		return "", err
 	}
 	detail := fmt.Sprintf("%s, pool %s, ipipMode %s", s.endpoint(), pool.Spec.CIDR, pool.Spec.IPIPMode)
-	return detail, seed(ctx, s, c, pool)
+	return detail, withStore(ctx, s, c, seed(ctx, pool))
 }
 
 func (l *Lab) buildNodes(ctx context.Context, s *state) (string, error) {

@@ -44,7 +44,7 @@ func TestHostChangesAreMended(t *testing.T) {
 func TestEtcdRestarts(t *testing.T) {
 	n1, n2 := node(t, 1), node(t, 2)
 	s := startStream(t, n1.Pods[0], n2.Pods[0], 5*time.Millisecond)
-	mustCtl(t, "lab", "restart", "--name", labName, "etcd")
+	mustCtl(t, "lab", "restart", "--name", labName, "--hard", "etcd")
 	id := labName + "-etcd"
 	ns := newNetns(t, id)
 	until(t, 30*time.Second, "a pod to be attached after etcd's restart", func() bool {
