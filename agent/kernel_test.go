@@ -2,6 +2,7 @@ package agent
 
 import (
 	"runtime"
+	"strings"
 	"testing"
 
 	"github.com/vishvananda/netlink"
@@ -109,7 +110,15 @@ func TestKernelTable(t *testing.T) {
 	if has = kernelHas(t, h); len(has) != 2 {
 		t.Errorf("after the sweep only the subnet's and the foreign route stay, got %v", has)
 	}
-	err := k.Apply([]KernelRoute{{Prefix: pfx("10.1.0.0/16"), Device: "nope"}, all[2]}, true)
+	// Somebody else's route of the same place is left alone, and said.
+	err := k.Apply([]KernelRoute{{Prefix: pfx("192.0.2.0/24"), Device: "eth0", Gateway: addr("198.18.0.7")}}, true)
+	if err == nil || !strings.Contains(err.Error(), "somebody else's route") {
+		t.Errorf("a place that is taken: got %v", err)
+	}
+	if gw := kernelHas(t, h)["192.0.2.0/24"].Gw.String(); gw != "198.18.0.9" {
+		t.Errorf("the foreign route now goes via %s", gw)
+	}
+	err = k.Apply([]KernelRoute{{Prefix: pfx("10.1.0.0/16"), Device: "nope"}, all[2]}, true)
 	if err == nil {
 		t.Error("a device that is not there: expected an error")
 	}
