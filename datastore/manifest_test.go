@@ -57,7 +57,7 @@ func TestDecodeManifestRefuses(t *testing.T) {
 		{"apiVersion: v1\nkind: Pod", `apiVersion "v1"`},
 		{"apiVersion: projectcalico.org/v3\nkind: Gadget", `kind "Gadget"`},
 		{"apiVersion: projectcalico.org/v3\nkind: ippool", "wrong case"},
-		{pool("  ipipmod: Always\n"), `unknown field "ipipmod"`},
+		{pool("  ipipmod: Always\n"), `spec.ipipmod: unknown field: expected one of allowedUses, `},
 		{pool("  blockSize: many\n"), "blockSize"},
 		{pool("  cidr: 10.0.0.0/8\n"), `key "cidr" already set`},
 		{pool("  blockSize: 8\n"), "spec.blockSize 8"},
@@ -77,7 +77,12 @@ func FuzzDecodeManifest(f *testing.F) {
 	f.Add([]byte(goodManifest))
 	f.Add([]byte(`{"apiVersion":"projectcalico.org/v3","kind":"Node","metadata":{"name":"n"},"spec":{"bgp":null},"status":null}`))
 	f.Add([]byte("apiVersion: projectcalico.org/v3\nkind: NodeList\nitems: [null]"))
+	f.Add([]byte(`[{"apiVersion":"projectcalico.org/v3","kind":"NetworkPolicy","metadata":{"name":"n","namespace":"a"},"spec":{"ingress":[{"action":"Allow"}]}}]`))
+	f.Add([]byte(`{"apiVersion":"projectcalico.org/v3","kind":"BGPFilter","metadata":{"name":"f"},"spec":{"exportV4":[{"action":"Accept","newer":[1.5]}]}}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
+		if _, err := DecodeManifestFor(data, ManifestOptions{Namespace: "a", StoredFields: true}); err != nil && len(err.Error()) == 0 {
+			t.Fatal("an error without words")
+		}
 		objs, err := DecodeManifest(data)
 		if err != nil {
 			return
