@@ -210,3 +210,24 @@ func write(ctx context.Context, s *Store, obj Object, value []byte, ops ...Op) e
 	h.Metadata.ResourceVersion, h.raw = strconv.FormatInt(rev, 10), value
 	return nil
 }
+
+// CheckFields looks for fields of resources read with ManifestOptions.StoredFields that neither their kind nor what is
+// stored has, so that a misspelt one can be refused before anything is written.
+func CheckFields(ctx context.Context, s *Store, objs ...Object) error {
+	var errs []error
+	for _, obj := range objs {
+		k, h := obj.kind(), obj.Head()
+		if len(h.unknown) == 0 {
+			continue
+		}
+		var stored []byte
+		switch kv, err := s.Get(ctx, k.Key(h.Path())); {
+		case err == nil:
+			stored = kv.Value
+		case !errors.Is(err, ErrNotFound):
+			return resourceError(k, h.Path(), err)
+		}
+		errs = append(errs, resourceError(k, h.Path(), h.checkUnknown(stored)))
+	}
+	return errors.Join(errs...)
+}
