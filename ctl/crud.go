@@ -58,6 +58,9 @@ func (o *outcome) quoted() string {
 // report says it as calicoctl says it.
 func (o *outcome) report(w io.Writer) error {
 	switch {
+	case o.total == 0:
+		fmt.Fprintln(w, "No resources specified")
+		return nil
 	case len(o.errs) == 0:
 		fmt.Fprintf(w, "Successfully %s %d %sresource(s)\n", o.past, o.handled, o.quoted())
 		return nil
@@ -73,8 +76,7 @@ func (o *outcome) report(w io.Writer) error {
 // nothing turns errNothing into calicoctl's sentence.
 func nothing(cmd *cobra.Command, err error) error {
 	if errors.Is(err, errNothing) {
-		fmt.Fprintln(cmd.OutOrStdout(), "No resources specified")
-		return nil
+		return new(outcome).report(cmd.OutOrStdout())
 	}
 	return err
 }
@@ -108,6 +110,11 @@ func newReplaceCommand() *cobra.Command {
 
 // newWriteCommand makes a command that does something to each resource of its input.
 func newWriteCommand(verb, past, short string, do func(context.Context, *datastore.Store, datastore.Object) error) *cobra.Command {
+	return newWriteFunc(verb, past, short, do, true)
+}
+
+// newWriteFunc is newWriteCommand, where strict says that fields must be known, or stored just so.
+func newWriteFunc(verb, past, short string, do func(context.Context, *datastore.Store, datastore.Object) error, strict bool) *cobra.Command {
 	var in input
 	cmd := &cobra.Command{
 		Use:     verb + " -f FILE",
@@ -120,9 +127,11 @@ func newWriteCommand(verb, past, short string, do func(context.Context, *datasto
 				return nothing(cmd, err)
 			}
 			return withStoreFor(cmd, manyTimeout, func(ctx context.Context, s *datastore.Store) error {
-				// What is misspelt is found before anything is written.
-				if err := datastore.CheckFields(ctx, s, objs...); err != nil {
-					return invalid{err}
+				if strict {
+					// What is misspelt is found before anything is written.
+					if err := datastore.CheckFields(ctx, s, objs...); err != nil {
+						return invalid{err}
+					}
 				}
 				result := newOutcome(verb, past, objs)
 				for _, obj := range objs {

@@ -159,7 +159,7 @@ func decodeOne(k *Kind, raw []byte, opts ManifestOptions) (Object, error) {
 	if err := json.Unmarshal(raw, obj); err != nil {
 		return nil, &ResourceError{Kind: k.Kind, Name: name, Err: typeError(err)}
 	}
-	h.unknown = unknownFields(reflect.TypeOf(obj), doc, nil)
+	h.unknown, h.source = unknownFields(reflect.TypeOf(obj), doc, nil), raw
 	if !opts.StoredFields {
 		if err := h.checkUnknown(nil); err != nil {
 			return nil, &ResourceError{Kind: k.Kind, Name: name, Err: err}

@@ -43,6 +43,7 @@ type Header struct {
 
 	raw     []byte         // as stored, nil if never read: holds the fields that this version does not know
 	unknown []unknownField // of a manifest read by DecodeManifestFor
+	source  []byte         // that manifest, as JSON
 }
 
 // Head returns the header itself, for code that handles any Object.

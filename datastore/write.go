@@ -12,6 +12,20 @@ import (
 
 // CreateResource stores a new resource (else ErrExists), and fills its defaults, UID, creation time and version.
 func CreateResource(ctx context.Context, s *Store, obj Object) error {
+	if err := obj.Head().checkUnknown(nil); err != nil {
+		return resourceError(obj.kind(), obj.Head().Path(), err)
+	}
+	return create(ctx, s, obj, nil)
+}
+
+// RestoreResource is CreateResource for a resource from an export, read with ManifestOptions.StoredFields: the fields
+// that this version does not know are stored with it.
+func RestoreResource(ctx context.Context, s *Store, obj Object) error {
+	return create(ctx, s, obj, obj.Head().source)
+}
+
+// create stores a new resource, laid over base where there is one.
+func create(ctx context.Context, s *Store, obj Object, base []byte) error {
 	k, h := obj.kind(), obj.Head()
 	if err := prepare(obj); err != nil {
 		return err
@@ -21,10 +35,7 @@ func CreateResource(ctx context.Context, s *Store, obj Object) error {
 	}
 	now := time.Now().UTC().Truncate(time.Second)
 	h.Metadata.CreationTimestamp = &now
-	h.raw = nil
-	if err := h.checkUnknown(nil); err != nil {
-		return resourceError(k, h.Path(), err)
-	}
+	h.raw = base
 	value, err := encode(obj)
 	if err != nil {
 		return resourceError(k, h.Path(), err)

@@ -84,23 +84,31 @@ func TestValidate(t *testing.T) {
 	})
 }
 
-// What is got and applied again is not even written; the datastore's revision stays.
-func TestRoundTripChangesNothing(t *testing.T) {
-	s := openStore(t)
-	for key, value := range map[string]string{
-		"ippools/p":                   `{"kind":"IPPool","apiVersion":"projectcalico.org/v3","metadata":{"name":"p","uid":"u"},"spec":{"cidr":"10.1.0.0/16","newer":{"a":[1.50,9007199254740993,null]}}}`,
-		"nodes/n1":                    `{"kind":"Node","apiVersion":"projectcalico.org/v3","metadata":{"name":"n1","creationTimestamp":"2026-11-23T09:11:33Z"},"spec":{"bgp":{"ipv4Address":"192.0.2.1/24","asNumber":"1.10"}},"status":{"newer":true}}`,
-		"networkpolicies/a/p":         `{"kind":"NetworkPolicy","apiVersion":"projectcalico.org/v3","metadata":{"name":"p","namespace":"a"},"spec":{"ingress":[{"action":"Allow","source":{"nets":["10.0.0.0/8"]}}]}}`,
-		"networkpolicies/b/p":         `{"kind":"NetworkPolicy","apiVersion":"projectcalico.org/v3","metadata":{"name":"p","namespace":"b"},"spec":{"types":["Egress"]}}`,
-		"felixconfigurations/x":       `{"kind":"FelixConfiguration","apiVersion":"projectcalico.org/v3","metadata":{"name":"x"},"spec":{"bpfLogLevel":""},"newer":1}`,
-		"workloadendpoints/a/w":       `{"kind":"WorkloadEndpoint","apiVersion":"projectcalico.org/v3","metadata":{"name":"w","namespace":"a"},"spec":{"interfaceName":"cali1"}}`,
-		"bgpfilters/f":                `{"kind":"BGPFilter","apiVersion":"projectcalico.org/v3","metadata":{"name":"f"},"spec":{"exportV4":[{"action":"Accept","newer":1}]}}`,
-		"clusterinformations/default": `{"kind":"ClusterInformation","apiVersion":"projectcalico.org/v3","metadata":{"name":"default"},"spec":{"datastoreReady":true}}`,
-	} {
+// stored is what Calico's client, a newer one, may have written.
+var stored = map[string]string{
+	"ippools/p":                   `{"kind":"IPPool","apiVersion":"projectcalico.org/v3","metadata":{"name":"p","uid":"u"},"spec":{"cidr":"10.1.0.0/16","newer":{"a":[1.50,9007199254740993,null]}}}`,
+	"nodes/n1":                    `{"kind":"Node","apiVersion":"projectcalico.org/v3","metadata":{"name":"n1","creationTimestamp":"2026-11-23T09:11:33Z"},"spec":{"bgp":{"ipv4Address":"192.0.2.1/24","asNumber":"1.10"}},"status":{"newer":true}}`,
+	"networkpolicies/a/p":         `{"kind":"NetworkPolicy","apiVersion":"projectcalico.org/v3","metadata":{"name":"p","namespace":"a"},"spec":{"ingress":[{"action":"Allow","source":{"nets":["10.0.0.0/8"]}}]}}`,
+	"networkpolicies/b/p":         `{"kind":"NetworkPolicy","apiVersion":"projectcalico.org/v3","metadata":{"name":"p","namespace":"b"},"spec":{"types":["Egress"]}}`,
+	"felixconfigurations/x":       `{"kind":"FelixConfiguration","apiVersion":"projectcalico.org/v3","metadata":{"name":"x"},"spec":{"bpfLogLevel":""},"newer":1}`,
+	"workloadendpoints/a/w":       `{"kind":"WorkloadEndpoint","apiVersion":"projectcalico.org/v3","metadata":{"name":"w","namespace":"a"},"spec":{"interfaceName":"cali1"}}`,
+	"bgpfilters/f":                `{"kind":"BGPFilter","apiVersion":"projectcalico.org/v3","metadata":{"name":"f"},"spec":{"exportV4":[{"action":"Accept","newer":1}]}}`,
+	"clusterinformations/default": `{"kind":"ClusterInformation","apiVersion":"projectcalico.org/v3","metadata":{"name":"default"},"spec":{"datastoreReady":true}}`,
+}
+
+func fill(t *testing.T, s *datastore.Store) {
+	t.Helper()
+	for key, value := range stored {
 		if _, err := s.Create(t.Context(), "/calico/resources/v3/projectcalico.org/"+key, []byte(value)); err != nil {
 			t.Fatal(err)
 		}
 	}
+}
+
+// What is got and applied again is not even written; the datastore's revision stays.
+func TestRoundTripChangesNothing(t *testing.T) {
+	s := openStore(t)
+	fill(t, s)
 	_, before, err := s.Keys(t.Context(), "/calico/")
 	if err != nil {
 		t.Fatal(err)
