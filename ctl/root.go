@@ -47,7 +47,8 @@ ETCD_CERT_FILE and ETCD_KEY_FILE, then the file of --config or /etc/calico/calic
 	cmd.PersistentFlags().Bool("allow-version-mismatch", false, "accepted for scripts written for calicoctl: margayctl refuses no version")
 	cmd.AddCommand(newVersionCommand(), newGetCommand(), newApplyCommand(), newCreateCommand(), newReplaceCommand(), newPatchCommand(),
 		newDeleteCommand(), newLabelCommand(), newValidateCommand(), newIPAMCommand(), newNodeCommand(),
-		newDatastoreCommand(), newExportCommand(), newImportCommand(), newLabCommand())
+		newDatastoreCommand(), newExportCommand(), newImportCommand(), newConvertCommand(),
+		newLabCommand())
 	return cmd
 }
 

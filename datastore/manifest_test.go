@@ -117,3 +117,21 @@ func FuzzStoredResource(f *testing.F) {
 		}
 	})
 }
+
+func FuzzConvertV1(f *testing.F) {
+	f.Add([]byte("apiVersion: v1\nkind: ipPool\nmetadata: {cidr: 10.1.0.0/16}\nspec: {ipip: {enabled: true}}\n"))
+	f.Add([]byte(`[{"apiVersion":"v1","kind":"bgpPeer","metadata":{"scope":"node","node":"N","peerIP":"::1"},"spec":{"asNumber":"1.1"}}]`))
+	f.Add([]byte(`{"apiVersion":"v1","kind":"nodeList","items":[{"apiVersion":"v1","kind":"node","metadata":{"name":"n"}}]}`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		objs, err := ConvertV1(data)
+		for _, obj := range objs {
+			value, encodeErr := encode(obj)
+			if encodeErr != nil {
+				t.Fatal(encodeErr)
+			}
+			if _, again := DecodeManifest(value); err != nil || again != nil {
+				t.Fatalf("converted, and cannot be applied: %v: %s", again, value)
+			}
+		}
+	})
+}
