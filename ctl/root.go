@@ -37,15 +37,19 @@ func NewCommand() *cobra.Command {
 builds whole clusters out of network namespaces ("margayctl lab").
 
 The datastore is found as calicoctl finds it: DATASTORE_TYPE=etcdv3, ETCD_ENDPOINTS, ETCD_CA_CERT_FILE,
-ETCD_CERT_FILE and ETCD_KEY_FILE, then /etc/calico/calicoctl.cfg. Inside a namespace of a lab
+ETCD_CERT_FILE and ETCD_KEY_FILE, then the file of --config or /etc/calico/calicoctl.cfg. Inside a namespace of a lab
 ("ip netns exec lab-node1 margayctl …") the lab's datastore and that node's daemons are used.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		Version:       version.String(),
 	}
 	cmd.SetVersionTemplate(version.Line("margayctl") + "\n")
-	cmd.AddCommand(newVersionCommand(), newGetCommand(), newApplyCommand("apply"), newApplyCommand("create"), newPatchCommand(),
-		newDeleteCommand(), newIPAMCommand(), newNodeCommand(), newLabCommand())
+	cmd.PersistentFlags().StringP("config", "c", "", "the file that says where the datastore is (default "+datastore.ConfigFile+")")
+	cmd.PersistentFlags().Bool("allow-version-mismatch", false, "accepted for scripts written for calicoctl: margayctl refuses no version")
+	cmd.AddCommand(newVersionCommand(), newGetCommand(), newApplyCommand(), newCreateCommand(), newReplaceCommand(), newPatchCommand(),
+		newDeleteCommand(), newLabelCommand(), newValidateCommand(), newIPAMCommand(), newNodeCommand(),
+		newDatastoreCommand(), newExportCommand(), newImportCommand(), newConvertCommand(),
+		newLabCommand())
 	return cmd
 }
 
@@ -71,8 +75,17 @@ func Main(ctx context.Context, args []string, stderr io.Writer) int {
 }
 
 // openStore connects to the datastore that the environment, the configuration file or the surrounding lab names.
-func openStore(ctx context.Context) (*datastore.Store, error) {
-	cfg, err := datastore.ConfigFromEnv()
+func openStore(ctx context.Context, cmd *cobra.Command) (*datastore.Store, error) {
+	file, err := cmd.Flags().GetString("config")
+	if err != nil {
+		return nil, err
+	}
+	var cfg datastore.Config
+	if file != "" {
+		cfg, err = datastore.ConfigFromFile(file)
+	} else {
+		cfg, err = datastore.ConfigFromEnv()
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -100,9 +113,14 @@ func vrouterSocket() string { return filepath.Join(runDir(), "vrouter.sock") }
 
 // withStore runs f with an open datastore and a deadline.
 func withStore(cmd *cobra.Command, f func(ctx context.Context, s *datastore.Store) error) error {
-	ctx, cancel := context.WithTimeout(cmd.Context(), callTimeout)
+	return withStoreFor(cmd, callTimeout, f)
+}
+
+// withStoreFor is withStore with a deadline of its own.
+func withStoreFor(cmd *cobra.Command, timeout time.Duration, f func(ctx context.Context, s *datastore.Store) error) error {
+	ctx, cancel := context.WithTimeout(cmd.Context(), timeout)
 	defer cancel()
-	s, err := openStore(ctx)
+	s, err := openStore(ctx, cmd)
 	if err != nil {
 		return err
 	}

@@ -51,10 +51,14 @@ func TestGetPoolsWide(t *testing.T) {
 default-ipv4-ippool   10.244.0.0/16   true   Always     Never       false      false              all()      Automatic        
 `
 	var out bytes.Buffer
-	if err := printObjects(&out, datastore.IPPools, []datastore.Object{p}, false, "wide"); err != nil {
+	wide, err := newPrinter("wide")
+	if err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff(want, out.String()); diff != "" {
+	if err := wide.print(&out, []found{{kind: datastore.IPPools, objs: []datastore.Object{p}, list: true}}); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(want+"\n", out.String()); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
 }

@@ -34,6 +34,14 @@ type Config struct {
 // the caller can fill them from elsewhere; Open then refuses.
 func ConfigFromEnv() (Config, error) { return configFrom(os.Getenv, ConfigFile) }
 
+// ConfigFromFile is ConfigFromEnv with another file, which must exist.
+func ConfigFromFile(file string) (Config, error) {
+	if _, err := os.Stat(file); err != nil {
+		return Config{}, err
+	}
+	return configFrom(os.Getenv, file)
+}
+
 // fileConfig is the spec of calicoctl.cfg, as far as it concerns etcd.
 type fileConfig struct {
 	Spec struct {

@@ -5,26 +5,50 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
+	"reflect"
 	"strings"
 
 	"sigs.k8s.io/yaml"
 )
 
-// DecodeManifest reads what a user wrote: YAML or JSON, several documents, lists (`kind: List`, `kind: IPPoolList`).
-// It is strict: an unknown or repeated field is an error, and so is a spec that does not validate after its defaults
-// were filled. The error names the document and the field. Nothing is decoded if anything is wrong.
-func DecodeManifest(data []byte) ([]Object, error) {
-	var out []Object
+// ErrNoResources says that a manifest holds no resource.
+var ErrNoResources = errors.New("manifest: expected at least one resource")
+
+// ManifestOptions says how a manifest is read; the zero value is DecodeManifest's.
+type ManifestOptions struct {
+	// Namespace is for namespaced resources that name none ("default" where it is empty too); where given, others must
+	// name the same.
+	Namespace string
+	// StoredFields lets fields that the kind does not have pass for now: ApplyResource, ReplaceResource and
+	// UpdateResource then accept those that are stored just so, and refuse the rest.
+	StoredFields bool
+}
+
+// DecodeManifest reads what a user wrote: YAML or JSON, several documents, lists (`kind: List`, `kind: IPPoolList`, or
+// a bare array). It is strict: an unknown or repeated field is an error, and so is a spec that does not validate after
+// its defaults were filled. The error names every document that is wrong, the resource and the field. Nothing is decoded
+// if anything is wrong.
+func DecodeManifest(data []byte) ([]Object, error) { return DecodeManifestFor(data, ManifestOptions{}) }
+
+// DecodeManifestFor is DecodeManifest with options.
+func DecodeManifestFor(data []byte, opts ManifestOptions) ([]Object, error) {
+	var (
+		out  []Object
+		errs []error
+	)
 	for i, doc := range documents(data) {
-		objs, err := decodeDocument(doc)
+		objs, err := decodeDocument(doc, opts)
 		if err != nil {
-			return nil, fmt.Errorf("document %d: %w", i+1, err)
+			errs = append(errs, fmt.Errorf("document %d: %w", i+1, err))
+			continue
 		}
 		out = append(out, objs...)
 	}
+	if err := errors.Join(errs...); err != nil {
+		return nil, err
+	}
 	if len(out) == 0 {
-		return nil, errors.New("manifest: expected at least one resource")
+		return nil, ErrNoResources
 	}
 	return out, nil
 }
@@ -54,15 +78,41 @@ func documents(data []byte) [][]byte {
 	return out
 }
 
-func decodeDocument(doc []byte) ([]Object, error) {
+func decodeDocument(doc []byte, opts ManifestOptions) ([]Object, error) {
 	raw, err := yaml.YAMLToJSONStrict(doc)
 	if err != nil {
 		return nil, err
 	}
-	return decodeJSON(raw, true)
+	if bytes.HasPrefix(bytes.TrimSpace(raw), []byte("[")) {
+		var items []json.RawMessage
+		if err := json.Unmarshal(raw, &items); err != nil {
+			return nil, err
+		}
+		return decodeItems("", items, opts)
+	}
+	return decodeJSON(raw, true, opts)
 }
 
-func decodeJSON(raw []byte, listAllowed bool) ([]Object, error) {
+func decodeItems(list string, items []json.RawMessage, opts ManifestOptions) ([]Object, error) {
+	var (
+		out  []Object
+		errs []error
+	)
+	for i, item := range items {
+		objs, err := decodeJSON(item, false, opts)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s[%d]: %w", list, i, err))
+			continue
+		}
+		out = append(out, objs...)
+	}
+	if err := errors.Join(errs...); err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func decodeJSON(raw []byte, listAllowed bool, opts ManifestOptions) ([]Object, error) {
 	var head struct {
 		Kind       string            `json:"kind"`
 		APIVersion string            `json:"apiVersion"`
@@ -77,21 +127,17 @@ func decodeJSON(raw []byte, listAllowed bool) ([]Object, error) {
 	if head.APIVersion != APIVersion && (head.Kind != "List" || head.APIVersion != "v1") {
 		return nil, fmt.Errorf("%s: apiVersion %q: expected %s", head.Kind, head.APIVersion, APIVersion)
 	}
-	if listAllowed && strings.HasSuffix(head.Kind, "List") {
-		var out []Object
-		for i, item := range head.Items {
-			objs, err := decodeJSON(item, false)
-			if err != nil {
-				return nil, fmt.Errorf("items[%d]: %w", i, err)
-			}
-			out = append(out, objs...)
-		}
-		return out, nil
-	}
+	item, isList := strings.CutSuffix(head.Kind, "List")
 	for _, k := range Kinds() {
-		if k.Kind == head.Kind {
-			obj, err := decodeStrict(k, raw)
-			return []Object{obj}, err
+		switch {
+		case k.Kind == head.Kind:
+			obj, err := decodeOne(k, raw, opts)
+			if err != nil {
+				return nil, err
+			}
+			return []Object{obj}, nil
+		case listAllowed && isList && (item == "" || item == k.Kind):
+			return decodeItems("items", head.Items, opts)
 		}
 	}
 	_, err := LookupKind(head.Kind)
@@ -101,18 +147,76 @@ func decodeJSON(raw []byte, listAllowed bool) ([]Object, error) {
 	return nil, fmt.Errorf("kind %q: %w", head.Kind, err)
 }
 
-func decodeStrict(k *Kind, raw []byte) (Object, error) {
-	obj := k.New()
-	d := json.NewDecoder(bytes.NewReader(raw))
-	d.DisallowUnknownFields()
-	if err := d.Decode(obj); err != nil {
-		return nil, fmt.Errorf("%s: %s", k.Kind, strings.TrimPrefix(err.Error(), "json: "))
+func decodeOne(k *Kind, raw []byte, opts ManifestOptions) (Object, error) {
+	doc, err := parseMap(raw)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", k.Kind, err)
 	}
-	if _, err := d.Token(); err != io.EOF {
-		return nil, fmt.Errorf("%s: expected nothing after the resource", k.Kind)
+	named, _ := at(doc, []string{"metadata", "name"})
+	name, _ := named.(string)
+	obj := k.New()
+	h := obj.Head()
+	if err := json.Unmarshal(raw, obj); err != nil {
+		return nil, &ResourceError{Kind: k.Kind, Name: name, Err: typeError(err)}
+	}
+	h.unknown, h.source = unknownFields(reflect.TypeOf(obj), doc, nil), raw
+	if !opts.StoredFields {
+		if err := h.checkUnknown(nil); err != nil {
+			return nil, &ResourceError{Kind: k.Kind, Name: name, Err: err}
+		}
+	}
+	if err := h.setNamespace(k, opts.Namespace); err != nil {
+		return nil, err
 	}
 	if err := prepare(obj); err != nil {
 		return nil, err
 	}
 	return obj, nil
+}
+
+// setNamespace brings together the namespace that a resource names and the one that it was asked to be in; the texts
+// are calicoctl's.
+func (h *Header) setNamespace(k *Kind, asked string) error {
+	named := h.Metadata.Namespace
+	switch {
+	case !k.Namespaced && named != "":
+		return fmt.Errorf("%s %q: metadata.namespace %q: namespace should not be specified for a non-namespaced resource. %s is not a namespaced resource",
+			k.Kind, h.Metadata.Name, named, k.Kind)
+	case !k.Namespaced && asked != "":
+		return fmt.Errorf("%s is not namespaced", k.Kind)
+	case !k.Namespaced:
+	case named == "" && asked == "":
+		h.Metadata.Namespace = "default"
+	case named == "":
+		h.Metadata.Namespace = asked
+	case asked != "" && asked != named:
+		return fmt.Errorf("%s %q: resource namespace does not match client namespace. %s != %s", k.Kind, h.Metadata.Name, named, asked)
+	}
+	return nil
+}
+
+// typeError says which field is of the wrong type, in the words of a manifest.
+func typeError(err error) error {
+	var e *json.UnmarshalTypeError
+	if !errors.As(err, &e) {
+		return err
+	}
+	want := "an object"
+	switch e.Type.Kind() {
+	case reflect.String:
+		want = "text"
+	case reflect.Bool:
+		want = "true or false"
+	case reflect.Slice:
+		want = "a list"
+	case reflect.Int, reflect.Int32, reflect.Int64:
+		want = "a whole number"
+	case reflect.Uint8, reflect.Uint16, reflect.Uint32:
+		want = fmt.Sprintf("a whole number from 0 to %d", uint64(1)<<e.Type.Bits()-1)
+	}
+	got := map[string]string{"string": "text", "bool": "true or false", "array": "a list", "object": "an object", "number": "a number"}[e.Value]
+	if got == "" {
+		got = strings.TrimPrefix(e.Value, "number ")
+	}
+	return fmt.Errorf("%s: expected %s, got %s", strings.TrimPrefix(e.Field, "Header."), want, got)
 }

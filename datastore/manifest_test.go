@@ -57,7 +57,7 @@ func TestDecodeManifestRefuses(t *testing.T) {
 		{"apiVersion: v1\nkind: Pod", `apiVersion "v1"`},
 		{"apiVersion: projectcalico.org/v3\nkind: Gadget", `kind "Gadget"`},
 		{"apiVersion: projectcalico.org/v3\nkind: ippool", "wrong case"},
-		{pool("  ipipmod: Always\n"), `unknown field "ipipmod"`},
+		{pool("  ipipmod: Always\n"), `spec.ipipmod: unknown field: expected one of allowedUses, `},
 		{pool("  blockSize: many\n"), "blockSize"},
 		{pool("  cidr: 10.0.0.0/8\n"), `key "cidr" already set`},
 		{pool("  blockSize: 8\n"), "spec.blockSize 8"},
@@ -77,7 +77,12 @@ func FuzzDecodeManifest(f *testing.F) {
 	f.Add([]byte(goodManifest))
 	f.Add([]byte(`{"apiVersion":"projectcalico.org/v3","kind":"Node","metadata":{"name":"n"},"spec":{"bgp":null},"status":null}`))
 	f.Add([]byte("apiVersion: projectcalico.org/v3\nkind: NodeList\nitems: [null]"))
+	f.Add([]byte(`[{"apiVersion":"projectcalico.org/v3","kind":"NetworkPolicy","metadata":{"name":"n","namespace":"a"},"spec":{"ingress":[{"action":"Allow"}]}}]`))
+	f.Add([]byte(`{"apiVersion":"projectcalico.org/v3","kind":"BGPFilter","metadata":{"name":"f"},"spec":{"exportV4":[{"action":"Accept","newer":[1.5]}]}}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
+		if _, err := DecodeManifestFor(data, ManifestOptions{Namespace: "a", StoredFields: true}); err != nil && len(err.Error()) == 0 {
+			t.Fatal("an error without words")
+		}
 		objs, err := DecodeManifest(data)
 		if err != nil {
 			return
@@ -109,6 +114,24 @@ func FuzzStoredResource(f *testing.F) {
 		again, err := Decode[Node](KV{Key: Nodes.Key("n"), Value: value, Revision: 8})
 		if err != nil || again.Metadata.Labels["touched"] != "yes" {
 			t.Fatalf("written, and cannot be read: %v: %s", err, value)
+		}
+	})
+}
+
+func FuzzConvertV1(f *testing.F) {
+	f.Add([]byte("apiVersion: v1\nkind: ipPool\nmetadata: {cidr: 10.1.0.0/16}\nspec: {ipip: {enabled: true}}\n"))
+	f.Add([]byte(`[{"apiVersion":"v1","kind":"bgpPeer","metadata":{"scope":"node","node":"N","peerIP":"::1"},"spec":{"asNumber":"1.1"}}]`))
+	f.Add([]byte(`{"apiVersion":"v1","kind":"nodeList","items":[{"apiVersion":"v1","kind":"node","metadata":{"name":"n"}}]}`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		objs, err := ConvertV1(data)
+		for _, obj := range objs {
+			value, encodeErr := encode(obj)
+			if encodeErr != nil {
+				t.Fatal(encodeErr)
+			}
+			if _, again := DecodeManifest(value); err != nil || again != nil {
+				t.Fatalf("converted, and cannot be applied: %v: %s", again, value)
+			}
 		}
 	})
 }

@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
-	"reflect"
+	"maps"
+	"slices"
+	"strings"
 )
 
 // encode gives the JSON to store for obj. Where obj was read from the store, that is what was read with the typed
@@ -26,6 +28,8 @@ func encode(obj Object) ([]byte, error) {
 	if err := json.Unmarshal(h.raw, known); err != nil {
 		return nil, fmt.Errorf("stored value: %w", err)
 	}
+	// A default that was never written is not a change, and stays unwritten.
+	known.Default()
 	before, err := toMap(known)
 	if err != nil {
 		return nil, err
@@ -47,7 +51,7 @@ func overlay(stored, before, after map[string]any) {
 	}
 	for key, now := range after {
 		was, had := before[key]
-		if had && reflect.DeepEqual(was, now) {
+		if had && equal(was, now) {
 			continue
 		}
 		nowMap, a := now.(map[string]any)
@@ -81,4 +85,52 @@ func parseMap(raw []byte) (map[string]any, error) {
 		return nil, fmt.Errorf("expected a JSON object")
 	}
 	return m, nil
+}
+
+// sameJSON says whether two JSON objects say the same.
+func sameJSON(a, b []byte) bool {
+	x, err1 := parseMap(a)
+	y, err2 := parseMap(b)
+	return err1 == nil && err2 == nil && equal(x, y)
+}
+
+// equal compares parsed JSON. Numbers are the same when they mean the same: YAML writes 1.50 as 1.5.
+func equal(a, b any) bool {
+	switch x := a.(type) {
+	case map[string]any:
+		y, ok := b.(map[string]any)
+		return ok && maps.EqualFunc(x, y, equal)
+	case []any:
+		y, ok := b.([]any)
+		return ok && slices.EqualFunc(x, y, equal)
+	case json.Number:
+		y, ok := b.(json.Number)
+		if !ok || x == y {
+			return ok
+		}
+		if !strings.ContainsAny(x.String()+y.String(), ".eE") {
+			return false // two integers, perhaps too large for a float64 to tell apart
+		}
+		f, err1 := x.Float64()
+		g, err2 := y.Float64()
+		return err1 == nil && err2 == nil && f == g
+	}
+	return a == b
+}
+
+// Document is the resource as it is stored, fields that this version does not know included, with its resourceVersion;
+// where it was not read from the store, what would be stored.
+func Document(obj Object) (map[string]any, error) {
+	h := obj.Head()
+	if h.raw == nil {
+		return toMap(obj)
+	}
+	doc, err := parseMap(h.raw)
+	if err != nil {
+		return nil, &ResourceError{Kind: obj.kind().Kind, Name: h.Path(), Err: fmt.Errorf("stored value: %w", err)}
+	}
+	if meta, ok := doc["metadata"].(map[string]any); ok {
+		meta["resourceVersion"] = h.Metadata.ResourceVersion
+	}
+	return doc, nil
 }

@@ -1,7 +1,6 @@
 package datastore
 
 import (
-	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/json"
@@ -42,13 +41,26 @@ type Header struct {
 	APIVersion string   `json:"apiVersion"`
 	Metadata   Metadata `json:"metadata"`
 
-	raw []byte // as stored, nil if never read: holds the fields that this version does not know
+	raw     []byte         // as stored, nil if never read: holds the fields that this version does not know
+	unknown []unknownField // of a manifest read by DecodeManifestFor
+	source  []byte         // that manifest, as JSON
 }
 
 // Head returns the header itself, for code that handles any Object.
 func (h *Header) Head() *Header { return h }
 
-// Object is any resource: *IPPool, *Node, *BGPPeer, *BGPConfiguration or *ClusterInformation.
+// ObjectMeta is Metadata under the name that templates written for calicoctl know.
+func (h *Header) ObjectMeta() Metadata { return h.Metadata }
+
+// Path is the name as GetObject takes it: <namespace>/<name> where there is a namespace.
+func (h *Header) Path() string {
+	if h.Metadata.Namespace == "" {
+		return h.Metadata.Name
+	}
+	return h.Metadata.Namespace + "/" + h.Metadata.Name
+}
+
+// Object is any resource: *IPPool, *Node, *BGPPeer and so on, or a *Resource.
 type Object interface {
 	Head() *Header
 	// Default fills the fields that Calico fills where they are empty.
@@ -58,6 +70,9 @@ type Object interface {
 	// kind is the resource's entry in Kinds.
 	kind() *Kind
 }
+
+// KindOf returns the kind of a resource.
+func KindOf(obj Object) *Kind { return obj.kind() }
 
 // Pointer is satisfied by *T where T is one of the resource structs; it is inferred, never written by a caller.
 type Pointer[T any] interface {
@@ -100,17 +115,20 @@ func decode(k *Kind, kv KV) (Object, error) {
 	if h.Kind != k.Kind {
 		return fail(fmt.Errorf("kind %q: expected %s", h.Kind, k.Kind))
 	}
-	if h.Metadata.Name != name {
-		return fail(fmt.Errorf("metadata.name %q: expected the key's %s", h.Metadata.Name, name))
+	if h.Path() != name {
+		return fail(fmt.Errorf("metadata.name %q: expected the key's %s", h.Path(), name))
 	}
 	h.Metadata.ResourceVersion = strconv.FormatInt(kv.Revision, 10)
 	h.raw = kv.Value
 	return obj, nil
 }
 
-// GetObject reads one resource of a kind found with LookupKind.
+// DecodeObject is Decode for a kind found with LookupKind.
+func DecodeObject(k *Kind, kv KV) (Object, error) { return decode(k, kv) }
+
+// GetObject reads one resource of a kind found with LookupKind. The name of a namespaced one is <namespace>/<name>.
 func GetObject(ctx context.Context, s *Store, k *Kind, name string) (Object, error) {
-	if err := validateName(name); err != nil {
+	if err := k.validateName(name); err != nil {
 		return nil, &ResourceError{Kind: k.Kind, Name: name, Err: err}
 	}
 	kv, err := s.Get(ctx, k.Key(name))
@@ -123,7 +141,19 @@ func GetObject(ctx context.Context, s *Store, k *Kind, name string) (Object, err
 // ListObjects reads all resources of a kind, sorted by name, and the revision at which they were read. A stored value
 // that cannot be understood is left out of the list and named in the error; the rest of the list is good.
 func ListObjects(ctx context.Context, s *Store, k *Kind) ([]Object, int64, error) {
-	kvs, rev, err := s.List(ctx, k.Prefix())
+	return listObjects(ctx, s, k, k.Prefix())
+}
+
+// ListNamespace is ListObjects for one namespace of a namespaced kind.
+func ListNamespace(ctx context.Context, s *Store, k *Kind, namespace string) ([]Object, int64, error) {
+	if err := k.validateName(namespace + "/x"); err != nil {
+		return nil, 0, fmt.Errorf("%s: %w", k.Kind, err)
+	}
+	return listObjects(ctx, s, k, k.Prefix()+namespace+"/")
+}
+
+func listObjects(ctx context.Context, s *Store, k *Kind, prefix string) ([]Object, int64, error) {
+	kvs, rev, err := s.List(ctx, prefix)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -161,179 +191,6 @@ func ListResources[T any, P Pointer[T]](ctx context.Context, s *Store) ([]P, int
 	return out, rev, err
 }
 
-// CreateResource stores a new resource (else ErrExists), and fills its defaults, UID, creation time and version.
-func CreateResource(ctx context.Context, s *Store, obj Object) error {
-	k, h := obj.kind(), obj.Head()
-	if err := prepare(obj); err != nil {
-		return err
-	}
-	if h.Metadata.UID == "" {
-		h.Metadata.UID = newUID()
-	}
-	now := time.Now().UTC().Truncate(time.Second)
-	h.Metadata.CreationTimestamp = &now
-	h.raw = nil
-	value, err := encode(obj)
-	if err != nil {
-		return resourceError(k, h.Metadata.Name, err)
-	}
-	for try := range modifyTries {
-		ops := []Op{OpCreate(k.Key(h.Metadata.Name), value)}
-		if pool, ok := obj.(*IPPool); ok {
-			guard, err := overlapGuard(ctx, s, pool)
-			if err != nil {
-				return resourceError(k, h.Metadata.Name, err)
-			}
-			ops = append(ops, guard)
-		}
-		// A conflict can only come from the guard: another pool was written meanwhile, so look for overlaps again.
-		if err := write(ctx, s, obj, value, ops...); !errors.Is(err, ErrConflict) {
-			return err
-		}
-		if err := Backoff(ctx, try); err != nil {
-			return err
-		}
-	}
-	return resourceError(k, h.Metadata.Name, ErrConflict)
-}
-
-// UpdateResource stores a resource that was read before, if nobody changed it since (else ErrConflict). What an update
-// must not change (a pool's cidr and blockSize) is refused.
-func UpdateResource(ctx context.Context, s *Store, obj Object) error {
-	k, h := obj.kind(), obj.Head()
-	if err := prepare(obj); err != nil {
-		return err
-	}
-	rev, err := strconv.ParseInt(h.Metadata.ResourceVersion, 10, 64)
-	if err != nil || rev <= 0 {
-		return resourceError(k, h.Metadata.Name, fmt.Errorf("metadata.resourceVersion %q: expected the version that was read", h.Metadata.ResourceVersion))
-	}
-	if h.raw == nil {
-		// Built from a manifest: what is stored, at that very version, lends its unknown fields.
-		kv, err := s.Get(ctx, k.Key(h.Metadata.Name))
-		if err != nil {
-			return resourceError(k, h.Metadata.Name, err)
-		}
-		if kv.Revision != rev {
-			return resourceError(k, h.Metadata.Name, ErrConflict)
-		}
-		h.raw = kv.Value
-	}
-	if err := checkImmutable(obj); err != nil {
-		return resourceError(k, h.Metadata.Name, err)
-	}
-	value, err := encode(obj)
-	if err != nil {
-		return resourceError(k, h.Metadata.Name, err)
-	}
-	return write(ctx, s, obj, value, OpUpdate(k.Key(h.Metadata.Name), value, rev))
-}
-
-// ApplyResource creates the resource, or replaces the one of that name: its known fields become obj's, those this version
-// does not know stay as stored. A resourceVersion in obj must be the stored one. Created says which of both it was.
-func ApplyResource(ctx context.Context, s *Store, obj Object) (created bool, err error) {
-	k, h := obj.kind(), obj.Head()
-	wanted := h.Metadata.ResourceVersion
-	for try := range modifyTries {
-		old, err := GetObject(ctx, s, k, h.Metadata.Name)
-		switch {
-		case errors.Is(err, ErrNotFound):
-			if wanted != "" {
-				return false, err
-			}
-			created, err = true, CreateResource(ctx, s, obj)
-		case err != nil:
-			return false, err
-		case wanted != "" && wanted != old.Head().Metadata.ResourceVersion:
-			return false, resourceError(k, h.Metadata.Name, ErrConflict)
-		default:
-			meta := old.Head().Metadata
-			h.Metadata.UID, h.Metadata.CreationTimestamp = meta.UID, meta.CreationTimestamp
-			h.Metadata.ResourceVersion = meta.ResourceVersion
-			h.raw = old.Head().raw
-			created, err = false, UpdateResource(ctx, s, obj)
-		}
-		if wanted != "" || !contended(err) || try == modifyTries-1 {
-			return created, err
-		}
-		if err := Backoff(ctx, try); err != nil {
-			return false, err
-		}
-	}
-	return false, resourceError(k, h.Metadata.Name, ErrConflict)
-}
-
-// ModifyResource reads a resource, lets change alter it and writes it back, again from the start when somebody else was
-// faster, within bounds. When change alters nothing, nothing is written.
-func ModifyResource[T any, P Pointer[T]](ctx context.Context, s *Store, name string, change func(P) error) error {
-	for try := range modifyTries {
-		obj, err := GetResource[T, P](ctx, s, name)
-		if err != nil {
-			return err
-		}
-		before, err := json.Marshal(obj)
-		if err != nil {
-			return resourceError(obj.kind(), name, err)
-		}
-		if err := change(obj); err != nil {
-			return err
-		}
-		after, err := json.Marshal(obj)
-		if err != nil {
-			return resourceError(obj.kind(), name, err)
-		}
-		if bytes.Equal(before, after) {
-			return nil
-		}
-		if err := UpdateResource(ctx, s, obj); !contended(err) {
-			return err
-		}
-		if err := Backoff(ctx, try); err != nil {
-			return err
-		}
-	}
-	return resourceError(kindOf[T, P](), name, ErrConflict)
-}
-
-// DeleteObject removes a resource of a kind found with LookupKind; ErrNotFound if there is none.
-func DeleteObject(ctx context.Context, s *Store, k *Kind, name string) error {
-	if err := validateName(name); err != nil {
-		return &ResourceError{Kind: k.Kind, Name: name, Err: err}
-	}
-	return resourceError(k, name, s.Delete(ctx, k.Key(name), 0))
-}
-
-// DeleteResource removes a resource: DeleteResource[BGPPeer](ctx, s, name); ErrNotFound if there is none.
-func DeleteResource[T any, P Pointer[T]](ctx context.Context, s *Store, name string) error {
-	return DeleteObject(ctx, s, kindOf[T, P](), name)
-}
-
-// prepare fills defaults and checks the whole object.
-func prepare(obj Object) error {
-	k, h := obj.kind(), obj.Head()
-	h.Kind, h.APIVersion = k.Kind, APIVersion
-	obj.Default()
-	err := validateName(h.Metadata.Name)
-	if err == nil && h.Metadata.Namespace != "" {
-		err = fmt.Errorf("metadata.namespace %q: expected none, the kind is not namespaced", h.Metadata.Namespace)
-	}
-	if err == nil {
-		err = obj.Validate()
-	}
-	return resourceError(k, h.Metadata.Name, err)
-}
-
-// write commits ops, of which the first writes obj's value, and notes the new version in obj.
-func write(ctx context.Context, s *Store, obj Object, value []byte, ops ...Op) error {
-	h := obj.Head()
-	rev, err := s.Txn(ctx, ops...)
-	if err != nil {
-		return resourceError(obj.kind(), h.Metadata.Name, err)
-	}
-	h.Metadata.ResourceVersion, h.raw = strconv.FormatInt(rev, 10), value
-	return nil
-}
-
 // contended says that somebody else wrote first, and that reading again may help.
 func contended(err error) bool {
 	return errors.Is(err, ErrConflict) || errors.Is(err, ErrExists) || errors.Is(err, ErrNotFound)
@@ -369,6 +226,9 @@ func resourceError(k *Kind, name string, err error) error {
 
 // namePattern is a DNS-1123 subdomain (RFC 1123 2.1): Kubernetes' and Calico's rule for names.
 var namePattern = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
+
+// labelPattern is a DNS-1123 label: the rule for namespaces.
+var labelPattern = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?$`)
 
 func validateName(name string) error {
 	if len(name) > 253 || !namePattern.MatchString(name) {

@@ -1,0 +1,94 @@
+package datastore
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+)
+
+// Resource is a resource of a kind that Margay keeps for others and does not act on: a policy, a host endpoint. Its spec
+// and status stay as they were written; Validate looks at their shape and at the fields whose meaning is certain.
+type Resource struct {
+	Header
+	Spec   json.RawMessage `json:"spec,omitempty"`
+	Status json.RawMessage `json:"status,omitempty"`
+
+	of *Kind
+}
+
+// noKind is the kind of a Resource that was not made by a Kind: there is nothing under its prefix.
+var noKind = &Kind{Kind: "Resource", Plural: "resources"}
+
+func (r *Resource) kind() *Kind {
+	if r.of == nil {
+		return noKind
+	}
+	return r.of
+}
+
+// Default fills what Calico fills: the types of a policy, by the rules that it has.
+func (r *Resource) Default() {
+	switch r.of {
+	case NetworkPolicies, GlobalNetworkPolicies, StagedNetworkPolicies, StagedGlobalNetworkPolicies:
+	default:
+		return
+	}
+	spec, err := r.spec()
+	if err != nil {
+		return // Validate says so
+	}
+	if types, there := spec["types"]; there && types != nil {
+		if list, ok := types.([]any); !ok || len(list) > 0 {
+			return
+		}
+	}
+	in, _ := spec["ingress"].([]any)
+	out, _ := spec["egress"].([]any)
+	switch {
+	case len(out) == 0:
+		spec["types"] = []any{"Ingress"}
+	case len(in) == 0:
+		spec["types"] = []any{"Egress"}
+	default:
+		spec["types"] = []any{"Ingress", "Egress"}
+	}
+	if raw, err := json.Marshal(spec); err == nil {
+		r.Spec = raw
+	}
+}
+
+// Validate checks the shape of spec and status, and the fields that are known for the kind.
+func (r *Resource) Validate() error {
+	if r.of == nil {
+		return errors.New("kind: expected a resource made for a kind")
+	}
+	spec, err := r.spec()
+	if err != nil {
+		return err
+	}
+	if raw := bytes.TrimSpace(r.Status); len(raw) > 0 && !bytes.Equal(raw, []byte("null")) {
+		if _, err := parseMap(raw); err != nil {
+			return errors.New("status: expected an object")
+		}
+	}
+	for _, f := range shapes[r.of] {
+		if err := f.check(spec); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// spec is the parsed spec; empty where there is none.
+func (r *Resource) spec() (map[string]any, error) {
+	raw := bytes.TrimSpace(r.Spec)
+	if len(raw) == 0 || bytes.Equal(raw, []byte("null")) {
+		return map[string]any{}, nil
+	}
+	spec, err := parseMap(raw)
+	if err != nil {
+		return nil, fmt.Errorf("spec: expected an object with fields")
+	}
+	return spec, nil
+}
