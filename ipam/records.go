@@ -136,25 +136,6 @@ func validateHandle(h string) error {
 	return nil
 }
 
-// config is the cluster's IPAM configuration.
-type config struct {
-	StrictAffinity     bool `json:"strict_affinity"`
-	AutoAllocateBlocks bool `json:"auto_allocate_blocks"`
-	MaxBlocksPerHost   int  `json:"maxBlocksPerHost"` // 0: no limit
-}
-
-// decodeConfig reads the configuration; without one, blocks are claimed as needed.
-func decodeConfig(kvs []datastore.KV) (config, error) {
-	c := config{AutoAllocateBlocks: true}
-	if len(kvs) == 0 {
-		return c, nil
-	}
-	if err := json.Unmarshal(kvs[0].Value, &c); err != nil {
-		return c, fmt.Errorf("%s: expected the IPAM configuration: %w", configKey, err)
-	}
-	return c, nil
-}
-
 // contended says that a write lost against another, and that starting over may help.
 func contended(err error) bool {
 	return errors.Is(err, datastore.ErrConflict) || errors.Is(err, datastore.ErrExists) || errors.Is(err, datastore.ErrNotFound)
