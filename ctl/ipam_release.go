@@ -22,19 +22,24 @@ import (
 func newIPAMReleaseCommand() *cobra.Command {
 	var (
 		address string
+		node    string
 		reports []string
 		force   bool
 	)
 	cmd := &cobra.Command{
 		Use:   "release",
-		Short: "Release one address, or what reports of `ipam check` call leaked",
+		Short: "Release one address, all that a node left behind, or what reports of `ipam check` call leaked",
 		Example: `  margayctl ipam release --ip=10.244.0.5
+  margayctl ipam release --node=node3
   margayctl ipam release --from-report=report.json`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return withStore(cmd, func(ctx context.Context, s *datastore.Store) error {
 				if len(reports) > 0 {
 					return releaseReports(ctx, cmd.OutOrStdout(), s, reports, force)
+				}
+				if node != "" {
+					return releaseNode(ctx, cmd.OutOrStdout(), s, node, force)
 				}
 				addr, err := parseAddress(address)
 				if err != nil {
@@ -54,10 +59,28 @@ func newIPAMReleaseCommand() *cobra.Command {
 	}
 	cmd.Flags().StringVar(&address, "ip", "", "the address to release")
 	cmd.Flags().StringArrayVar(&reports, "from-report", nil, "release what this report, and every other one given, calls leaked")
-	cmd.Flags().BoolVar(&force, "force", false, "though the datastore is not locked, or another version wrote the report")
-	cmd.MarkFlagsOneRequired("ip", "from-report")
-	cmd.MarkFlagsMutuallyExclusive("ip", "from-report")
+	cmd.Flags().StringVar(&node, "node", "", "release all addresses and blocks of this node, which is gone for good")
+	cmd.Flags().BoolVar(&force, "force", false, "though the datastore is not locked, another version wrote the report, or the Node is still there")
+	cmd.MarkFlagsOneRequired("ip", "node", "from-report")
+	cmd.MarkFlagsMutuallyExclusive("ip", "node", "from-report")
 	return cmd
+}
+
+// releaseNode frees what a node left behind, unless the node is still in the datastore.
+func releaseNode(ctx context.Context, w io.Writer, s *datastore.Store, node string, force bool) error {
+	_, err := datastore.GetResource[datastore.Node](ctx, s, node)
+	switch {
+	case err == nil && !force:
+		return fmt.Errorf("node %s is still in the datastore. Either delete it (`margayctl delete node %s`), or re-run with --force", node, node)
+	case err != nil && !errors.Is(err, datastore.ErrNotFound):
+		return err
+	}
+	released, err := ipam.New(s, "", nil).ReleaseNode(ctx, node)
+	if err != nil {
+		return fmt.Errorf("released %d IP addresses of node %s, then: %w", len(released), node, err)
+	}
+	fmt.Fprintf(w, "Successfully released %d IP addresses of node %s\n", len(released), node)
+	return nil
 }
 
 // releaseReports releases what all the reports say is leaked, and nothing that has changed since.

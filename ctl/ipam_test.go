@@ -116,11 +116,12 @@ func TestIPAMShow(t *testing.T) {
 +--------------------+-------+
 `, out, err)
 	for want, args := range map[string][]string{
-		"maxBlocksPerHost: expected strictAffinity to be true where it is set": {"configure", "--strictaffinity=false"},
-		`--strictaffinity "perhaps": expected true or false`:                   {"configure", "--strictaffinity=perhaps"},
-		`--max-blocks-per-host "-1": expected a number, 0 for no limit`:        {"configure", "--max-blocks-per-host=-1"},
-		"at least one of the flags in the group [ip from-report] is required":  {"release"},
-		"IP address 10.244.0.7 is not assigned":                                {"release", "--ip=10.244.0.7"},
+		"maxBlocksPerHost: expected strictAffinity to be true where it is set":                                     {"configure", "--strictaffinity=false"},
+		`--strictaffinity "perhaps": expected true or false`:                                                       {"configure", "--strictaffinity=perhaps"},
+		`--max-blocks-per-host "-1": expected a number, 0 for no limit`:                                            {"configure", "--max-blocks-per-host=-1"},
+		"at least one of the flags in the group [ip node from-report] is required":                                 {"release"},
+		"node n1 is still in the datastore. Either delete it (`margayctl delete node n1`), or re-run with --force": {"release", "--node=n1"},
+		"IP address 10.244.0.7 is not assigned":                                                                    {"release", "--ip=10.244.0.7"},
 	} {
 		if _, err := runIPAM(t, args...); err == nil || err.Error() != want {
 			t.Errorf("%v: %v, expected %q", args, err, want)
@@ -200,5 +201,11 @@ You may now unlock the data store.
 `, out, err)
 	if out, err = runIPAM(t, "check"); err != nil {
 		t.Errorf("afterwards: %v\n%s", err, out)
+	}
+	// A node that is gone for good leaves nothing behind.
+	out, err = runIPAM(t, "release", "--force", "--node=n1")
+	wantText(t, "node", "Successfully released 2 IP addresses of node n1\n", out, err)
+	if kvs, _, err := s.Keys(t.Context(), "/calico/ipam/v2/"); err != nil || len(kvs) != 0 {
+		t.Errorf("left: %v, %v", kvs, err)
 	}
 }

@@ -279,7 +279,7 @@ func TestKeys(t *testing.T) {
 	v4, v6 := netip.MustParsePrefix("10.244.40.128/26"), netip.MustParsePrefix("fd00:1::40/122")
 	for got, want := range map[string]string{
 		blockKey(v4):          "/calico/ipam/v2/assignment/ipv4/block/10.244.40.128-26",
-		blockKey(v6):          "/calico/ipam/v2/assignment/ipv6/block/fd00-1--40-122",
+		blockKey(v6):          "/calico/ipam/v2/assignment/ipv6/block/fd00:1::40-122",
 		affinityKey("n1", v4): "/calico/ipam/v2/host/n1/ipv4/block/10.244.40.128-26",
 		handleKey("net.abc"):  "/calico/ipam/v2/handle/net.abc",
 	} {

@@ -45,7 +45,7 @@ func (a *Allocator) fromOthers(ctx context.Context, v *view, pool *datastore.IPP
 		}
 		for _, b := range read {
 			switch {
-			case mayClaim && b.reclaimable(v.now):
+			case mayClaim && b.reclaimable(v.now, v.config.cooldown()):
 				b, err := a.takeOver(ctx, v, b)
 				if errors.Is(err, errTaken) {
 					continue
@@ -135,9 +135,11 @@ func (a *Allocator) readBlocks(ctx context.Context, cidrs []netip.Prefix) ([]*st
 // reclaimable says whether a block may be taken from whoever has it: it is empty, nothing cools down in it, and it was
 // claimed long enough ago. A block begins with the time as its sequence number, which only grows; one from the future
 // (a clock has jumped) stays where it is.
-func (b *block) reclaimable(now time.Time) bool {
-	if b.inUse() > 0 {
-		return false
+func (b *block) reclaimable(now time.Time, cooldown time.Duration) bool {
+	for ordinal, at := range b.allocations {
+		if at != free && !b.cooled(ordinal, now, cooldown) {
+			return false
+		}
 	}
 	if b.affinity == "" {
 		return true

@@ -33,10 +33,8 @@ const BlockPrefix = blockRootV4
 // AffinityPrefix is the key prefix of a node's IPv4 block affinities: what to watch for ConfirmedBlocks to change.
 func AffinityPrefix(node string) string { return root + "host/" + node + "/ipv4/block/" }
 
-// keyCIDR writes a prefix as keys do: "10.244.40.128-26", colons as hyphens too.
-func keyCIDR(p netip.Prefix) string {
-	return strings.NewReplacer("/", "-", ":", "-").Replace(p.String())
-}
+// keyCIDR writes a prefix as keys do: "10.244.40.128-26", "fd00::40-122".
+func keyCIDR(p netip.Prefix) string { return strings.Replace(p.String(), "/", "-", 1) }
 
 // parseKeyCIDR reads an IPv4 prefix as keys write it.
 func parseKeyCIDR(text string) (netip.Prefix, error) {
@@ -54,7 +52,12 @@ func blockKey(p netip.Prefix) string {
 	return blockRootV4 + keyCIDR(p)
 }
 
-func affinityKey(node string, p netip.Prefix) string { return AffinityPrefix(node) + keyCIDR(p) }
+func affinityKey(node string, p netip.Prefix) string {
+	if p.Addr().Is6() {
+		return root + "host/" + node + "/ipv6/block/" + keyCIDR(p)
+	}
+	return AffinityPrefix(node) + keyCIDR(p)
+}
 
 func handleKey(handle string) string { return handleRoot + handle }
 
