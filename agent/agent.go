@@ -53,6 +53,7 @@ type Agent struct {
 	cluster  *cluster
 	speaker  *bgp.Speaker
 	as       uint32
+	pods     pods
 
 	kick   chan struct{}
 	host   *hostWatch
@@ -152,6 +153,7 @@ func (a *Agent) open(ctx context.Context) error {
 		MTU:      a.podMTU,
 		Ready:    a.attachError,
 		Log:      a.log,
+		OnPod:    a.podChanged,
 	})
 	return err
 }
@@ -305,7 +307,7 @@ func (a *Agent) podMTU() int {
 
 func (a *Agent) inputs() Inputs {
 	in := a.cluster.inputs()
-	in.Node, in.Underlay, in.Tunnel = a.cfg.Node, a.underlay, a.tunnel
+	in.Node, in.Underlay, in.Tunnel, in.Pods = a.cfg.Node, a.underlay, a.tunnel, a.pods.all()
 	if a.speaker != nil {
 		in.Paths = a.speaker.Best()
 	}
