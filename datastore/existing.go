@@ -34,7 +34,7 @@ func (s *Store) existing(ctx context.Context, names []string) ([]string, error) 
 		if prefix, ok := strings.CutSuffix(name, "*"); ok {
 			ops[i] = clientv3.OpGet(prefix, clientv3.WithPrefix(), clientv3.WithKeysOnly())
 		} else {
-			ops[i] = clientv3.OpGet(name, clientv3.WithKeysOnly())
+			ops[i] = clientv3.OpGet(name, clientv3.WithCountOnly())
 		}
 	}
 	resp, err := s.client.Txn(ctx).Then(ops...).Commit()
@@ -42,9 +42,13 @@ func (s *Store) existing(ctx context.Context, names []string) ([]string, error) 
 		return nil, s.wrap(ctx, err)
 	}
 	var out []string
-	for _, r := range resp.Responses {
-		for _, kv := range r.GetResponseRange().GetKvs() {
-			out = append(out, string(kv.Key))
+	for i, r := range resp.Responses {
+		if strings.HasSuffix(names[i], "*") {
+			for _, kv := range r.GetResponseRange().GetKvs() {
+				out = append(out, string(kv.Key))
+			}
+		} else if r.GetResponseRange().GetCount() > 0 {
+			out = append(out, names[i])
 		}
 	}
 	return out, nil

@@ -13,14 +13,11 @@ import (
 
 // A free block is found by asking for some, not by listing all: the walk visits the pool's blocks in an order that looks
 // random and is another one on each node, and each look asks etcd about the next few. Where one block in twenty is free,
-// a look misses all of them in less than four of a hundred cases, however large the cluster is. Only a pool that is as
-// good as full is listed.
+// a large look misses all of them in less than four of a hundred cases, however large the cluster is. Only a pool that is
+// as good as full is listed.
 
-// lookSize is how many blocks one look asks for; with looks of them it costs as much as a small list.
-const (
-	lookSize = 64
-	looks    = 4
-)
+// looks says how many blocks are asked for, one time after the other: few at first, as most pools have room.
+var looks = []int{8, 64, 64, 64, 64}
 
 // walk visits the blocks of a pool, each once.
 type walk struct {
@@ -56,9 +53,9 @@ func (a *Allocator) search(ctx context.Context, v *view, pool *datastore.IPPool)
 		return nil, err
 	}
 	w := newWalk(prefix, pool.Spec.BlockSize, a.node)
-	for range looks {
+	for _, size := range looks {
 		var ask []netip.Prefix
-		for len(ask) < lookSize {
+		for len(ask) < size {
 			cidr, ok := w.next()
 			if !ok {
 				break
