@@ -58,6 +58,7 @@ type Agent struct {
 	cluster  *cluster
 	speaker  *bgp.Speaker
 	as       uint32
+	pods     pods
 
 	kick   chan struct{}
 	host   *hostWatch
@@ -158,8 +159,8 @@ func (a *Agent) open(ctx context.Context) error {
 		IPAM:     podIPAM{alloc: a.alloc, node: a.cfg.Node},
 		MTU:      a.podMTU,
 		Ready:    a.attachError,
-		OnPod:    func(bool, netip.Addr, string) { a.wake() },
 		Log:      a.log,
+		OnPod:    a.podChanged,
 	})
 	return err
 }
@@ -276,7 +277,7 @@ func (a *Agent) retain(pools []Pool) []Pool {
 	for name, p := range a.retained {
 		_, there := next[name]
 		overlaps := slices.ContainsFunc(pools, func(o Pool) bool { return o.CIDR.Overlaps(p.CIDR) })
-		used := slices.ContainsFunc(a.cni.Attachments(), func(at server.Attachment) bool { return p.CIDR.Contains(at.Address) })
+		used := slices.ContainsFunc(a.pods.all(), p.CIDR.Contains)
 		if there || overlaps || !used {
 			continue
 		}
@@ -338,7 +339,7 @@ func (a *Agent) podMTU() int {
 
 func (a *Agent) inputs() Inputs {
 	in := a.cluster.inputs()
-	in.Node, in.Underlay, in.Tunnel = a.cfg.Node, a.underlay, a.tunnel
+	in.Node, in.Underlay, in.Tunnel, in.Pods = a.cfg.Node, a.underlay, a.tunnel, a.pods.all()
 	if a.speaker != nil {
 		in.Paths = a.speaker.Best()
 	}

@@ -38,6 +38,7 @@ type Inputs struct {
 	Pools    []Pool
 	Members  []Member
 	Blocks   []netip.Prefix // this node's confirmed blocks
+	Pods     []netip.Addr   // addresses of this node's pods, borrowed ones among them
 	Paths    map[netip.Prefix]bgp.Path
 	Blind    bool // something above may be missing because the datastore holds what cannot be read
 }
@@ -98,6 +99,7 @@ func Compute(in Inputs) Desired {
 	}
 	d.pools(in)
 	d.ownBlocks(in)
+	d.borrowed(in)
 	for prefix, path := range in.Paths {
 		if why := d.learned(in, members, prefix, path); why != "" {
 			d.Rejected = append(d.Rejected, Rejected{Prefix: prefix, Peer: path.Peer, Why: why})
@@ -159,15 +161,56 @@ func (d *Desired) ownBlocks(in Inputs) {
 	}
 }
 
+// borrowed addresses, which lie in other nodes' blocks or in nobody's, are announced and accepted one by one: the longer
+// prefix leads to this node.
+func (d *Desired) borrowed(in Inputs) {
+	for _, addr := range append(slices.Clone(in.Pods), in.Tunnel) {
+		if !addr.Is4() || slices.ContainsFunc(in.Blocks, func(b netip.Prefix) bool { return b.Contains(addr) }) {
+			continue
+		}
+		one := netip.PrefixFrom(addr, addr.BitLen())
+		pool, ok := poolOf(in.Pools, one)
+		if _, done := d.Routes[one]; done || !ok {
+			continue
+		}
+		d.Routes[one] = rpc.Local()
+		if !pool.DisableBGPExport {
+			d.Announce = append(d.Announce, one)
+		}
+		if pool.CIDR != one {
+			d.Kernel = append(d.Kernel, KernelRoute{Prefix: one, Blackhole: true, Metric: blackholeMetric})
+		}
+	}
+}
+
+// lent says whether a route inside this node's own block b leads to one address that another node of the cluster has
+// borrowed; why not, if it does not. What this node's own pods have, nobody takes from them.
+func lent(in Inputs, members map[netip.Addr]bool, b, prefix netip.Prefix, path bgp.Path) (why string) {
+	switch {
+	case !prefix.IsSingleIP() || prefix == b || !members[path.NextHop]:
+		return fmt.Sprintf("inside this node's own block %s", b)
+	case prefix.Addr() == in.Tunnel || slices.Contains(in.Pods, prefix.Addr()):
+		return fmt.Sprintf("inside this node's own block %s, and the address is in use here", b)
+	}
+	return ""
+}
+
 // learned places one BGP route; it returns why the route is refused, or "".
 func (d *Desired) learned(in Inputs, members map[netip.Addr]bool, prefix netip.Prefix, path bgp.Path) string {
 	if why := martian(in, prefix); why != "" {
 		return why
 	}
+	isLent := false
 	for _, b := range in.Blocks {
 		if b.Overlaps(prefix) && prefix.Bits() >= b.Bits() {
-			return fmt.Sprintf("inside this node's own block %s", b)
+			if why := lent(in, members, b, prefix, path); why != "" {
+				return why
+			}
+			isLent = true
 		}
+	}
+	if _, here := d.Routes[prefix]; here {
+		return "the address of a pod of this node"
 	}
 	if path.NextHop == in.Underlay.Prefix.Addr() {
 		return "next hop is this node itself"
@@ -196,6 +239,10 @@ func (d *Desired) learned(in Inputs, members map[netip.Addr]bool, prefix netip.P
 		return fmt.Sprintf("next hop %s is no node of the cluster, and pool %s needs IP-in-IP", path.NextHop, pool.Name)
 	case pool.IPIPMode == "Always", pool.IPIPMode == "CrossSubnet" && !in.Underlay.Prefix.Masked().Contains(path.NextHop):
 		d.Routes[prefix] = rpc.Tunnel(path.NextHop)
+		if isLent {
+			// The blackhole under the own block lies over the pool's route to vr0.
+			d.Kernel = append(d.Kernel, KernelRoute{Prefix: prefix, Device: tunnelDevice, Source: in.Tunnel})
+		}
 		return ""
 	}
 	d.Routes[prefix] = rpc.Direct(path.NextHop)

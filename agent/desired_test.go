@@ -108,7 +108,13 @@ func TestImportRules(t *testing.T) {
 		{"192.0.2.0/24", mesh, mesh, "inside no pool"},
 		{"0.0.0.0/0", mesh, mesh, "inside no pool"},
 		{"10.244.0.0/26", mesh, mesh, "own block"},
-		{"10.244.0.7/32", mesh, mesh, "own block"},
+		{"10.244.0.7/32", mesh, mesh, ""}, // lent to node2
+		{"10.244.0.7/32", mesh, outside, ""},
+		{"10.244.0.7/32", outside, outside, "own block"},
+		{"10.244.0.8/31", mesh, mesh, "own block"},
+		{"10.244.0.5/32", mesh, mesh, "in use here"},
+		{"10.244.0.1/32", mesh, mesh, "in use here"},
+		{"10.244.7.9/32", mesh, mesh, "a pod of this node"},
 		{"10.0.0.0/8", outside, outside, "covers pool"},
 		{"10.244.7.0/26", outside, outside, "no node of the cluster"},
 		{"10.244.7.0/26", addr("198.18.0.1"), mesh, "this node itself"},
@@ -121,6 +127,7 @@ func TestImportRules(t *testing.T) {
 		{"2001:db8::/32", outside, outside, "not IPv4"},
 	} {
 		in := threeNodes("Always")
+		in.Pods = []netip.Addr{addr("10.244.0.5"), addr("10.244.7.9")}
 		in.Paths = map[netip.Prefix]bgp.Path{pfx(tc.prefix): {NextHop: tc.nextHop, Peer: tc.peer}}
 		d := Compute(in)
 		switch {
@@ -186,6 +193,62 @@ func TestOneRouteForOnePlace(t *testing.T) {
 			seen[key] = true
 		}
 	})
+}
+
+// An address that a pod of this node has borrowed is announced and accepted by itself; one that this node has lent is
+// routed to the borrower, past the blackhole under the own block.
+func TestBorrowedAddresses(t *testing.T) {
+	for mode, lentRoute := range map[string]string{"Always": "10.244.0.7/32 dev vr0", "Never": "10.244.0.7/32 via 198.18.0.2 dev eth0"} {
+		in := threeNodes(mode)
+		in.Pods = []netip.Addr{addr("10.244.0.5"), addr("10.244.0.70"), addr("192.0.2.9"), addr("fd00::1")}
+		in.Paths[pfx("10.244.0.7/32")] = bgp.Path{NextHop: addr("198.18.0.2"), Peer: addr("198.18.0.2")}
+		d := Compute(in)
+		if !slices.Equal(d.Announce, []netip.Prefix{pfx("10.244.0.0/26"), pfx("10.244.0.70/32")}) {
+			t.Errorf("%s: announced: %v", mode, d.Announce)
+		}
+		if d.Routes[pfx("10.244.0.70/32")] != rpc.Local() || len(d.Routes) != 5 {
+			t.Errorf("%s: routes: %v", mode, d.Routes)
+		}
+		want := rpc.Tunnel(addr("198.18.0.2"))
+		if mode == "Never" {
+			want = rpc.Direct(addr("198.18.0.2"))
+		}
+		if got := d.Routes[pfx("10.244.0.7/32")]; got != want || len(d.Rejected) != 0 {
+			t.Errorf("%s: lent: %v, rejected %v", mode, got, d.Rejected)
+		}
+		if diff := cmp.Diff([]string{lentRoute}, d.kernel("10.244.0.7/32")); diff != "" {
+			t.Errorf("%s: lent (-want +got):\n%s", mode, diff)
+		}
+		if diff := cmp.Diff([]string{"blackhole 10.244.0.70/32 metric 1048576"}, d.kernel("10.244.0.70/32")); diff != "" {
+			t.Errorf("%s: borrowed (-want +got):\n%s", mode, diff)
+		}
+		// A node whose tunnel address is borrowed, in a pool that is not exported.
+		in.Pools[0].DisableBGPExport, in.Tunnel = true, addr("10.244.0.71")
+		d = Compute(in)
+		if len(d.Announce) != 0 || d.Routes[pfx("10.244.0.71/32")] != rpc.Local() {
+			t.Errorf("%s: not exported: %v, %v", mode, d.Announce, d.Routes)
+		}
+	}
+}
+
+// The CNI server's word on who is attached, told more than once.
+func TestPods(t *testing.T) {
+	var p pods
+	for _, step := range []struct {
+		added bool
+		addr  string
+		want  []netip.Addr
+	}{
+		{false, "10.244.0.9", nil},
+		{true, "10.244.0.9", []netip.Addr{addr("10.244.0.9")}},
+		{true, "10.244.0.9", []netip.Addr{addr("10.244.0.9")}},
+		{true, "10.244.0.8", []netip.Addr{addr("10.244.0.8"), addr("10.244.0.9")}},
+		{false, "10.244.0.9", []netip.Addr{addr("10.244.0.8")}},
+	} {
+		if p.set(step.added, addr(step.addr)); !slices.Equal(p.all(), step.want) {
+			t.Errorf("%v %s: %v, expected %v", step.added, step.addr, p.all(), step.want)
+		}
+	}
 }
 
 func TestMeshPassiveIsComparedAsText(t *testing.T) {

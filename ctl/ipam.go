@@ -20,38 +20,51 @@ func newIPAMCommand() *cobra.Command {
 		Args:  cobra.NoArgs,
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newIPAMShowCommand())
+	cmd.AddCommand(newIPAMShowCommand(), newIPAMCheckCommand(), newIPAMReleaseCommand(), newIPAMConfigureCommand())
 	return cmd
 }
 
 func newIPAMShowCommand() *cobra.Command {
 	var (
-		blocks bool
-		output string
+		blocks, borrowed, configuration bool
+		address, output                 string
 	)
 	cmd := &cobra.Command{
 		Use:   "show",
-		Short: "How much of each pool, and with --show-blocks of each block, is in use",
+		Short: "How much of each pool is in use, or who holds an address",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := checkOutput(output, "text", "json"); err != nil {
 				return err
 			}
 			return withStore(cmd, func(ctx context.Context, s *datastore.Store) error {
+				w := cmd.OutOrStdout()
+				switch {
+				case address != "":
+					return showAddress(ctx, w, s, address, output)
+				case borrowed:
+					return showBorrowed(ctx, w, s, output)
+				case configuration:
+					return showConfiguration(ctx, w, s, output)
+				}
 				// What could be read is shown, whatever could not.
 				pools, err := ipam.Usage(ctx, s)
 				switch {
 				case err != nil && len(pools) == 0:
 				case output == "json":
-					err = errors.Join(err, printJSON(cmd.OutOrStdout(), pools))
+					err = errors.Join(err, printJSON(w, pools))
 				default:
-					printUsage(cmd.OutOrStdout(), pools, blocks)
+					printUsage(w, pools, blocks)
 				}
 				return err
 			})
 		},
 	}
+	cmd.Flags().StringVar(&address, "ip", "", "who holds this address")
 	cmd.Flags().BoolVar(&blocks, "show-blocks", false, "also the blocks of each pool")
+	cmd.Flags().BoolVar(&borrowed, "show-borrowed", false, "the addresses that nodes have out of other nodes' blocks")
+	cmd.Flags().BoolVar(&configuration, "show-configuration", false, "the IPAM configuration in force")
+	cmd.MarkFlagsMutuallyExclusive("ip", "show-blocks", "show-borrowed", "show-configuration")
 	addOutput(cmd, &output, "text", "text or json")
 	return cmd
 }

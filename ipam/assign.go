@@ -40,6 +40,7 @@ type Allocator struct {
 
 	turn  chan struct{} // a mutex that can be waited for with a context
 	cache map[netip.Prefix]*stored
+	now   func() time.Time
 }
 
 // stored is a block as it was at a revision. The block is never changed in place.
@@ -53,7 +54,7 @@ func New(s *datastore.Store, node string, log *slog.Logger) *Allocator {
 	if log == nil {
 		log = slog.New(slog.NewTextHandler(io.Discard, nil))
 	}
-	return &Allocator{store: s, node: node, log: log, turn: make(chan struct{}, 1), cache: map[netip.Prefix]*stored{}}
+	return &Allocator{store: s, node: node, log: log, turn: make(chan struct{}, 1), cache: map[netip.Prefix]*stored{}, now: time.Now}
 }
 
 // Request says for whom an address is, and where from.
@@ -120,7 +121,9 @@ type view struct {
 	revision   int64
 	cluster    int64 // revision of clusterinformations/default, 0 without one
 	pools      []*datastore.IPPool
-	config     config
+	config     Config
+	reserved   []netip.Prefix // what an IPReservation keeps from being given out unasked
+	now        time.Time
 	affinities map[netip.Prefix]ownAffinity
 	handle     handle
 	handleRev  int64                 // 0 without one
@@ -134,11 +137,11 @@ type ownAffinity struct {
 
 func (a *Allocator) read(ctx context.Context, handleID string) (*view, error) {
 	lists, rev, err := a.store.ListMany(ctx, datastore.ClusterInformations.Key("default"), datastore.IPPools.Prefix(),
-		configKey, AffinityPrefix(a.node), handleKey(handleID))
+		configKey, configResource, reservationPrefix, AffinityPrefix(a.node), handleKey(handleID))
 	if err != nil {
 		return nil, err
 	}
-	v := &view{revision: rev, done: map[netip.Prefix]bool{}}
+	v := &view{revision: rev, now: a.now(), done: map[netip.Prefix]bool{}}
 	for _, kv := range lists[0] {
 		info, err := datastore.Decode[datastore.ClusterInformation](kv)
 		if err != nil {
@@ -158,11 +161,12 @@ func (a *Allocator) read(ctx context.Context, handleID string) (*view, error) {
 		pool.Default()
 		v.pools = append(v.pools, pool)
 	}
-	if v.config, err = decodeConfig(lists[2]); err != nil {
+	if v.config, err = decodeConfig(lists[2], lists[3]); err != nil {
 		return nil, err
 	}
-	v.affinities = a.decodeAffinities(lists[3])
-	for _, kv := range lists[4] {
+	v.reserved = a.decodeReservations(lists[4])
+	v.affinities = a.decodeAffinities(lists[5])
+	for _, kv := range lists[6] {
 		if v.handle, err = decodeHandle(kv.Value); err != nil {
 			return nil, fmt.Errorf("%s: %w", kv.Key, err)
 		}
@@ -211,23 +215,45 @@ func (a *Allocator) assign(ctx context.Context, req Request) (Assignment, error)
 			return out, err
 		}
 	}
-	// Only now claim: an address that is free in a block of any pool is better than one more block.
+	// Only now claim: an address that is free in a block of any pool is better than one more block. And only when nothing
+	// can be claimed, borrow: a block of one's own is one route, each borrowed address another.
 	var why []string
 	for _, pool := range pools {
-		b, err := a.claimAny(ctx, v, pool)
-		if refusal := (*claimError)(nil); errors.As(err, &refusal) {
-			why = append(why, refusal.Error())
-			continue
-		}
-		if err != nil {
-			return Assignment{}, err
-		}
-		if out, err := a.take(ctx, v, b, pool, req); err != errFull {
+		out, reasons, err := a.fromNewBlock(ctx, v, pool, req)
+		if err != errFull {
 			return out, err
 		}
-		why = append(why, fmt.Sprintf("pool %s: block %s is full", pool.Metadata.Name, b.cidr))
+		why = append(why, reasons...)
+	}
+	for _, pool := range pools {
+		out, reasons, err := a.fromOthers(ctx, v, pool, req)
+		if err != errFull {
+			return out, err
+		}
+		why = append(why, reasons...)
 	}
 	return Assignment{}, fmt.Errorf("%w: %s", ErrNoAddress, strings.Join(why, "; "))
+}
+
+// newBlocks bounds how many blocks one assignment may claim because the ones before had nothing to give.
+const newBlocks = 3
+
+// fromNewBlock claims a block of the pool and takes an address from it; errFull, and why, if that cannot be.
+func (a *Allocator) fromNewBlock(ctx context.Context, v *view, pool *datastore.IPPool, req Request) (Assignment, []string, error) {
+	for range newBlocks {
+		b, err := a.claimAny(ctx, v, pool)
+		if refusal := (*claimError)(nil); errors.As(err, &refusal) {
+			return Assignment{}, []string{refusal.Error()}, errFull
+		}
+		if err != nil {
+			return Assignment{}, nil, err
+		}
+		if out, err := a.take(ctx, v, b, pool, req); err != errFull {
+			return out, nil, err
+		}
+		v.done[b.cidr] = true
+	}
+	return Assignment{}, []string{fmt.Sprintf("pool %s: the blocks claimed are full", pool.Metadata.Name)}, errFull
 }
 
 // errMalformed says that a stored block cannot be understood.
@@ -241,7 +267,7 @@ var errFull = errors.New("full")
 func (a *Allocator) fromOwnBlocks(ctx context.Context, v *view, pool *datastore.IPPool, req Request) (Assignment, error) {
 	own := v.confirmedIn(pool)
 	for _, cidr := range own {
-		if b := a.cache[cidr]; b != nil && b.inUse() < len(b.allocations) {
+		if b := a.cache[cidr]; b != nil && b.affinity == a.owner() && v.serves(b) {
 			return a.take(ctx, v, b, pool, req)
 		}
 	}
@@ -261,7 +287,7 @@ func (a *Allocator) fromOwnBlocks(ctx context.Context, v *view, pool *datastore.
 			// Claiming it will find that out again, and then drop the affinity.
 			a.log.Warn("affinity ignored: the block is another's", "block", cidr, "affinity", b.affinity)
 			continue
-		case b.inUse() == len(b.allocations):
+		case !v.serves(b):
 			v.done[cidr] = true
 			continue
 		}
@@ -269,6 +295,9 @@ func (a *Allocator) fromOwnBlocks(ctx context.Context, v *view, pool *datastore.
 	}
 	return Assignment{}, errFull
 }
+
+// serves says whether a block has an address to give.
+func (v *view) serves(b *stored) bool { return b.spare(v.now, v.config.cooldown(), v.allowed) }
 
 // confirmedIn lists the node's confirmed blocks in a pool, in order.
 func (v *view) confirmedIn(pool *datastore.IPPool) []netip.Prefix {
@@ -313,6 +342,7 @@ func (a *Allocator) load(ctx context.Context, cidr netip.Prefix) (*stored, error
 // take assigns an address of b, and writes block and handle in one transaction.
 func (a *Allocator) take(ctx context.Context, v *view, b *stored, pool *datastore.IPPool, req Request) (Assignment, error) {
 	next, owner := b.clone(), a.attribute(req)
+	next.collect(v.now, v.config.cooldown())
 	addr := req.IP
 	if addr.IsValid() {
 		if !next.assignAddr(addr, owner) {
@@ -320,7 +350,7 @@ func (a *Allocator) take(ctx context.Context, v *view, b *stored, pool *datastor
 		}
 	} else {
 		var ok bool
-		if addr, ok = next.assign(owner); !ok {
+		if addr, ok = next.assignAllowed(owner, v.allowed); !ok {
 			return Assignment{}, errFull
 		}
 	}
@@ -357,7 +387,7 @@ func (a *Allocator) attribute(req Request) attribute {
 		attrs["node"] = a.node
 	}
 	if req.Use == datastore.UseWorkload && attrs["timestamp"] == "" {
-		attrs["timestamp"] = time.Now().UTC().String()
+		attrs["timestamp"] = a.now().UTC().String()
 	}
 	return attribute{handle: req.Handle, hasHandle: true, secondary: attrs}
 }

@@ -85,11 +85,15 @@ func (b *block) ordinal(a netip.Addr) int {
 func (b *block) inUse() int { return len(b.allocations) - len(b.unallocated) }
 
 // assign gives the longest-free ordinal to the owner; false if there is none.
-func (b *block) assign(owner attribute) (netip.Addr, bool) {
-	if len(b.unallocated) == 0 {
+func (b *block) assign(owner attribute) (netip.Addr, bool) { return b.assignAllowed(owner, nil) }
+
+// assignAllowed is assign among the addresses that allowed says yes to; nil is all of them.
+func (b *block) assignAllowed(owner attribute, allowed func(netip.Addr) bool) (netip.Addr, bool) {
+	i := slices.IndexFunc(b.unallocated, func(ordinal int) bool { return allowed == nil || allowed(b.addr(ordinal)) })
+	if i < 0 {
 		return netip.Addr{}, false
 	}
-	return b.take(0, owner), true
+	return b.take(i, owner), true
 }
 
 // assignAddr gives the owner that very address; false if it is held.
@@ -106,14 +110,19 @@ func (b *block) assignAddr(a netip.Addr, owner attribute) bool {
 func (b *block) take(i int, owner attribute) netip.Addr {
 	ordinal := b.unallocated[i]
 	b.unallocated = slices.Delete(b.unallocated, i, i+1)
-	at := slices.IndexFunc(b.attributes, owner.equal)
-	if at < 0 {
-		at = len(b.attributes)
-		b.attributes = append(b.attributes, owner)
-	}
-	b.allocations[ordinal] = at
+	b.allocations[ordinal] = b.attributeIndex(owner)
 	b.given[ordinal] = b.sequence
 	return b.addr(ordinal)
+}
+
+// attributeIndex is the place of an attribute, which is added where it is new.
+func (b *block) attributeIndex(a attribute) int {
+	at := slices.IndexFunc(b.attributes, a.equal)
+	if at < 0 {
+		at = len(b.attributes)
+		b.attributes = append(b.attributes, a)
+	}
+	return at
 }
 
 func (a attribute) equal(o attribute) bool {
@@ -124,7 +133,7 @@ func (a attribute) equal(o attribute) bool {
 // holds says whether the attribute is handle's. One that carries releasedAt was released already, and only keeps its
 // address from being given out too soon.
 func (a attribute) holds(handle string) bool {
-	_, released := a.extra["releasedAt"]
+	_, released := a.extra[releasedAt]
 	return a.hasHandle && a.handle == handle && !released
 }
 

@@ -2,15 +2,11 @@ package ipam
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"hash/fnv"
 	"maps"
 	"net/netip"
 	"slices"
-	"strings"
-	"time"
 
 	"margay/datastore"
 )
@@ -39,89 +35,32 @@ func (a *Allocator) claimAny(ctx context.Context, v *view, pool *datastore.IPPoo
 		}
 		return b, err
 	}
+	if why := a.claimRefusal(v); why != "" {
+		return nil, refuse("%s", why)
+	}
+	b, err := a.search(ctx, v, pool)
+	if err == errFull {
+		prefix, err := pool.Prefix()
+		if err != nil {
+			return nil, refuse("%s", err)
+		}
+		return nil, refuse("all %d blocks of %s are taken", 1<<(pool.Spec.BlockSize-prefix.Bits()), prefix)
+	}
+	if err == nil {
+		a.log.Info("block claimed", "block", b.cidr, "pool", pool.Metadata.Name)
+	}
+	return b, err
+}
+
+// claimRefusal says why this node may not have one more block; empty if it may.
+func (a *Allocator) claimRefusal(v *view) string {
 	if !v.config.AutoAllocateBlocks {
-		return nil, refuse("the blocks of node %s are full, and auto_allocate_blocks is off", a.node)
+		return fmt.Sprintf("the blocks of node %s are full, and auto_allocate_blocks is off", a.node)
 	}
 	if limit := v.config.MaxBlocksPerHost; limit > 0 && len(v.affinities) >= limit {
-		return nil, refuse("the blocks of node %s are full, and it has as many as maxBlocksPerHost allows (%d)", a.node, limit)
+		return fmt.Sprintf("the blocks of node %s are full, and it has as many as maxBlocksPerHost allows (%d)", a.node, limit)
 	}
-	prefix, err := pool.Prefix()
-	if err != nil {
-		return nil, refuse("%s", err)
-	}
-	kvs, _, err := a.store.Keys(ctx, BlockPrefix)
-	if err != nil {
-		return nil, err
-	}
-	var used []netip.Prefix
-	for _, kv := range kvs {
-		if cidr, err := parseKeyCIDR(strings.TrimPrefix(kv.Key, BlockPrefix)); err == nil {
-			used = append(used, cidr)
-		}
-	}
-	c := newCandidates(prefix, pool.Spec.BlockSize, a.node, used)
-	for cidr, ok := c.next(); ok; cidr, ok = c.next() {
-		b, err := a.claim(ctx, v, cidr)
-		if errors.Is(err, errTaken) {
-			continue
-		}
-		if err == nil {
-			a.log.Info("block claimed", "block", cidr, "pool", pool.Metadata.Name)
-		}
-		return b, err
-	}
-	return nil, refuse("all %d blocks of %s are taken", c.total, prefix)
-}
-
-// candidates walks the free blocks of a pool, each once. It starts at a place that depends on the node's name, so that
-// nodes that start together do not all want the same block.
-type candidates struct {
-	pool  netip.Prefix
-	bits  int
-	total uint32
-	start uint32
-	i     uint32
-	used  map[netip.Prefix]bool // blocks of bits
-	wide  []netip.Prefix        // used blocks that are larger, left by an older pool
-}
-
-func newCandidates(pool netip.Prefix, bits int, node string, used []netip.Prefix) *candidates {
-	c := &candidates{pool: pool, bits: bits, total: 1 << (bits - pool.Bits()), used: make(map[netip.Prefix]bool, len(used))}
-	h := fnv.New32a()
-	_, _ = h.Write([]byte(node)) // a hash takes everything
-	c.start = h.Sum32() % c.total
-	for _, u := range used {
-		if u.Bits() < bits {
-			c.wide = append(c.wide, u)
-		} else {
-			c.used[netip.PrefixFrom(u.Addr(), bits).Masked()] = true
-		}
-	}
-	return c
-}
-
-func (c *candidates) next() (netip.Prefix, bool) {
-	base := c.pool.Addr().As4()
-	for c.i < c.total {
-		n := (c.start + c.i) % c.total
-		c.i++
-		var raw [4]byte
-		binary.BigEndian.PutUint32(raw[:], binary.BigEndian.Uint32(base[:])+n<<(32-c.bits))
-		cidr := netip.PrefixFrom(netip.AddrFrom4(raw), c.bits)
-		if !c.used[cidr] && !c.inWide(cidr) {
-			return cidr, true
-		}
-	}
-	return netip.Prefix{}, false
-}
-
-func (c *candidates) inWide(cidr netip.Prefix) bool {
-	for _, w := range c.wide {
-		if w.Overlaps(cidr) {
-			return true
-		}
-	}
-	return false
+	return ""
 }
 
 // claim makes a block this node's: affinity pending, then the block, then affinity confirmed. Each step finds what an
@@ -174,7 +113,7 @@ func (a *Allocator) claim(ctx context.Context, v *view, cidr netip.Prefix) (*sto
 // claimBlock creates the block, or finds it made by an earlier claim of ours.
 func (a *Allocator) claimBlock(ctx context.Context, cidr netip.Prefix, affinityKey string, affinityRev int64) (*stored, error) {
 	// The time is a sequence that no earlier block of this range, deleted since, can have reached.
-	fresh := newBlock(cidr, a.owner(), uint64(time.Now().UnixNano()))
+	fresh := newBlock(cidr, a.owner(), uint64(a.now().UnixNano()))
 	value, err := fresh.encode()
 	if err != nil {
 		return nil, err

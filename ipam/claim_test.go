@@ -95,6 +95,7 @@ func TestCalicosBlockInUse(t *testing.T) {
 	put(t, s, "/calico/ipam/v2/host/n1/ipv4/block/10.244.40.128-29", `{"state":"confirmed","deleted":false}`)
 	put(t, s, blockKey(prefix("10.244.40.128/29")), calicoBlock)
 	put(t, s, handleKey("k8s-pod-network.abc"), `{"block":{"10.244.40.128/29":1},"deleted":false}`)
+	put(t, s, configKey, `{"auto_allocate_blocks":true,"ipCooldownSeconds":1000000000}`) // so that releasedAt stays
 	a := New(s, "n1", nil)
 	got, err := a.Assign(ctx, Request{Handle: "x"})
 	if err != nil || got.Addr != addr("10.244.40.132") {
@@ -104,7 +105,7 @@ func TestCalicosBlockInUse(t *testing.T) {
 		t.Errorf("%v, %v", released, err)
 	}
 	v := value(t, s, blockKey(prefix("10.244.40.128/29")))
-	for _, want := range []string{`"sequenceNumber":1795425093042315663`, `"releasedAt"`, `"affinityClaimTime"`, `"4":1795425093042315661`} {
+	for _, want := range []string{`"sequenceNumber":1795425093042315663`, `"releasedAt":"2026-11-23T09:11:33Z"`, `"affinityClaimTime"`, `"4":1795425093042315661`} {
 		if !strings.Contains(v, want) {
 			t.Errorf("%s is missing in %s", want, v)
 		}

@@ -262,6 +262,7 @@ func TestWhichPoolsServe(t *testing.T) {
 			t.Errorf("%+v: %+v", tt.req, got)
 		}
 	}
+	put(t, s, configKey, `{"strict_affinity":true,"auto_allocate_blocks":true}`)
 	if _, err := New(s, "n2", nil).Assign(ctx, Request{Handle: "other", IP: addr("10.4.0.10")}); !errors.Is(err, ErrAddressInUse) {
 		t.Errorf("an address in another node's block: %v", err)
 	}

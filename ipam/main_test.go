@@ -2,6 +2,7 @@ package ipam
 
 import (
 	"os"
+	"slices"
 	"testing"
 
 	"margay/datastore"
@@ -25,8 +26,12 @@ func openStore(t *testing.T, pools ...*datastore.IPPool) *datastore.Store {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, kv := range kvs {
-		if err := s.Delete(t.Context(), kv.Key, 0); err != nil {
+	for batch := range slices.Chunk(kvs, 100) {
+		ops := make([]datastore.Op, len(batch))
+		for i, kv := range batch {
+			ops[i] = datastore.OpDelete(kv.Key, 0)
+		}
+		if _, err := s.Txn(t.Context(), ops...); err != nil {
 			t.Fatal(err)
 		}
 	}

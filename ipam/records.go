@@ -33,10 +33,8 @@ const BlockPrefix = blockRootV4
 // AffinityPrefix is the key prefix of a node's IPv4 block affinities: what to watch for ConfirmedBlocks to change.
 func AffinityPrefix(node string) string { return root + "host/" + node + "/ipv4/block/" }
 
-// keyCIDR writes a prefix as keys do: "10.244.40.128-26", colons as hyphens too.
-func keyCIDR(p netip.Prefix) string {
-	return strings.NewReplacer("/", "-", ":", "-").Replace(p.String())
-}
+// keyCIDR writes a prefix as keys do: "10.244.40.128-26", "fd00::40-122".
+func keyCIDR(p netip.Prefix) string { return strings.Replace(p.String(), "/", "-", 1) }
 
 // parseKeyCIDR reads an IPv4 prefix as keys write it.
 func parseKeyCIDR(text string) (netip.Prefix, error) {
@@ -54,7 +52,12 @@ func blockKey(p netip.Prefix) string {
 	return blockRootV4 + keyCIDR(p)
 }
 
-func affinityKey(node string, p netip.Prefix) string { return AffinityPrefix(node) + keyCIDR(p) }
+func affinityKey(node string, p netip.Prefix) string {
+	if p.Addr().Is6() {
+		return root + "host/" + node + "/ipv6/block/" + keyCIDR(p)
+	}
+	return AffinityPrefix(node) + keyCIDR(p)
+}
 
 func handleKey(handle string) string { return handleRoot + handle }
 
@@ -134,25 +137,6 @@ func validateHandle(h string) error {
 		}
 	}
 	return nil
-}
-
-// config is the cluster's IPAM configuration.
-type config struct {
-	StrictAffinity     bool `json:"strict_affinity"`
-	AutoAllocateBlocks bool `json:"auto_allocate_blocks"`
-	MaxBlocksPerHost   int  `json:"maxBlocksPerHost"` // 0: no limit
-}
-
-// decodeConfig reads the configuration; without one, blocks are claimed as needed.
-func decodeConfig(kvs []datastore.KV) (config, error) {
-	c := config{AutoAllocateBlocks: true}
-	if len(kvs) == 0 {
-		return c, nil
-	}
-	if err := json.Unmarshal(kvs[0].Value, &c); err != nil {
-		return c, fmt.Errorf("%s: expected the IPAM configuration: %w", configKey, err)
-	}
-	return c, nil
 }
 
 // contended says that a write lost against another, and that starting over may help.

@@ -30,10 +30,19 @@ func (a *Allocator) ReleaseHandle(ctx context.Context, id string) ([]netip.Addr,
 
 // release is one attempt.
 func (a *Allocator) release(ctx context.Context, id string) ([]netip.Addr, error) {
-	h, rev, err := a.readHandle(ctx, id)
-	if err != nil || rev == 0 {
+	lists, _, err := a.store.ListMany(ctx, handleKey(id), configKey, configResource)
+	if err != nil || len(lists[0]) == 0 {
 		return nil, err
 	}
+	h, err := decodeHandle(lists[0][0].Value)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", lists[0][0].Key, err)
+	}
+	config, err := decodeConfig(lists[1], lists[2])
+	if err != nil {
+		return nil, err
+	}
+	rev := lists[0][0].Revision
 	var (
 		released []netip.Addr
 		ops      = []datastore.Op{datastore.OpDelete(handleKey(id), rev)}
@@ -49,7 +58,7 @@ func (a *Allocator) release(ctx context.Context, id string) ([]netip.Addr, error
 			}
 		}
 		next := b.clone()
-		addrs, err := next.releaseHandle(id)
+		addrs, err := next.retireHandle(id, a.now(), config.cooldown())
 		if err != nil {
 			return nil, err
 		}
@@ -59,26 +68,22 @@ func (a *Allocator) release(ctx context.Context, id string) ([]netip.Addr, error
 			continue
 		}
 		released = append(released, addrs...)
-		if next.affinity == "" && next.inUse() == 0 {
-			// Nobody's and empty: it would only keep its range from being claimed.
-			ops = append(ops, datastore.OpDelete(blockKey(cidr), b.revision))
-			delete(a.cache, cidr)
-			continue
-		}
-		next.sequence++
-		value, err := next.encode()
+		write, err := a.blockOps(b, next)
 		if err != nil {
 			return nil, err
 		}
-		ops = append(ops, datastore.OpUpdate(blockKey(cidr), value, b.revision))
+		ops = append(ops, write...)
 		changed = append(changed, next)
+		delete(a.cache, cidr)
 	}
 	written, err := a.store.Txn(ctx, ops...)
 	if err != nil {
 		return nil, err
 	}
 	for _, b := range changed {
-		a.cache[b.cidr] = &stored{b, written}
+		if b.affinity == a.owner() {
+			a.cache[b.cidr] = &stored{b, written}
+		}
 	}
 	return released, nil
 }
