@@ -153,7 +153,7 @@ func numbers(tb testing.TB, n int, huge bool) []uint32 {
 		advice = syscall.MADV_HUGEPAGE
 	}
 	if err := syscall.Madvise(b, advice); err != nil {
-		tb.Skipf("no choice of huge pages here: %v", err)
+		tb.Logf("no choice of pages in this kernel, both forms are alike: %v", err)
 	}
 	skip := -uintptr(unsafe.Pointer(&b[0])) % page
 	return unsafe.Slice((*uint32)(unsafe.Pointer(&b[skip])), n)
