@@ -52,12 +52,13 @@ func headerSum(h *[IPv4MinLen]byte) uint16 {
 	return foldHeader(binary.BigEndian.Uint64(h[:]), binary.BigEndian.Uint64(h[8:]), binary.BigEndian.Uint32(h[16:]))
 }
 
-// foldHeader is headerSum of a header that is at hand as numbers.
+// foldHeader is headerSum of a header that is at hand as numbers. Five words of 32 bits cannot overflow 64, so there is
+// no carry to wait for.
 func foldHeader(a, b uint64, c uint32) uint16 {
-	acc, carry := bits.Add64(a, b, 0)
-	acc, carry = bits.Add64(acc, uint64(c), carry)
-	acc, carry = bits.Add64(acc, 0, carry)
-	return fold(acc, carry)
+	s := a>>32 + a&0xffffffff + b>>32 + b&0xffffffff + uint64(c) // 35 bits
+	s = s>>16 + s&0xffff                                         // 20
+	s = s>>16 + s&0xffff                                         // 17
+	return uint16(s>>16 + s&0xffff)
 }
 
 // Checksum returns the Internet checksum of b (RFC 1071): the complement of Sum(b, initial). The initial value is 0
