@@ -152,7 +152,7 @@ func TestPoolOfOneBlock(t *testing.T) {
 
 func TestPoolThatIsNotSupportedIsBlackholed(t *testing.T) {
 	in := threeNodes("Never")
-	in.Pools[0].Unsupported, in.Blocks = "spec.vxlanMode Always", nil
+	in.Pools[0].Unsupported, in.Blocks, in.Tunnel = "spec.vxlanMode Always", nil, netip.Addr{}
 	d := Compute(in)
 	if len(d.Kernel) != 1 || !d.Kernel[0].Blackhole || len(d.Routes) != 0 || len(d.Rejected) != 2 || d.Encap {
 		t.Errorf("expected the blackhole alone, and both routes refused: %+v", d)

@@ -99,15 +99,27 @@ func someTable(n int) []netip.Prefix {
 	return table
 }
 
+// routesOf makes every prefix a tunnel to one of 62,500 nodes.
+func routesOf(table []netip.Prefix) []fib.Route {
+	routes := make([]fib.Route, len(table))
+	for i, p := range table {
+		gateway := netip.AddrFrom4([4]byte{198, 18, byte(1 + i%250), byte(1 + i/250%250)})
+		routes[i] = fib.Route{Prefix: p, NextHop: fib.NextHop{Kind: fib.KindTunnel, Gateway: gateway}}
+	}
+	return routes
+}
+
+// inside returns a random address inside p.
+func inside(rnd *rand.Rand, p netip.Prefix) uint32 {
+	return binary.BigEndian.Uint32(p.Addr().AsSlice()) | uint32(rnd.Uint64()&(1<<(32-p.Bits())-1))
+}
+
 // router returns a configured router whose every route is a tunnel.
 func router(tb testing.TB, table []netip.Prefix) *vrouter.Router {
 	tb.Helper()
 	r := vrouter.New()
 	up := vrouter.Update{Config: &vrouter.Config{NodeAddress: netip.MustParseAddr("198.18.0.1"), Underlay: "eth0", MTU: 1480}}
-	for i, p := range table {
-		gateway := netip.AddrFrom4([4]byte{198, 18, byte(1 + i%250), byte(1 + i/250%250)})
-		up.Set = append(up.Set, vrouter.Route{Prefix: p, NextHop: fib.NextHop{Kind: fib.KindTunnel, Gateway: gateway}})
-	}
+	up.Set = routesOf(table)
 	if err := r.Update(up); err != nil {
 		tb.Fatal(err)
 	}
@@ -119,9 +131,7 @@ func packets(table []netip.Prefix, n int) [][]byte {
 	rnd := rand.New(rand.NewPCG(1, 2))
 	out := make([][]byte, n)
 	for i := range out {
-		p := table[rnd.IntN(len(table))]
-		dst := binary.BigEndian.Uint32(p.Addr().AsSlice()) | uint32(rnd.Uint64()&(1<<(32-p.Bits())-1))
-		out[i] = udp(dst)
+		out[i] = udp(inside(rnd, table[rnd.IntN(len(table))]))
 	}
 	return out
 }

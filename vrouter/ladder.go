@@ -1,6 +1,8 @@
 package vrouter
 
 import (
+	"encoding/binary"
+
 	"margay/vrouter/fib"
 	"margay/vrouter/packet"
 )
@@ -39,41 +41,50 @@ const (
 	protoIPv6 = 41
 )
 
-// view is everything a ladder decides by, loaded once for a batch and immutable.
+// view is everything a ladder decides by, loaded once for a batch. Of the routes each lookup sees one transaction or
+// the next; the state is immutable.
 type view struct {
-	routes *fib.Snapshot
+	routes *fib.Forwarding
 	state  *state
 }
 
-// encap decides about a packet that the kernel routed to vr0, and pushes the outer header:
+// Both ladders come in two halves, with the table's answer between them, so that a worker can look up the addresses of
+// a whole batch at once. The first half says which packet to go on with; nil means drop, for the reason it gives.
+
+// encapParse is the first half of what is decided about a packet that the kernel routed to vr0:
 //
 //	1 this node is configured
 //	2 an IPv4 packet with a valid header
-//	3 the longest match for its destination is a tunnel to another node
-//	4 it fits
-//	5 push (RFC 2003, 3.1; RFC 6040, 4.1)
-//
-// o is scratch that the caller keeps; its ID goes on from packet to packet.
-func (v *view) encap(p *Packet, o *packet.Outer) (Verdict, Reason) {
+func (v *view) encapParse(p *Packet) (packet.IPv4, Reason) {
 	if !v.state.configured {
-		return VerdictDrop, ReasonNotConfigured
+		return nil, ReasonNotConfigured
 	}
 	b := p.Bytes()
 	if len(b) == 0 || b[0]>>4 != 4 {
-		return VerdictDrop, ReasonNotIPv4
+		return nil, ReasonNotIPv4
 	}
 	inner, fault := packet.ParseIPv4(b)
 	if fault != 0 {
 		if fault == packet.FaultChecksum {
-			return VerdictDrop, ReasonBadChecksum
+			return nil, ReasonBadChecksum
 		}
-		return VerdictDrop, ReasonMalformed
+		return nil, ReasonMalformed
 	}
-	hop, ok := v.routes.Lookup(inner.Dst())
-	if !ok {
+	return inner, ReasonNotSet
+}
+
+// encap is the second half; hop is the answer for the destination. It pushes the outer header:
+//
+//	3 the longest match for the destination is a tunnel to another node
+//	4 it fits
+//	5 push (RFC 2003, 3.1; RFC 6040, 4.1)
+//
+// o is scratch that the caller keeps; its ID goes on from packet to packet.
+func (v *view) encap(p *Packet, inner packet.IPv4, hop fib.Hop, o *packet.Outer) (Verdict, Reason) {
+	if !hop.Found() {
 		return VerdictDrop, ReasonNoRoute
 	}
-	switch hop.Kind {
+	switch hop.Kind() {
 	case fib.KindTunnel:
 	case fib.KindLocal:
 		return VerdictDrop, ReasonNoPod
@@ -82,17 +93,15 @@ func (v *view) encap(p *Packet, o *packet.Outer) (Verdict, Reason) {
 	default:
 		return VerdictDrop, ReasonBlackhole
 	}
-	if !hop.Gateway.Is4() {
-		return VerdictDrop, ReasonGatewayNotIPv4
-	}
-	if hop.Gateway == v.state.config.NodeAddress {
+	if hop.Gateway() == v.state.address {
 		return VerdictDrop, ReasonGatewaySelf
 	}
 	// vr0's MTU keeps such packets away, and answers them; one that slips in while the MTU changes ends here.
 	if len(inner) > v.state.config.MTU {
 		return VerdictDrop, ReasonPacketTooBig
 	}
-	o.Src, o.Dst, o.TTL = v.state.source, hop.Gateway.As4(), outerTTL
+	o.Src, o.TTL = v.state.source, outerTTL
+	binary.BigEndian.PutUint32(o.Dst[:], hop.Gateway())
 	o.ID++
 	out, fault := packet.PushIPIP(p.Buf[:p.Off+len(inner)], p.Off, o)
 	if fault != 0 {
@@ -105,50 +114,56 @@ func (v *view) encap(p *Packet, o *packet.Outer) (Verdict, Reason) {
 	return VerdictForward, ReasonNotSet
 }
 
-// decap decides about a packet of protocol 4 from the underlay, and takes the outer header away. It is no open door:
+// decapParse is the first half of what is decided about a packet of protocol 4 from the underlay. It is no open door:
 //
 //	1 this node is configured
 //	2 a valid outer header, of protocol 4, for this node, whole
 //	3 from a node of this cluster
 //	4 pop (RFC 2003, 3.6; RFC 6040, 4.2), a valid inner header, no tunnel within the tunnel
-//	5 the route back to the inner source leads to the node that sent it
-//	6 the inner destination is this node's
-func (v *view) decap(p *Packet) (Verdict, Reason) {
+func (v *view) decapParse(p *Packet) (packet.IPv4, Reason) {
 	if !v.state.configured {
-		return VerdictDrop, ReasonNotConfigured
+		return nil, ReasonNotConfigured
 	}
 	if p.Offload.Segmentation == SegmentUnsupported {
-		return VerdictDrop, ReasonOffloadUnsupported
+		return nil, ReasonOffloadUnsupported
 	}
 	outer, fault := packet.ParseIPv4(p.Bytes())
 	if fault != 0 || outer.Protocol() != protoIPIP {
-		return VerdictDrop, ReasonOuterMalformed
+		return nil, ReasonOuterMalformed
 	}
-	source := outer.Src()
-	if outer.Dst() != v.state.config.NodeAddress {
-		return VerdictDrop, ReasonOuterNotForUs
+	if outer.DstU32() != v.state.address {
+		return nil, ReasonOuterNotForUs
 	}
 	if outer.IsFragment() {
-		return VerdictDrop, ReasonOuterFragment
+		return nil, ReasonOuterFragment
 	}
-	if source == v.state.config.NodeAddress || !v.state.isNode(source) {
-		return VerdictDrop, ReasonOuterSourceNode
+	if outer.SrcU32() == v.state.address || !v.state.isNode(outer.Src()) {
+		return nil, ReasonOuterSourceNode
 	}
 	inner, fault := packet.PopIPIP(outer)
 	if fault != 0 {
 		if fault == packet.FaultECN {
-			return VerdictDrop, ReasonECNIllegal
+			return nil, ReasonECNIllegal
 		}
-		return VerdictDrop, ReasonInnerMalformed
+		return nil, ReasonInnerMalformed
 	}
 	if proto := inner.Protocol(); proto == protoIPIP || proto == protoIPv6 {
-		return VerdictDrop, ReasonNestedTunnel
+		return nil, ReasonNestedTunnel
 	}
-	back, ok := v.routes.Lookup(inner.Src())
-	if !ok || back.Gateway != source || (back.Kind != fib.KindTunnel && back.Kind != fib.KindDirect) {
+	return inner, ReasonNotSet
+}
+
+// decap is the second half; back is the answer for the source of the inner packet, here the one for its destination. It
+// takes the outer header away:
+//
+//	5 the route back to the inner source leads to the node that sent it
+//	6 the inner destination is this node's
+func (v *view) decap(p *Packet, inner packet.IPv4, back, here fib.Hop) (Verdict, Reason) {
+	outer := packet.IPv4(p.Bytes())
+	if back.Gateway() != outer.SrcU32() || (back.Kind() != fib.KindTunnel && back.Kind() != fib.KindDirect) {
 		return VerdictDrop, ReasonInnerSource
 	}
-	if here, ok := v.routes.Lookup(inner.Dst()); !ok || here.Kind != fib.KindLocal {
+	if here.Kind() != fib.KindLocal {
 		return VerdictDrop, ReasonInnerDestination
 	}
 	shrunk := outer.HeaderLen()

@@ -235,12 +235,21 @@ func TestDecap(t *testing.T) {
 	}
 }
 
+// wholeDecap walks both halves of the ladder.
+func wholeDecap(v *view, p *Packet) (Verdict, Reason) {
+	inner, reason := v.decapParse(p)
+	if inner == nil {
+		return VerdictDrop, reason
+	}
+	return v.decap(p, inner, v.routes.Lookup(inner.SrcU32()), v.routes.Lookup(inner.DstU32()))
+}
+
 func TestDecapMovesChecksumStart(t *testing.T) {
-	v := view{routes: testRouter(t).table.Load(), state: testRouter(t).state.Load()}
+	v := view{routes: testRouter(t).table.Forwarding(), state: testRouter(t).state.Load()}
 	p := NewPacket()
 	p.Len = copy(p.Buf[p.Off:], ip(node2, self, 4, ip(pod2, ownPod, 17, make([]byte, 8))))
 	p.Offload = Offload{NeedsChecksum: true, ChecksumStart: 40, ChecksumOffset: 6}
-	if verdict, reason := v.decap(p); verdict != VerdictForward || p.Offload.ChecksumStart != 20 {
+	if verdict, reason := wholeDecap(&v, p); verdict != VerdictForward || p.Offload.ChecksumStart != 20 {
 		t.Errorf("%v, %v, checksum start %d: expected 20", verdict, reason, p.Offload.ChecksumStart)
 	}
 }
@@ -307,13 +316,13 @@ func FuzzDecap(f *testing.F) {
 	f.Add(ip(node2, self, 4, ip(pod3, ownPod, 6, nil)), uint16(40))
 	f.Add([]byte{0x4f, 0}, uint16(1))
 	r := testRouter(f)
-	v := view{routes: r.table.Load(), state: r.state.Load()}
+	v := view{routes: r.table.Forwarding(), state: r.state.Load()}
 	p := NewPacket()
 	f.Fuzz(func(t *testing.T, b []byte, start uint16) {
 		p.Reset()
 		p.Len = copy(p.Buf[p.Off:p.Off+MaxPacket], b)
 		p.Offload = Offload{NeedsChecksum: start != 0, ChecksumStart: start}
-		verdict, reason := v.decap(p)
+		verdict, reason := wholeDecap(&v, p)
 		if verdict == VerdictDrop {
 			if reason == ReasonNotSet {
 				t.Fatal("dropped without a reason")

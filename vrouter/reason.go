@@ -16,16 +16,15 @@ const (
 	ReasonSendQueueFull      // the socket's buffer stayed full
 
 	// Encapsulation: from a pod of this node to another node.
-	ReasonNotIPv4        // IPv6 or nothing known
-	ReasonMalformed      // header or lengths wrong (RFC 1812, 5.2.2)
-	ReasonBadChecksum    // IPv4 header checksum wrong
-	ReasonNoRoute        // no route to the destination
-	ReasonBlackhole      // the longest match is a drop route
-	ReasonNoPod          // the destination is in a block of this node, but no pod has it: the kernel's route led here
-	ReasonDirectRoute    // the kernel should have routed it unencapsulated
-	ReasonGatewaySelf    // the route's gateway is this node
-	ReasonGatewayNotIPv4 // the route's gateway is not reachable by IP-in-IP over IPv4
-	ReasonPacketTooBig   // longer than vr0's MTU, or than an outer header can tell
+	ReasonNotIPv4      // IPv6 or nothing known
+	ReasonMalformed    // header or lengths wrong (RFC 1812, 5.2.2)
+	ReasonBadChecksum  // IPv4 header checksum wrong
+	ReasonNoRoute      // no route to the destination
+	ReasonBlackhole    // the longest match is a drop route
+	ReasonNoPod        // the destination is in a block of this node, but no pod has it: the kernel's route led here
+	ReasonDirectRoute  // the kernel should have routed it unencapsulated
+	ReasonGatewaySelf  // the route's gateway is this node
+	ReasonPacketTooBig // longer than vr0's MTU, or than an outer header can tell
 
 	// Decapsulation: from another node to a pod of this node.
 	ReasonOuterMalformed   // outer header wrong, or not protocol 4
@@ -53,7 +52,6 @@ var reasonNames = [reasonCount]string{
 	ReasonNoPod:              "no_pod",
 	ReasonDirectRoute:        "direct_route",
 	ReasonGatewaySelf:        "gateway_is_self",
-	ReasonGatewayNotIPv4:     "gateway_not_ipv4",
 	ReasonPacketTooBig:       "packet_too_big",
 	ReasonSendFailed:         "send_failed",
 	ReasonSendTooBig:         "send_emsgsize",

@@ -1,6 +1,7 @@
 package vrouter
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"maps"
@@ -79,6 +80,7 @@ type state struct {
 	configured bool
 	config     Config
 	source     [4]byte      // config.NodeAddress
+	address    uint32       // the same as a number, as fib.Hop has its gateway
 	nodes      []netip.Addr // sorted
 }
 
@@ -149,6 +151,7 @@ func (r *Router) update(u Update) error {
 			return err
 		}
 		next.config, next.configured, next.source = *u.Config, true, u.Config.NodeAddress.As4()
+		next.address = binary.BigEndian.Uint32(next.source[:])
 	}
 	for _, a := range slices.Concat(u.AddNodes, u.DelNodes) {
 		if !a.IsValid() || a.Zone() != "" || a.Is4In6() || a.IsUnspecified() || a.IsMulticast() {
@@ -221,7 +224,7 @@ func (r *Router) Status() Status {
 		Configured: s.configured,
 		Config:     s.config,
 		Restored:   r.complete,
-		Routes:     r.table.Load().Len(),
+		Routes:     r.table.Len(),
 		Stale:      r.table.Stale(),
 		Nodes:      len(r.nodes),
 	}
@@ -252,7 +255,7 @@ var errNotEmpty = errors.New("restore: the router has a state already")
 func (r *Router) Restore(s Saved) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.state.Load().configured || r.table.Load().Len() > 0 || len(r.nodes) > 0 {
+	if r.state.Load().configured || r.table.Len() > 0 || len(r.nodes) > 0 {
 		return errNotEmpty
 	}
 	if err := r.update(Update{Config: s.Config, AddNodes: s.Nodes, Set: s.Routes}); err != nil {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"runtime"
 
+	"margay/vrouter/fib"
 	"margay/vrouter/packet"
 )
 
@@ -18,8 +19,17 @@ type Worker struct {
 	in, out   Port
 	packets   []*Packet
 	outgoing  []*Packet
+	asked     []asked
+	addresses []uint32
+	hops      []fib.Hop
 	outer     packet.Outer
 	tallies   tallies
+}
+
+// asked is a packet between the two halves of its ladder.
+type asked struct {
+	p     *Packet
+	inner packet.IPv4
 }
 
 // NewWorker returns a worker that receives from in, walks the ladder of direction and sends on out. Its counters are
@@ -32,6 +42,9 @@ func (r *Router) NewWorker(direction Direction, in, out Port) *Worker {
 		out:       out,
 		packets:   make([]*Packet, batchSize),
 		outgoing:  make([]*Packet, 0, batchSize),
+		asked:     make([]asked, 0, batchSize),
+		addresses: make([]uint32, 0, 2*batchSize),
+		hops:      make([]fib.Hop, 2*batchSize),
 	}
 	for i := range w.packets {
 		w.packets[i] = NewPacket()
@@ -66,22 +79,12 @@ func (w *Worker) turn() error {
 	if err != nil {
 		return err
 	}
-	v := view{routes: w.router.table.Load(), state: w.router.state.Load()}
+	v := view{routes: w.router.table.Forwarding(), state: w.router.state.Load()}
 	w.outgoing = w.outgoing[:0]
-	for _, p := range w.packets[:n] {
-		length := uint64(p.Len)
-		var verdict Verdict
-		var reason Reason
-		if w.direction == Encap {
-			verdict, reason = v.encap(p, &w.outer)
-		} else {
-			verdict, reason = v.decap(p)
-		}
-		if verdict != VerdictForward {
-			w.tallies.dropped[reason].add(1, length)
-			continue
-		}
-		w.outgoing = append(w.outgoing, p)
+	if w.direction == Encap {
+		w.encap(&v, w.packets[:n])
+	} else {
+		w.decap(&v, w.packets[:n])
 	}
 	if len(w.outgoing) == 0 {
 		return nil
@@ -98,4 +101,55 @@ func (w *Worker) turn() error {
 	}
 	w.tallies.forwarded.add(packets, bytes)
 	return nil
+}
+
+// encap walks the first ladder with a batch, and gathers what it lets through.
+func (w *Worker) encap(v *view, batch []*Packet) {
+	w.asked, w.addresses = w.asked[:0], w.addresses[:0]
+	for _, p := range batch {
+		inner, reason := v.encapParse(p)
+		if inner == nil {
+			w.drop(p, reason)
+			continue
+		}
+		w.asked = append(w.asked, asked{p, inner})
+		w.addresses = append(w.addresses, inner.DstU32())
+	}
+	v.routes.LookupBatch(w.addresses, w.hops)
+	for i, a := range w.asked {
+		verdict, reason := v.encap(a.p, a.inner, w.hops[i], &w.outer)
+		if verdict != VerdictForward {
+			w.drop(a.p, reason)
+			continue
+		}
+		w.outgoing = append(w.outgoing, a.p)
+	}
+}
+
+// decap does the same with the second, which asks for two addresses of each packet.
+func (w *Worker) decap(v *view, batch []*Packet) {
+	w.asked, w.addresses = w.asked[:0], w.addresses[:0]
+	for _, p := range batch {
+		inner, reason := v.decapParse(p)
+		if inner == nil {
+			w.drop(p, reason)
+			continue
+		}
+		w.asked = append(w.asked, asked{p, inner})
+		w.addresses = append(w.addresses, inner.SrcU32(), inner.DstU32())
+	}
+	v.routes.LookupBatch(w.addresses, w.hops)
+	for i, a := range w.asked {
+		verdict, reason := v.decap(a.p, a.inner, w.hops[2*i], w.hops[2*i+1])
+		if verdict != VerdictForward {
+			w.drop(a.p, reason)
+			continue
+		}
+		w.outgoing = append(w.outgoing, a.p)
+	}
+}
+
+// drop counts a packet that a ladder has dropped. No ladder changes the length of what it drops.
+func (w *Worker) drop(p *Packet, reason Reason) {
+	w.tallies.dropped[reason].add(1, uint64(p.Len))
 }

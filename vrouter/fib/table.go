@@ -7,30 +7,49 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"weak"
 
 	"github.com/gaissmai/bart"
 )
 
-// Snapshot is one state of the table. It never changes, and may be used by any number of goroutines for as long as
-// they like.
+// Snapshot is one state of the table, for the control plane. It never changes, and may be used by any number of
+// goroutines for as long as they like.
 type Snapshot struct {
-	routes *bart.Fast[NextHop]
+	v4 *bart.Table[Hop]
+	v6 *bart.Table[NextHop]
 }
 
 // Lookup returns the next hop of the longest prefix that contains a, false when none does. It does not allocate. An
-// IPv4-mapped IPv6 address is an IPv6 address: it matches no IPv4 route.
-func (s *Snapshot) Lookup(a netip.Addr) (NextHop, bool) { return s.routes.Lookup(a) }
+// IPv4-mapped IPv6 address is an IPv6 address: it matches no IPv4 route. Who forwards IPv4 asks [Forwarding].
+func (s *Snapshot) Lookup(a netip.Addr) (NextHop, bool) {
+	if !a.Is4() {
+		return s.v6.Lookup(a)
+	}
+	h, ok := s.v4.Lookup(a)
+	return h.NextHop(), ok
+}
 
 // Get returns the next hop of the route for exactly p.
-func (s *Snapshot) Get(p netip.Prefix) (NextHop, bool) { return s.routes.Get(p) }
+func (s *Snapshot) Get(p netip.Prefix) (NextHop, bool) {
+	if !p.Addr().Is4() {
+		return s.v6.Get(p)
+	}
+	h, ok := s.v4.Get(p)
+	return h.NextHop(), ok
+}
 
 // Len returns the number of routes.
-func (s *Snapshot) Len() int { return s.routes.Size() }
+func (s *Snapshot) Len() int { return s.v4.Size() + s.v6.Size() }
 
 // All yields every route: IPv4 before IPv6, then by address, then the shorter prefix first.
 func (s *Snapshot) All() iter.Seq[Route] {
 	return func(yield func(Route) bool) {
-		for p, n := range s.routes.AllSorted() {
+		for p, h := range s.v4.AllSorted4() {
+			if !yield(Route{p, h.NextHop()}) {
+				return
+			}
+		}
+		for p, n := range s.v6.AllSorted6() {
 			if !yield(Route{p, n}) {
 				return
 			}
@@ -38,28 +57,56 @@ func (s *Snapshot) All() iter.Seq[Route] {
 	}
 }
 
-// Table holds the current snapshot and the stale marks. All methods may be called concurrently; writers wait for each
-// other, readers for nobody. Create it with [New].
+// Table holds the routes, the stale marks, and what workers forward by. All methods may be called concurrently;
+// writers wait for each other, workers for nobody. Create it with [New].
 type Table struct {
-	current atomic.Pointer[Snapshot]
+	forwarding atomic.Pointer[Forwarding]
 
-	mu    sync.Mutex // serializes writers, and guards stale
+	mu    sync.Mutex // serializes writers, and guards what follows
+	v4    *bart.Table[Hop]
+	v6    *bart.Table[NextHop]
 	stale map[netip.Prefix]struct{}
+	// snapshot is a copy of the routes as they are, for as long as someone uses it.
+	snapshot weak.Pointer[Snapshot]
+	most     int // IPv4 routes
 }
 
 // New returns an empty table.
 func New() *Table {
-	t := &Table{stale: make(map[netip.Prefix]struct{})}
-	t.current.Store(&Snapshot{routes: new(bart.Fast[NextHop])})
+	t := &Table{v4: new(bart.Table[Hop]), v6: new(bart.Table[NextHop]), stale: make(map[netip.Prefix]struct{}), most: maxRoutes}
+	newForwarding().publish(&t.forwarding)
 	return t
 }
 
-// Load returns the current snapshot. The hot path calls it once per batch.
-func (t *Table) Load() *Snapshot { return t.current.Load() }
+// Forwarding returns the IPv4 table that workers look addresses up in. The hot path calls it once per batch, and keeps
+// it no longer.
+func (t *Table) Forwarding() *Forwarding { return t.forwarding.Load() }
+
+// Load returns the current snapshot. It copies the table, unless a snapshot of the present state is still in use.
+func (t *Table) Load() *Snapshot {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if s := t.snapshot.Value(); s != nil {
+		return s
+	}
+	s := &Snapshot{v4: t.v4.Clone(), v6: t.v6.Clone()}
+	t.snapshot = weak.Make(s)
+	return s
+}
+
+// Len returns the number of routes.
+func (t *Table) Len() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.v4.Size() + t.v6.Size()
+}
 
 // Update is one transaction: it removes the routes for exactly the prefixes in del, then adds or replaces those in
-// set (of two for one prefix the later stays), and makes the result visible at once. A prefix in del that has no
-// route is no error. A route in set is no longer stale, whether it is new, changed or as it was.
+// set (of two for one prefix the later stays). A prefix in del that has no route is no error. A route in set is no
+// longer stale, whether it is new, changed or as it was.
+//
+// A [Snapshot] has all of it or nothing. In [Forwarding] each lookup has the next hop from before the transaction or
+// the one from after it; a transaction that changes much of the table is visible at once there too.
 //
 // On an error, which names the index, the field and what was expected, nothing has changed.
 func (t *Table) Update(set []Route, del []netip.Prefix) error {
@@ -76,16 +123,10 @@ func (t *Table) Update(set []Route, del []netip.Prefix) error {
 
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	e := t.edit(len(set) + len(del))
-	for _, p := range del {
-		e.remove(p)
-		delete(t.stale, p)
+	if n := t.v4.Size() + len(set); n > t.most {
+		return fmt.Errorf("set: %d routes, and there are %d: want at most %d", len(set), t.v4.Size(), t.most)
 	}
-	for _, r := range set {
-		e.insert(r)
-		delete(t.stale, r.Prefix)
-	}
-	t.commit(e)
+	t.edit(set, del)
 	return nil
 }
 
@@ -93,7 +134,10 @@ func (t *Table) Update(set []Route, del []netip.Prefix) error {
 func (t *Table) MarkStale() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for p := range t.Load().routes.All() {
+	for p := range t.v4.All() {
+		t.stale[p] = struct{}{}
+	}
+	for p := range t.v6.All() {
 		t.stale[p] = struct{}{}
 	}
 }
@@ -121,55 +165,14 @@ func (t *Table) Sweep() []Route {
 	if len(t.stale) == 0 {
 		return nil
 	}
-	old := t.Load()
 	swept := make([]Route, 0, len(t.stale))
-	e := t.edit(len(t.stale))
+	del := make([]netip.Prefix, 0, len(t.stale))
+	now := Snapshot{t.v4, t.v6}
 	for p := range t.stale {
-		n, _ := old.Get(p) // marks are only on routes that exist: Update takes both away
-		swept = append(swept, Route{p, n})
-		e.remove(p)
+		n, _ := now.Get(p) // marks are only on routes that exist: Update takes both away
+		swept, del = append(swept, Route{p, n}), append(del, p)
 	}
-	clear(t.stale)
-	t.commit(e)
+	t.editWhole(del)
 	slices.SortFunc(swept, func(a, b Route) int { return a.Prefix.Compare(b.Prefix) })
 	return swept
 }
-
-// edit is the next snapshot in the making. Two ways lead there: copying the few nodes on the way to each changed
-// prefix, or, when much changes, copying the whole table once and changing the copy in place.
-type edit struct {
-	routes *bart.Fast[NextHop]
-	owned  bool // routes is our own copy
-}
-
-// cloneShare: with more changes than one in this many routes, a copy of the whole is the cheaper way.
-const cloneShare = 8
-
-func (t *Table) edit(changes int) *edit {
-	routes := t.Load().routes
-	if changes > routes.Size()/cloneShare {
-		return &edit{routes: routes.Clone(), owned: true}
-	}
-	return &edit{routes: routes}
-}
-
-func (e *edit) insert(r Route) {
-	switch have, ok := e.routes.Get(r.Prefix); {
-	case ok && have == r.NextHop:
-	case e.owned:
-		e.routes.Insert(r.Prefix, r.NextHop)
-	default:
-		e.routes = e.routes.InsertPersist(r.Prefix, r.NextHop)
-	}
-}
-
-func (e *edit) remove(p netip.Prefix) {
-	if e.owned {
-		e.routes.Delete(p)
-		return
-	}
-	e.routes = e.routes.DeletePersist(p)
-}
-
-// commit makes the edit the current snapshot.
-func (t *Table) commit(e *edit) { t.current.Store(&Snapshot{routes: e.routes}) }

@@ -260,6 +260,9 @@ func TestAgainstTwin(t *testing.T) {
 					if want, wantOK := w.lookup(a); got != want || ok != wantOK {
 						t.Fatalf("%v: %v %v, want %v %v", a, got, ok, want, wantOK)
 					}
+					if a.Is4() {
+						checkForwarding(t, tab.Forwarding(), a, w)
+					}
 				}
 				p := genPrefix(t)
 				got, ok := s.Get(p)
@@ -271,7 +274,17 @@ func TestAgainstTwin(t *testing.T) {
 	})
 }
 
-// A large table takes the way of few copied nodes, which a small one never does.
+// checkForwarding compares the hot table's answers for a, alone and in a batch, with the twin's.
+func checkForwarding(t *rapid.T, f *Forwarding, a netip.Addr, w *twin) {
+	var batch [1]Hop
+	f.LookupBatch([]uint32{number(a)}, batch[:])
+	h := f.Lookup(number(a))
+	if want, ok := w.lookup(a); h != batch[0] || h.Found() != ok || h.NextHop() != want || h.Kind() != want.Kind {
+		t.Fatalf("forwarding %v: %v %v, in a batch %v: want %v %v", a, h.NextHop(), h.Found(), batch[0].NextHop(), want, ok)
+	}
+}
+
+// Small changes of a large table are made in place; the snapshots from before them stay as they are.
 func TestLargeTableSmallChanges(t *testing.T) {
 	tab, w := New(), &twin{routes: map[netip.Prefix]NextHop{}}
 	var all []Route
@@ -307,7 +320,7 @@ func TestReadersSeeWholeTransactions(t *testing.T) {
 		return group
 	}
 	mustUpdate(t, tab, moveTo(1))
-	// Ballast, so that both ways of editing run: the group is less than an eighth of the table, or more.
+	// Ballast, so that both ways of sweeping run: what is stale is less than an eighth of the table, or more.
 	var ballast []Route
 	for i := range 1000 {
 		ballast = append(ballast, local(fmt.Sprintf("172.16.%d.%d/32", i>>8, i&255)))

@@ -47,6 +47,20 @@ func fold(acc, carry uint64) uint16 {
 	return uint16(s>>16 + s&0xffff)
 }
 
+// headerSum is Sum for a header without options, which nearly every header is: five words of 32 bits.
+func headerSum(h *[IPv4MinLen]byte) uint16 {
+	return foldHeader(binary.BigEndian.Uint64(h[:]), binary.BigEndian.Uint64(h[8:]), binary.BigEndian.Uint32(h[16:]))
+}
+
+// foldHeader is headerSum of a header that is at hand as numbers. Five words of 32 bits cannot overflow 64, so there is
+// no carry to wait for.
+func foldHeader(a, b uint64, c uint32) uint16 {
+	s := a>>32 + a&0xffffffff + b>>32 + b&0xffffffff + uint64(c) // 35 bits
+	s = s>>16 + s&0xffff                                         // 20
+	s = s>>16 + s&0xffff                                         // 17
+	return uint16(s>>16 + s&0xffff)
+}
+
 // Checksum returns the Internet checksum of b (RFC 1071): the complement of Sum(b, initial). The initial value is 0
 // for an IP header and [PseudoSum] for TCP and UDP.
 func Checksum(b []byte, initial uint32) uint16 { return ^Sum(b, initial) }

@@ -35,18 +35,17 @@ func PushIPIP(buf []byte, off int, o *Outer) ([]byte, Fault) {
 		return nil, FaultShort
 	}
 	out := buf[start : start+total : start+total]
-	h := out[:IPv4MinLen]
-	h[0] = 4<<4 | IPv4MinLen>>2
-	h[offTOS] = inner.TOS()
-	binary.BigEndian.PutUint16(h[offTotalLen:], uint16(total))
-	binary.BigEndian.PutUint16(h[offID:], o.ID)
-	binary.BigEndian.PutUint16(h[offFragment:], binary.BigEndian.Uint16(inner[offFragment:])&flagDF)
-	h[offTTL] = o.TTL
-	h[offProtocol] = ProtocolIPIP
-	binary.BigEndian.PutUint16(h[offChecksum:], 0)
-	copy(h[offSrc:], o.Src[:])
-	copy(h[offDst:], o.Dst[:])
-	binary.BigEndian.PutUint16(h[offChecksum:], Checksum(h, 0))
+	// The header is put together in registers, checksum and all: to read back what was just written in smaller pieces
+	// would stall the processor.
+	h := (*[IPv4MinLen]byte)(out)
+	df := binary.BigEndian.Uint16(inner[offFragment:]) & flagDF
+	first := (4<<4|IPv4MinLen>>2)<<56 | uint64(inner.TOS())<<48 | uint64(total)<<32 | uint64(o.ID)<<16 | uint64(df)
+	second := uint64(o.TTL)<<56 | ProtocolIPIP<<48 | uint64(binary.BigEndian.Uint32(o.Src[:]))
+	third := binary.BigEndian.Uint32(o.Dst[:])
+	second |= uint64(^foldHeader(first, second, third)) << 32
+	binary.BigEndian.PutUint64(h[:], first)
+	binary.BigEndian.PutUint64(h[8:], second)
+	binary.BigEndian.PutUint32(h[16:], third)
 	return out, FaultNone
 }
 

@@ -61,7 +61,11 @@ func ParseIPv4(b []byte) (IPv4, Fault) {
 	if total < hl || total > len(b) {
 		return nil, FaultTotalLen
 	}
-	if Sum(b[:hl], 0) != 0xffff {
+	if hl == IPv4MinLen {
+		if headerSum((*[IPv4MinLen]byte)(b)) != 0xffff {
+			return nil, FaultChecksum
+		}
+	} else if Sum(b[:hl], 0) != 0xffff {
 		return nil, FaultChecksum
 	}
 	return IPv4(b[:total:total]), FaultNone

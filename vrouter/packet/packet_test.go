@@ -238,3 +238,16 @@ func transportOK(b []byte) bool {
 	pseudo := append(bytes.Clone(b[12:20]), 0, b[9], byte((len(b)-hl)>>8), byte(len(b)-hl))
 	return naiveSum(b[hl:], uint32(naiveSum(pseudo, 0))) == 0xffff
 }
+
+func TestHeaderSum(t *testing.T) {
+	check := func(t rapid.TB, h [IPv4MinLen]byte) {
+		if got, want := headerSum(&h), naiveSum(h[:], 0); got != want {
+			t.Fatalf("%x: %04x, want %04x", h, got, want)
+		}
+	}
+	check(t, [IPv4MinLen]byte{})
+	check(t, [IPv4MinLen]byte(bytes.Repeat([]byte{0xff}, IPv4MinLen)))
+	rapid.Check(t, func(t *rapid.T) {
+		check(t, [IPv4MinLen]byte(rapid.SliceOfN(rapid.SampledFrom([]byte{0, 1, 0x7f, 0x80, 0xfe, 0xff}), IPv4MinLen, IPv4MinLen).Draw(t, "h")))
+	})
+}
