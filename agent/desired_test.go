@@ -99,8 +99,8 @@ func TestImportRules(t *testing.T) {
 	}{
 		{"10.244.7.0/26", mesh, mesh, ""},
 		{"10.244.7.0/26", mesh, outside, ""}, // a route reflector's
-		{"10.244.7.9/32", mesh, mesh, ""},    // a borrowed address
-		{"10.244.7.9/32", mesh, outside, "neither a block"},
+		{"10.244.7.10/32", mesh, mesh, ""},   // a borrowed address
+		{"10.244.7.10/32", mesh, outside, "neither a block"},
 		{"10.244.0.0/16", mesh, outside, "neither a block"},
 		{"10.244.128.0/17", mesh, mesh, "neither a block"},
 		{"192.0.2.0/24", outside, outside, ""},
@@ -109,7 +109,7 @@ func TestImportRules(t *testing.T) {
 		{"0.0.0.0/0", mesh, mesh, "inside no pool"},
 		{"10.244.0.0/26", mesh, mesh, "own block"},
 		{"10.244.0.7/32", mesh, mesh, ""}, // lent to node2
-		{"10.244.0.7/32", mesh, outside, ""},
+		{"10.244.0.7/32", mesh, outside, "neither a block"},
 		{"10.244.0.7/32", outside, outside, "own block"},
 		{"10.244.0.8/31", mesh, mesh, "own block"},
 		{"10.244.0.5/32", mesh, mesh, "in use here"},
