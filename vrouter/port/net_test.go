@@ -104,6 +104,27 @@ func wire(t *testing.T, a, b *space) {
 	b.do(t, func() error { return addAddress("eth0", "198.18.0.2/24") })
 }
 
+// driver is a pair of ports that a node can have.
+type driver struct {
+	name     string
+	tun      func(string) (*port.TUN, error)
+	underlay func() (*port.Underlay, error)
+}
+
+// plain and whole are the drivers of the two attachments; split is that of the second where BPF is not allowed.
+var (
+	plain = driver{"tun-plain", port.OpenTUN, port.OpenUnderlay}
+	whole = driver{"tun", port.OpenOffloadTUN, port.OpenOffloadUnderlay}
+	split = driver{"tun without BPF", port.OpenOffloadTUN, port.OpenSplitUnderlay}
+)
+
+// onEach runs a test on every driver.
+func onEach(t *testing.T, f func(*testing.T, driver)) {
+	for _, d := range []driver{plain, whole, split} {
+		t.Run(d.name, func(t *testing.T) { f(t, d) })
+	}
+}
+
 // node is a namespace with a router. Its one pod is an address on the loopback device.
 type node struct {
 	*space
@@ -132,14 +153,14 @@ func (s spy) Recv(batch []*vrouter.Packet) (int, error) {
 }
 
 // newNode makes the namespace's router, not yet configured. index is 1 or 2, the other node's is 3-index.
-func newNode(t *testing.T, s *space, index int) *node {
+func newNode(t *testing.T, s *space, index int, d driver) *node {
 	t.Helper()
 	n := &node{space: s, router: vrouter.New(), address: nodeAddress(index), pod: podAddress(index)}
 	s.do(t, func() (err error) {
-		if n.underlay, err = port.OpenUnderlay(); err != nil {
+		if n.underlay, err = d.underlay(); err != nil {
 			return err
 		}
-		if n.tun, err = port.OpenTUN("vr0"); err != nil {
+		if n.tun, err = d.tun("vr0"); err != nil {
 			return errors.Join(err, n.underlay.Close())
 		}
 		return addAddress("lo", n.pod.String()+"/32")
@@ -202,11 +223,11 @@ func podBlock(index int) netip.Prefix {
 }
 
 // newNodes returns two nodes, wired and configured.
-func newNodes(t *testing.T) (*node, *node) {
+func newNodes(t *testing.T, d driver) (*node, *node) {
 	t.Helper()
 	sa, sb := newSpace(t), newSpace(t)
 	wire(t, sa, sb)
-	a, b := newNode(t, sa, 1), newNode(t, sb, 2)
+	a, b := newNode(t, sa, 1, d), newNode(t, sb, 2, d)
 	a.configure(t, 1)
 	b.configure(t, 2)
 	return a, b
