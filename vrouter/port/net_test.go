@@ -323,16 +323,26 @@ func answered(conn *net.UDPConn, size int) bool {
 
 // Commands of the ethtool ioctl, linux/ethtool.h.
 const (
-	ethtoolSetTSO = 0x1f
-	ethtoolSetGSO = 0x24
-	ethtoolSetGRO = 0x2c
+	ethtoolSetTxChecksum = 0x17
+	ethtoolGetTSO        = 0x1e
+	ethtoolSetTSO        = 0x1f
+	ethtoolSetGSO        = 0x24
+	ethtoolSetGRO        = 0x2c
 )
 
 // ethtool sets one of eth0's features in the caller's namespace.
 func ethtool(command, value uint32) error {
+	_, err := ethtoolCall(command, value)
+	return err
+}
+
+// ethtoolGet asks for one.
+func ethtoolGet(command uint32) (uint32, error) { return ethtoolCall(command, 0) }
+
+func ethtoolCall(command, value uint32) (uint32, error) {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer os.NewFile(uintptr(fd), "ethtool").Close()
 	data := [2]uint32{command, value}
@@ -343,9 +353,9 @@ func ethtool(command, value uint32) error {
 	}{data: unsafe.Pointer(&data)}
 	copy(request.name[:], "eth0")
 	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCETHTOOL, uintptr(unsafe.Pointer(&request))); errno != 0 {
-		return fmt.Errorf("ethtool %#x: %w", command, errno)
+		return 0, fmt.Errorf("ethtool %#x: %w", command, errno)
 	}
-	return nil
+	return data[1], nil
 }
 
 // holdGRO lets eth0, in the caller's namespace, wait up to 200 µs for the next segment before it hands a merged packet
