@@ -73,7 +73,7 @@ and Linux 6.6, superpackets leave whole; without, the vRouter splits them.`,
 	}
 	cmd.SetVersionTemplate(version.Line("vrouter") + "\n")
 	f := cmd.Flags()
-	f.StringVar(&o.attach, "attach", port.AttachTUNPlain, "how packets come and go: tun, tun-plain or auto")
+	f.StringVar(&o.attach, "attach", port.AttachAuto, "how packets come and go: tun, tun-plain or auto")
 	f.StringVar(&o.tun, "tun", "vr0", "name of the TUN `device`; made if it is not there")
 	f.StringVar(&o.socket, "socket", "/run/margay/vrouter.sock", "unix socket `path` on which the agent programs the vRouter")
 	f.StringVar(&o.stateDir, "state-dir", "/var/lib/margay", "`directory` of the snapshot file, fib.snapshot")
