@@ -294,6 +294,34 @@ func neighbours(t *testing.T, d driver) {
 	eventually(t, "the first route is followed again", frames(true))
 }
 
+// TestRetagFollows: an interface that is replaced by another of the same index gets the program again.
+func TestRetagFollows(t *testing.T) {
+	a, b := newNodes(t, whole)
+	conn := a.dialUDP(t, b.echo(t))
+	works := func() bool {
+		ok := answered(conn, 10)
+		frames, super := a.underlay.Resolved(b.address)
+		return ok && frames && super
+	}
+	eventually(t, "superpackets may go whole", works)
+	a.do(t, func() error {
+		eth0, err := netlink.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		again := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "eth0", MTU: 1500, Index: eth0.Attrs().Index},
+			PeerName: "eth0", PeerNamespace: netlink.NsFd(b.handle)}
+		return errors.Join(netlink.LinkDel(eth0), netlink.LinkAdd(again), addAddress("eth0", "198.18.0.1/24"))
+	})
+	b.do(t, func() error { return addAddress("eth0", "198.18.0.2/24") })
+	eventually(t, "superpackets may go whole on the new interface", works)
+	before := b.super.Load()
+	bulk(t, a, b)
+	if b.super.Load() == before {
+		t.Error("no superpacket arrived")
+	}
+}
+
 // TestSwitchTUN: one persistent device serves both drivers in turn, each with its own offloads.
 func TestSwitchTUN(t *testing.T) {
 	s := newSpace(t)

@@ -231,7 +231,7 @@ func (r *resolver) underlay() *underlayLink {
 		return at
 	}
 	if r.retag != nil {
-		if r.retag.index != index {
+		if !r.retag.attached(index) {
 			at.err = r.retag.attach(index)
 		}
 		at.whole = at.err == nil

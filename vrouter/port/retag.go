@@ -78,6 +78,20 @@ func (r *retag) attach(index int) error {
 	return nil
 }
 
+// attached reports whether the program is on the interface index now. The kernel takes it off an interface that goes,
+// and the index may come back with another one.
+func (r *retag) attached(index int) bool {
+	if r.at == nil || r.index != index {
+		return false
+	}
+	info, err := r.at.Info()
+	if err != nil {
+		return false
+	}
+	tcx := info.TCX()
+	return tcx != nil && int(tcx.Ifindex) == index
+}
+
 // detach is attach's undoing. It cannot fail in a way that matters: the link goes with its descriptor.
 func (r *retag) detach() {
 	if r.at != nil {

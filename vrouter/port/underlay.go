@@ -191,7 +191,7 @@ func (u *Underlay) rebind() error {
 	if u.frames != nil {
 		u.frames.resolver.setIndex(index)
 	}
-	if index == u.index {
+	if index == u.index && u.bound(index) {
 		return nil
 	}
 	if index == 0 {
@@ -209,6 +209,17 @@ func (u *Underlay) rebind() error {
 	u.index = index
 	u.header.Store(u.linkHeader(request))
 	return nil
+}
+
+// bound reports whether the receiving socket is on the interface index: the kernel takes it off one that goes, and the
+// index may come back with another.
+func (u *Underlay) bound(index int) bool {
+	if index == 0 {
+		return true // to none, then
+	}
+	address, err := unix.Getsockname(u.recv)
+	link, ok := address.(*unix.SockaddrLinklayer)
+	return err == nil && ok && link.Ifindex == index
 }
 
 // linkHeader returns the length of the link-layer header, in bytes, of the interface that request names.
