@@ -3,6 +3,7 @@ module margay
 go 1.26.0
 
 require (
+	github.com/cilium/ebpf v0.22.0
 	github.com/containernetworking/cni v1.3.1
 	github.com/evanphx/json-patch v0.5.2
 	github.com/gaissmai/bart v0.30.0

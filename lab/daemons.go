@@ -35,12 +35,12 @@ func (l *Lab) startVRouter(s *state, n *node) (*child, error) {
 	if err := l.makeNodeDirs(n); err != nil {
 		return nil, err
 	}
-	return daemon{
-		netns: netnsPath(n.Name),
-		argv: []string{filepath.Join(s.BinDir, "vrouter"),
-			"--socket", filepath.Join(l.runDir(n.Name), "vrouter.sock"), "--state-dir", l.varDir(n.Name)},
-		log: filepath.Join(l.logsDir(n.Name), "vrouter.log"),
-	}.start()
+	argv := []string{filepath.Join(s.BinDir, "vrouter"),
+		"--socket", filepath.Join(l.runDir(n.Name), "vrouter.sock"), "--state-dir", l.varDir(n.Name)}
+	if s.Attach != "" {
+		argv = append(argv, "--attach", s.Attach)
+	}
+	return daemon{netns: netnsPath(n.Name), argv: argv, log: filepath.Join(l.logsDir(n.Name), "vrouter.log")}.start()
 }
 
 func (l *Lab) startAgent(s *state, n *node) (*child, error) {

@@ -59,6 +59,7 @@ type state struct {
 	Subnet  netip.Prefix `json:"subnet"`
 	MTU     int          `json:"mtu"` // of the underlay, bytes
 	BinDir  string       `json:"binDir"`
+	Attach  string       `json:"attach,omitempty"` // the vrouters' --attach; empty: their default
 	Etcd    Process      `json:"etcd"`
 	Nodes   []*node      `json:"nodes"`
 }

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -24,6 +25,7 @@ type Options struct {
 	Pool      string // CIDR; empty: 10.244.0.0/16
 	IPIPMode  string // Always (also when empty), CrossSubnet or Never
 	BlockSize int    // prefix length; 0: 26
+	Attach    string // how packets come to the vrouters: tun, tun-plain, auto; empty: their default
 	NoNAT     bool   // pods leave the cluster with their own address
 	// BinDir holds vrouter, margay-agent and margay-cni; empty: where the running program lies.
 	BinDir string
@@ -35,6 +37,9 @@ type Options struct {
 
 // reachTimeout bounds the last step of Up, in which every pod must reach every other.
 const reachTimeout = 60 * time.Second
+
+// attachments are the words that vrouter understands, and none, for its default.
+var attachments = []string{"", "tun", "tun-plain", "auto"}
 
 // PoolName is the lab's address pool in the datastore.
 const PoolName = "default-ipv4-ippool"
@@ -93,6 +98,9 @@ func (o *Options) check() (*datastore.IPPool, error) {
 			return nil, fmt.Errorf("%s %d: expected %d to %d", r.flag, r.got, r.low, r.high)
 		}
 	}
+	if !slices.Contains(attachments, o.Attach) {
+		return nil, fmt.Errorf("attach %q: expected %s", o.Attach, strings.Join(attachments[1:], ", "))
+	}
 	pool := datastore.NewIPPool(PoolName)
 	pool.Spec = datastore.IPPoolSpec{CIDR: o.Pool, IPIPMode: o.IPIPMode, BlockSize: o.BlockSize, NATOutgoing: !o.NoNAT}
 	pool.Default()
@@ -150,7 +158,7 @@ func (h Host) reserve(o Options, pool *datastore.IPPool) (*Lab, *state, error) {
 		return nil, nil, err
 	}
 	s := &state{Version: stateVersion, Name: o.Name, Created: time.Now().UTC(), Phase: phaseStarting, Owner: self(),
-		Subnet: subnet, MTU: o.MTU, BinDir: binDir}
+		Subnet: subnet, MTU: o.MTU, BinDir: binDir, Attach: o.Attach}
 	for i := 1; i <= o.Nodes; i++ {
 		n := &node{Name: nodeName(o.Name, i), Index: i, Address: at(subnet, i), NextPod: o.Pods + 1}
 		for j := 1; j <= o.Pods; j++ {

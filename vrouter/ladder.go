@@ -96,8 +96,12 @@ func (v *view) encap(p *Packet, inner packet.IPv4, hop fib.Hop, o *packet.Outer)
 	if hop.Gateway() == v.state.address {
 		return VerdictDrop, ReasonGatewaySelf
 	}
+	length, segments, reason := wireSize(inner, &p.Offload)
+	if reason != ReasonNotSet {
+		return VerdictDrop, reason
+	}
 	// vr0's MTU keeps such packets away, and answers them; one that slips in while the MTU changes ends here.
-	if len(inner) > v.state.config.MTU {
+	if length > v.state.config.MTU {
 		return VerdictDrop, ReasonPacketTooBig
 	}
 	o.Src, o.TTL = v.state.source, outerTTL
@@ -107,11 +111,30 @@ func (v *view) encap(p *Packet, inner packet.IPv4, hop fib.Hop, o *packet.Outer)
 	if fault != 0 {
 		return VerdictDrop, ReasonPacketTooBig
 	}
+	// Each segment will count the identification up, as whoever splits does (RFC 6864: they must differ).
+	o.ID += uint16(segments - 1)
 	grown := len(out) - len(inner)
 	p.Off -= grown
 	p.Len = len(out)
 	p.Offload.ChecksumStart += uint16(grown)
 	return VerdictForward, ReasonNotSet
+}
+
+// wireSize returns the length of the longest packet that inner becomes on the wire, and how many it becomes: itself, or
+// the segments of a superpacket.
+func wireSize(inner packet.IPv4, o *Offload) (length, segments int, reason Reason) {
+	switch o.Segmentation {
+	case SegmentNone:
+		return len(inner), 1, ReasonNotSet
+	case SegmentTCPv4, SegmentUDP:
+		headers, fault := packet.SegmentHeaders(inner, o.Protocol(), int(o.Size))
+		if fault != packet.FaultNone {
+			return 0, 0, ReasonMalformed
+		}
+		size, payload := int(o.Size), len(inner)-headers
+		return headers + min(size, payload), max(1, (payload+size-1)/size), ReasonNotSet
+	}
+	return 0, 0, ReasonOffloadUnsupported
 }
 
 // decapParse is the first half of what is decided about a packet of protocol 4 from the underlay. It is no open door:

@@ -181,6 +181,47 @@ func TestEncap(t *testing.T) {
 	}
 }
 
+// TestEncapSuperpacket: what counts is the length of the segments, and each of them gets an identification.
+func TestEncapSuperpacket(t *testing.T) {
+	tcp := make([]byte, 20+10000)
+	tcp[12] = 5 << 4
+	b := ip(ownPod, pod2, 6, tcp)
+	super := func(size uint16) Offload {
+		return Offload{Segmentation: SegmentTCPv4, NeedsChecksum: true, ChecksumStart: 20, ChecksumOffset: 16, Size: size}
+	}
+	r := testRouter(t)
+	for _, test := range []struct {
+		name string
+		b    []byte
+		o    Offload
+		want Reason
+	}{
+		{"segments that fit", b, super(1440), ReasonNotSet},
+		{"segments too big", b, super(1441), ReasonPacketTooBig},
+		{"one segment, too big", b, super(20000), ReasonPacketTooBig},
+		{"no size", b, super(0), ReasonMalformed},
+		{"UDP that is TCP", b, Offload{Segmentation: SegmentUDP, Size: 1000}, ReasonMalformed},
+		{"unknown", b, Offload{Segmentation: SegmentUnsupported, Size: 1000}, ReasonOffloadUnsupported},
+		{"no room for the outer header", ip(ownPod, pod2, 6, append(tcp, make([]byte, MaxPacket-40-10000)...)), super(1440), ReasonPacketTooBig},
+	} {
+		if _, got := walk(t, r, Encap, test.b, test.o); got != test.want {
+			t.Errorf("%s: %v: expected %v", test.name, got, test.want)
+		}
+	}
+	v := view{routes: r.table.Forwarding(), state: r.state.Load()}
+	outer := packet.Outer{ID: 9}
+	p := NewPacket()
+	p.Len, p.Offload = copy(p.Buf[p.Off:], b), super(1000)
+	inner, reason := v.encapParse(p)
+	if reason != ReasonNotSet {
+		t.Fatal(reason)
+	}
+	if verdict, reason := v.encap(p, inner, v.routes.Lookup(inner.DstU32()), &outer); verdict != VerdictForward || p.Offload.ChecksumStart != 40 ||
+		packet.IPv4(p.Bytes()).ID() != 10 || outer.ID != 19 {
+		t.Errorf("%v, %+v, identification %d, then %d", reason, p.Offload, packet.IPv4(p.Bytes()).ID(), outer.ID)
+	}
+}
+
 func TestDecapDrops(t *testing.T) {
 	r := testRouter(t)
 	inner := ip(pod2, ownPod, 17, []byte("x"))

@@ -1,6 +1,10 @@
 package vrouter
 
-import "errors"
+import (
+	"errors"
+
+	"margay/vrouter/packet"
+)
 
 const (
 	// Headroom is the number of free bytes, at least, that precede a received packet in its buffer: room for the
@@ -37,6 +41,19 @@ type Offload struct {
 	ChecksumOffset uint16
 	// Size is the payload of each segment in bytes.
 	Size uint16
+	// ECN says that a TCP superpacket carries CWR, which only its first segment may keep (RFC 3168, 6.1.2).
+	ECN bool
+}
+
+// Protocol returns the IP protocol that the segmentation is for, 0 where there is none.
+func (o *Offload) Protocol() uint8 {
+	switch o.Segmentation {
+	case SegmentTCPv4:
+		return packet.ProtocolTCP
+	case SegmentUDP:
+		return packet.ProtocolUDP
+	}
+	return 0
 }
 
 // Packet is one packet in its buffer. The packet is Buf[Off : Off+Len] and begins with its IP header.
@@ -47,7 +64,7 @@ type Packet struct {
 	Offload Offload
 
 	// Drop is set by Port.Send on a packet that it could not send; Sent is the number of packets that it wrote for
-	// this one, more than one where it had to split a superpacket.
+	// this one. A superpacket counts as the segments it stands for, whoever splits it.
 	Drop Reason
 	Sent int
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -32,6 +33,7 @@ func main() {
 }
 
 type options struct {
+	attach   string
 	tun      string
 	socket   string
 	stateDir string
@@ -54,7 +56,12 @@ It has no configuration of its own. margay-agent programs it over the unix socke
 without the agent it goes on forwarding by what it was told last, also after a
 restart, from the snapshot in the state directory. vr0 stays when vrouter ends.
 
-It needs the capabilities NET_ADMIN and NET_RAW, and /dev/net/tun.`,
+--attach says how: tun carries superpackets (TSO, USO) whole, from vr0 to the other
+nodes and back; tun-plain hands over finished packets one by one; auto is tun where
+the kernel has what it needs, and tun-plain elsewhere.
+
+It needs the capabilities NET_ADMIN and NET_RAW, and /dev/net/tun. With BPF as well,
+and Linux 6.6, superpackets leave whole; without, the vRouter splits them.`,
 		Example:       "  vrouter\n  vrouter --socket /run/margay/vrouter.sock --log-level debug",
 		Args:          cobra.NoArgs,
 		Version:       version.String(),
@@ -66,6 +73,7 @@ It needs the capabilities NET_ADMIN and NET_RAW, and /dev/net/tun.`,
 	}
 	cmd.SetVersionTemplate(version.Line("vrouter") + "\n")
 	f := cmd.Flags()
+	f.StringVar(&o.attach, "attach", port.AttachAuto, "how packets come and go: tun, tun-plain or auto")
 	f.StringVar(&o.tun, "tun", "vr0", "name of the TUN `device`; made if it is not there")
 	f.StringVar(&o.socket, "socket", "/run/margay/vrouter.sock", "unix socket `path` on which the agent programs the vRouter")
 	f.StringVar(&o.stateDir, "state-dir", "/var/lib/margay", "`directory` of the snapshot file, fib.snapshot")
@@ -82,23 +90,26 @@ func (o *options) run(ctx context.Context) (err error) {
 	if n := len(o.tun); n == 0 || n > 15 || strings.ContainsAny(o.tun, "/% \t\n") {
 		return fmt.Errorf("--tun %q: expected an interface name of 1 to 15 characters", o.tun)
 	}
-	underlay, err := port.OpenUnderlay()
-	if err != nil {
+	if err := port.CheckAttach(o.attach); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, underlay.Close()) }()
-	if err := os.MkdirAll(o.stateDir, 0o755); err != nil {
-		return fmt.Errorf("--state-dir: %w", err)
-	}
-	listener, err := rpc.Listen(o.socket)
+	var listener net.Listener
+	ports, err := port.OpenPorts(o.attach, o.tun, func() (err error) {
+		if err := os.MkdirAll(o.stateDir, 0o755); err != nil {
+			return fmt.Errorf("--state-dir: %w", err)
+		}
+		listener, err = rpc.Listen(o.socket)
+		return err
+	})
 	if err != nil {
+		if listener != nil {
+			err = errors.Join(err, listener.Close())
+		}
 		return err
 	}
-	tun, err := port.OpenTUN(o.tun)
-	if err != nil {
-		return errors.Join(err, listener.Close())
-	}
-	defer func() { err = errors.Join(err, tun.Close()) }()
+	defer func() { err = errors.Join(err, ports.Close()) }()
+	tun, underlay := ports.TUN, ports.Underlay
+	log.Info("attached", "attach", ports.Attach, "why", ports.Why, "device offloads", tun.Offloads(), "sending", underlay.Sending())
 
 	router := vrouter.New()
 	router.OnConfig(func(c vrouter.Config) error {
@@ -125,11 +136,10 @@ func (o *options) run(ctx context.Context) (err error) {
 	}
 	log.Info("vrouter is up", "version", version.String(), "device", tun.Name(), "socket", o.socket)
 
-	server := rpc.NewServer(router, version.String(), func() string { return tun.Name() + ", " + underlay.String() })
+	server := rpc.NewServer(router, version.String(), ports.String)
 	serveErr := server.Serve(ctx, listener)
 	cancel()
-	tun.Stop()
-	underlay.Stop()
+	ports.Stop()
 	wg.Wait()
 	log.Info("vrouter stops", "device left in place", tun.Name())
 	return errors.Join(append(workerErrs, serveErr)...)

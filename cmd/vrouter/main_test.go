@@ -94,9 +94,9 @@ func command(args ...string) *exec.Cmd {
 }
 
 // start runs a vrouter in the namespace, with its socket and state in dir, and waits until it answers.
-func (s *space) start(t *testing.T, dir string) *daemon {
+func (s *space) start(t *testing.T, dir, attach string) *daemon {
 	t.Helper()
-	d := &daemon{dir: dir, cmd: command("--socket", filepath.Join(dir, "vrouter.sock"), "--state-dir", dir)}
+	d := &daemon{dir: dir, cmd: command("--socket", filepath.Join(dir, "vrouter.sock"), "--state-dir", dir, "--attach", attach)}
 	d.cmd.Stdout, d.cmd.Stderr = &d.output, &d.output
 	s.do(t, d.cmd.Start)
 	t.Cleanup(func() { d.stop(t, syscall.SIGKILL) })
@@ -166,9 +166,20 @@ func (d *daemon) configure(t *testing.T, index byte) {
 	}
 }
 
-// TestDaemons: two daemons forward; one is stopped, then killed, and each time forwards again from its snapshot, with
-// vr0 and its routes as they were and without anyone programming it anew.
+// TestDaemons: see daemons, on each attachment.
 func TestDaemons(t *testing.T) {
+	for attach, port := range map[string]string{
+		"tun":       "vr0 by tun (asked for), offloads checksum, TSO, USO; underlay eth0 (superpackets whole (AF_PACKET, TCX))",
+		"auto":      "vr0 by tun (auto: this kernel has what it needs), offloads checksum, TSO, USO; underlay eth0 (superpackets whole (AF_PACKET, TCX))",
+		"tun-plain": "vr0 by tun-plain (asked for), offloads none; underlay eth0",
+	} {
+		t.Run(attach, func(t *testing.T) { daemons(t, attach, port) })
+	}
+}
+
+// daemons: two daemons forward; one is stopped, then killed, and each time forwards again from its snapshot, with
+// vr0 and its routes as they were and without anyone programming it anew.
+func daemons(t *testing.T, attach, port string) {
 	a, b := newSpace(t), newSpace(t)
 	dirA, dirB := t.TempDir(), t.TempDir()
 	// The thread's namespace, by its number, is what the other side of the pair is put into.
@@ -179,12 +190,12 @@ func TestDaemons(t *testing.T) {
 		return netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "eth0"}, PeerName: "eth0", PeerNamespace: netlink.NsFd(peer)})
 	})
 	var dirs = map[*space]string{a: dirA, b: dirB}
-	daemons := map[*space]*daemon{}
+	running := map[*space]*daemon{}
 	for i, s := range []*space{a, b} {
 		index := byte(i + 1)
 		s.do(t, func() error { return up("eth0", fmt.Sprintf("198.18.0.%d/24", index)) })
-		daemons[s] = s.start(t, dirs[s])
-		daemons[s].configure(t, index)
+		running[s] = s.start(t, dirs[s], attach)
+		running[s].configure(t, index)
 		s.do(t, func() error {
 			link, err := netlink.LinkByName("vr0")
 			if err != nil {
@@ -251,17 +262,17 @@ func TestDaemons(t *testing.T) {
 			_, err := os.Stat(filepath.Join(dirB, "fib.snapshot"))
 			return err == nil
 		})
-		daemons[b].stop(t, signal)
+		running[b].stop(t, signal)
 		if answered() {
 			t.Errorf("an answer after %v", signal)
 		}
-		daemons[b] = b.start(t, dirB)
+		running[b] = b.start(t, dirB, attach)
 		eventually(t, fmt.Sprintf("answer after %v and a restart", signal), answered)
-		s, err := daemons[b].dial(t).Status(t.Context())
+		s, err := running[b].dial(t).Status(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
-		if !s.Restored || !s.Configured || s.Routes != 2 || s.Nodes != 2 || s.Stale != 4 || s.Port != "vr0, eth0" {
+		if !s.Restored || !s.Configured || s.Routes != 2 || s.Nodes != 2 || s.Stale != 4 || s.Port != port {
 			t.Errorf("status after %v: %+v", signal, s)
 		}
 	}
@@ -299,6 +310,37 @@ func TestCommandLine(t *testing.T) {
 	expectRefused(t, command("extra"), "extra")
 	expectRefused(t, command("--log-level", "loud"), "loud")
 	expectRefused(t, command("--tun", "a/b"), "--tun")
+	expectRefused(t, command("--attach", "tap"), "--attach")
+}
+
+// TestWithoutBPF: with NET_ADMIN and NET_RAW alone everything works, and the status says what would make it faster.
+func TestWithoutBPF(t *testing.T) {
+	s := newSpace(t)
+	dir := t.TempDir()
+	s.do(t, func() error {
+		return netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "eth0", Flags: net.FlagUp}, PeerName: "eth1"})
+	})
+	d := &daemon{dir: dir, cmd: exec.Command("setpriv", "--bounding-set", "-all,+net_admin,+net_raw", "/proc/self/exe",
+		"--socket", filepath.Join(dir, "vrouter.sock"), "--state-dir", dir, "--attach", "auto")}
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.cmd.Args[3] = exe
+	d.cmd.Env = append(os.Environ(), "MARGAY_TEST_VROUTER=1")
+	d.cmd.Stdout, d.cmd.Stderr = &d.output, &d.output
+	s.do(t, d.cmd.Start)
+	t.Cleanup(func() { d.stop(t, syscall.SIGTERM) })
+	c := d.dial(t)
+	eventually(t, "vrouter answers", func() bool {
+		_, err := c.Status(t.Context())
+		return err == nil
+	})
+	d.configure(t, 1)
+	eventually(t, "status says why", func() bool {
+		status, err := c.Status(t.Context())
+		return err == nil && strings.HasPrefix(status.Port, "vr0 by tun ") && strings.Contains(status.Port, "capability BPF")
+	})
 }
 
 func TestMissing(t *testing.T) {

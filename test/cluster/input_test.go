@@ -48,6 +48,7 @@ func TestBadInput(t *testing.T) {
 		{"lab name malformed", []string{"lab", "up", "--name", "Bad_Name!"}, "Bad_Name!", 0},
 		{"lab pool malformed", []string{"lab", "up", "--name", labName + "x", "--pool", "10.244.0.0/99"}, "10.244.0.0/99", 0},
 		{"lab mode malformed", []string{"lab", "up", "--name", labName + "x", "--ipip-mode", "Sometimes"}, "Sometimes", 0},
+		{"lab attachment unknown", []string{"lab", "up", "--name", labName + "x", "--attach", "tap"}, "tap", 0},
 		{"lab nodes out of range", []string{"lab", "up", "--name", labName + "x", "--nodes", "0"}, "nodes", 0},
 		{"no root", []string{"lab", "up", "--name", labName + "x"}, "root", 65534},
 		{"pool cidr malformed", []string{"apply", "-f", manifest("a.yaml", pool("{cidr: 10.0.0.0/33}"))}, "spec.cidr", 0},

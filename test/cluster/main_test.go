@@ -54,7 +54,12 @@ func run(m *testing.M) (code int) {
 		}
 	}()
 	began := time.Now()
-	if out, err := ctl("lab", "up", "--name", labName, "--nodes", "3", "--pods", "2"); err != nil {
+	up := []string{"lab", "up", "--name", labName, "--nodes", "3", "--pods", "2"}
+	// MARGAY_TEST_ATTACH puts the whole suite on another attachment than the default.
+	if attach := os.Getenv("MARGAY_TEST_ATTACH"); attach != "" {
+		up = append(up, "--attach", attach)
+	}
+	if out, err := ctl(up...); err != nil {
 		fmt.Fprintf(os.Stderr, "lab up: %v\n%s", err, out)
 		return 1
 	}

@@ -104,6 +104,27 @@ func wire(t *testing.T, a, b *space) {
 	b.do(t, func() error { return addAddress("eth0", "198.18.0.2/24") })
 }
 
+// driver is a pair of ports that a node can have.
+type driver struct {
+	name     string
+	tun      func(string) (*port.TUN, error)
+	underlay func() (*port.Underlay, error)
+}
+
+// plain and whole are the drivers of the two attachments; split is that of the second where BPF is not allowed.
+var (
+	plain = driver{"tun-plain", port.OpenTUN, port.OpenUnderlay}
+	whole = driver{"tun", port.OpenOffloadTUN, port.OpenOffloadUnderlay}
+	split = driver{"tun without BPF", port.OpenOffloadTUN, port.OpenSplitUnderlay}
+)
+
+// onEach runs a test on every driver.
+func onEach(t *testing.T, f func(*testing.T, driver)) {
+	for _, d := range []driver{plain, whole, split} {
+		t.Run(d.name, func(t *testing.T) { f(t, d) })
+	}
+}
+
 // node is a namespace with a router. Its one pod is an address on the loopback device.
 type node struct {
 	*space
@@ -132,14 +153,14 @@ func (s spy) Recv(batch []*vrouter.Packet) (int, error) {
 }
 
 // newNode makes the namespace's router, not yet configured. index is 1 or 2, the other node's is 3-index.
-func newNode(t *testing.T, s *space, index int) *node {
+func newNode(t *testing.T, s *space, index int, d driver) *node {
 	t.Helper()
 	n := &node{space: s, router: vrouter.New(), address: nodeAddress(index), pod: podAddress(index)}
 	s.do(t, func() (err error) {
-		if n.underlay, err = port.OpenUnderlay(); err != nil {
+		if n.underlay, err = d.underlay(); err != nil {
 			return err
 		}
-		if n.tun, err = port.OpenTUN("vr0"); err != nil {
+		if n.tun, err = d.tun("vr0"); err != nil {
 			return errors.Join(err, n.underlay.Close())
 		}
 		return addAddress("lo", n.pod.String()+"/32")
@@ -202,11 +223,11 @@ func podBlock(index int) netip.Prefix {
 }
 
 // newNodes returns two nodes, wired and configured.
-func newNodes(t *testing.T) (*node, *node) {
+func newNodes(t *testing.T, d driver) (*node, *node) {
 	t.Helper()
 	sa, sb := newSpace(t), newSpace(t)
 	wire(t, sa, sb)
-	a, b := newNode(t, sa, 1), newNode(t, sb, 2)
+	a, b := newNode(t, sa, 1, d), newNode(t, sb, 2, d)
 	a.configure(t, 1)
 	b.configure(t, 2)
 	return a, b
@@ -302,16 +323,26 @@ func answered(conn *net.UDPConn, size int) bool {
 
 // Commands of the ethtool ioctl, linux/ethtool.h.
 const (
-	ethtoolSetTSO = 0x1f
-	ethtoolSetGSO = 0x24
-	ethtoolSetGRO = 0x2c
+	ethtoolSetTxChecksum = 0x17
+	ethtoolGetTSO        = 0x1e
+	ethtoolSetTSO        = 0x1f
+	ethtoolSetGSO        = 0x24
+	ethtoolSetGRO        = 0x2c
 )
 
 // ethtool sets one of eth0's features in the caller's namespace.
 func ethtool(command, value uint32) error {
+	_, err := ethtoolCall(command, value)
+	return err
+}
+
+// ethtoolGet asks for one.
+func ethtoolGet(command uint32) (uint32, error) { return ethtoolCall(command, 0) }
+
+func ethtoolCall(command, value uint32) (uint32, error) {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer os.NewFile(uintptr(fd), "ethtool").Close()
 	data := [2]uint32{command, value}
@@ -322,9 +353,9 @@ func ethtool(command, value uint32) error {
 	}{data: unsafe.Pointer(&data)}
 	copy(request.name[:], "eth0")
 	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCETHTOOL, uintptr(unsafe.Pointer(&request))); errno != 0 {
-		return fmt.Errorf("ethtool %#x: %w", command, errno)
+		return 0, fmt.Errorf("ethtool %#x: %w", command, errno)
 	}
-	return nil
+	return data[1], nil
 }
 
 // holdGRO lets eth0, in the caller's namespace, wait up to 200 µs for the next segment before it hands a merged packet

@@ -26,11 +26,15 @@ const (
 	reopenDelay = 200
 )
 
-// TUN is a persistent TUN device without offloads: the kernel hands every packet over finished and within the MTU, and
-// superpackets toward it are split here. It implements vrouter.Port.
+// TUN is a persistent TUN device. Opened by OpenTUN it has no offloads: the kernel hands every packet over finished and
+// within the MTU, and superpackets toward it are split here. Opened by OpenOffloadTUN it carries superpackets and
+// unfinished checksums in both directions. It implements vrouter.Port.
 type TUN struct {
 	name    string
-	fd      int // the number stays the same for the life of the port, see reopen
+	open    func(name string) (int, error)
+	vnet    int         // length of the virtio-net header in front of each packet: vnetHeader, or 0 without offloads
+	udp     atomic.Bool // the kernel splits UDP superpackets too
+	fd      int         // the number stays the same for the life of the port, see reopen
 	waiter  *waiter
 	links   *netlink.Handle
 	linksMu sync.Mutex
@@ -46,12 +50,20 @@ type TUN struct {
 // OpenTUN creates the device name, or takes over the one that an earlier process left, and sets it up. It stays, with
 // its addresses and routes, when the port is closed or the process dies.
 func OpenTUN(name string) (*TUN, error) {
-	fd, err := openTUN(name)
+	return (&TUN{name: name, open: openTUN}).start()
+}
+
+// start opens the device of a TUN that knows how.
+func (t *TUN) start() (_ *TUN, err error) {
+	name := t.name
+	fd, err := t.open(name)
 	if err != nil {
 		return nil, err
 	}
-	t := &TUN{name: name, fd: fd, scratch: make([]byte, vrouter.BufferSize)}
-	t.emit = t.write
+	t.fd, t.scratch = fd, make([]byte, vrouter.BufferSize)
+	if t.emit = t.write; t.vnet > 0 {
+		t.emit = t.writeBehindHeader
+	}
 	if t.waiter, err = newWaiter(); err != nil {
 		return nil, errors.Join(fmt.Errorf("%s: %w", name, err), unix.Close(fd))
 	}
@@ -92,6 +104,9 @@ func openTUN(name string) (int, error) {
 	}
 	if dupErr != nil {
 		return -1, fmt.Errorf("%s: %w", name, dupErr)
+	}
+	if err := withoutOffloads(fd); err != nil {
+		return -1, errors.Join(fmt.Errorf("%s: %w", name, err), unix.Close(fd))
 	}
 	return fd, nil
 }
@@ -136,6 +151,12 @@ func (t *TUN) setUp() error {
 			return fmt.Errorf("set MTU %d: %w", mtu, err)
 		}
 	}
+	if t.vnet > 0 {
+		// The kernel splits what is longer, which no outer header would fit.
+		if err := t.links.LinkSetGSOMaxSize(link, vrouter.MaxMTU+1); err != nil {
+			return fmt.Errorf("set the longest superpacket: %w", err)
+		}
+	}
 	// Without a link-local address the kernel sends no router solicitations, which would only be counted drops. A
 	// kernel without IPv6 refuses, and needs it not.
 	_ = t.links.LinkSetIP6AddrGenMode(link, addrGenModeNone)
@@ -174,12 +195,16 @@ func (t *TUN) Recv(batch []*vrouter.Packet) (int, error) {
 		for n < len(batch) {
 			p := batch[n]
 			var got int
-			if got, err = unix.Read(t.fd, p.Buf[vrouter.Headroom:]); err == unix.EINTR {
+			start := vrouter.Headroom - t.vnet
+			if got, err = unix.Read(t.fd, p.Buf[start:]); err == unix.EINTR {
 				continue
 			} else if err != nil {
 				break
 			}
-			p.Off, p.Len, p.Offload = vrouter.Headroom, got, vrouter.Offload{}
+			p.Off, p.Len, p.Offload = vrouter.Headroom, max(got-t.vnet, 0), vrouter.Offload{}
+			if t.vnet > 0 {
+				p.Offload = parseVnet(p.Buf[start:vrouter.Headroom], 0)
+			}
 			n++
 		}
 		if n > 0 {
@@ -197,7 +222,7 @@ func (t *TUN) Recv(batch []*vrouter.Packet) (int, error) {
 // the old descriptor, in one step, so that Send, on its own thread, needs no lock.
 func (t *TUN) reopen() {
 	t.retry(func() error {
-		fd, err := openTUN(t.name)
+		fd, err := t.open(t.name)
 		if err != nil {
 			return err
 		}
@@ -216,6 +241,11 @@ func (t *TUN) retry(f func() error) {
 func (t *TUN) Send(batch []*vrouter.Packet) {
 	for _, p := range batch {
 		t.written, t.failure = 0, vrouter.ReasonNotSet
+		if t.vnet > 0 {
+			t.sendWhole(p)
+			p.Sent, p.Drop = t.written, t.failure
+			continue
+		}
 		b := p.Bytes()
 		switch p.Offload.Segmentation {
 		case vrouter.SegmentNone:

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"margay/vrouter"
+	"margay/vrouter/packet"
 )
 
 const (
@@ -20,8 +21,6 @@ const (
 	rebindInterval = 250
 	// sendPatience is how long a full socket buffer is waited for before the packet is dropped, in milliseconds.
 	sendPatience = 50
-	// vnetHeader is the length of struct virtio_net_hdr.
-	vnetHeader = 10
 	// ethernetHeader is the length of a frame's header on Ethernet-like interfaces, in bytes; VLAN tags are gone when a
 	// frame comes to us.
 	ethernetHeader = 14
@@ -31,8 +30,11 @@ const (
 // Underlay is the port to the other nodes. It receives by an AF_PACKET socket with PACKET_VNET_HDR, because a raw
 // socket gives packets that GRO has merged without saying so; it sends by a raw socket, so that the kernel does
 // routing and neighbours. A second raw socket, for protocol 4, is never read: while it is open the kernel does not
-// answer "protocol unreachable". It implements vrouter.Port.
+// answer "protocol unreachable". Opened by OpenOffloadUnderlay it sends by AF_PACKET what it can, see frames.go, and
+// the rest by the raw socket. It implements vrouter.Port.
 type Underlay struct {
+	frames *frames // nil: everything goes by the raw socket
+
 	recv, send, guard int
 	waiter            *waiter // Recv's
 	drained           *waiter // Send's
@@ -43,12 +45,30 @@ type Underlay struct {
 	header  atomic.Int32 // length of its link-layer header, in bytes
 	dropped atomic.Uint64
 
-	to unix.SockaddrInet4
+	// For Send only.
+	to       unix.SockaddrInet4
+	scratch  []byte
+	splitter packet.Splitter
+}
+
+// OpenOffloadUnderlay is OpenUnderlay for a port that carries superpackets and unfinished checksums on, whole where the
+// kernel lets a BPF program help.
+func OpenOffloadUnderlay() (*Underlay, error) { return openOffloadUnderlay(newRetag) }
+
+func openOffloadUnderlay(load func() (*retag, error)) (*Underlay, error) {
+	u, err := OpenUnderlay()
+	if err != nil {
+		return nil, err
+	}
+	if u.frames, err = newFrames(load); err != nil {
+		return nil, errors.Join(err, u.Close())
+	}
+	return u, nil
 }
 
 // OpenUnderlay opens the sockets. The port receives nothing until SetInterface has named the interface.
 func OpenUnderlay() (_ *Underlay, err error) {
-	u := &Underlay{recv: -1, send: -1, guard: -1}
+	u := &Underlay{recv: -1, send: -1, guard: -1, scratch: make([]byte, vrouter.BufferSize)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, u.Close())
@@ -168,7 +188,10 @@ func (u *Underlay) rebind() error {
 	if err := unix.IoctlIfreq(u.send, unix.SIOCGIFINDEX, request); err == nil {
 		index = int(int32(request.Uint32()))
 	}
-	if index == u.index {
+	if u.frames != nil {
+		u.frames.resolver.setIndex(index)
+	}
+	if index == u.index && u.bound(index) {
 		return nil
 	}
 	if index == 0 {
@@ -186,6 +209,17 @@ func (u *Underlay) rebind() error {
 	u.index = index
 	u.header.Store(u.linkHeader(request))
 	return nil
+}
+
+// bound reports whether the receiving socket is on the interface index: the kernel takes it off one that goes, and the
+// index may come back with another.
+func (u *Underlay) bound(index int) bool {
+	if index == 0 {
+		return true // to none, then
+	}
+	address, err := unix.Getsockname(u.recv)
+	link, ok := address.(*unix.SockaddrLinklayer)
+	return err == nil && ok && link.Ifindex == index
 }
 
 // linkHeader returns the length of the link-layer header, in bytes, of the interface that request names.
@@ -223,7 +257,18 @@ func (u *Underlay) String() string {
 	case u.index == 0:
 		return u.name + " (not there)"
 	}
+	if u.frames != nil {
+		return u.name + " (" + u.frames.resolver.String() + ")"
+	}
 	return u.name
+}
+
+// Sending describes for people how packets leave.
+func (u *Underlay) Sending() string {
+	if u.frames != nil {
+		return u.frames.resolver.String()
+	}
+	return "raw socket"
 }
 
 // Recv implements vrouter.Port. An interface that is down, or gone, is waited for.
@@ -246,7 +291,7 @@ func (u *Underlay) Recv(batch []*vrouter.Packet) (int, error) {
 				break
 			}
 			p.Off, p.Len = vrouter.Headroom, max(got-vnetHeader-header, 0)
-			p.Offload = offload(p.Buf[start:start+vnetHeader], header)
+			p.Offload = parseVnet(p.Buf[start:start+vnetHeader], header)
 			n++
 		}
 		if n > 0 {
@@ -261,54 +306,23 @@ func (u *Underlay) Recv(batch []*vrouter.Packet) (int, error) {
 	}
 }
 
-// offload reads a virtio-net header (virtio 1.2, 5.1.6) of a frame whose link-layer header has link bytes.
-func offload(h []byte, link int) vrouter.Offload {
-	o := vrouter.Offload{
-		NeedsChecksum:  h[0]&unix.VIRTIO_NET_HDR_F_NEEDS_CSUM != 0,
-		Size:           binary.NativeEndian.Uint16(h[4:]),
-		ChecksumStart:  binary.NativeEndian.Uint16(h[6:]) - uint16(link),
-		ChecksumOffset: binary.NativeEndian.Uint16(h[8:]),
-	}
-	switch h[1] &^ unix.VIRTIO_NET_HDR_GSO_ECN {
-	case unix.VIRTIO_NET_HDR_GSO_NONE:
-	case unix.VIRTIO_NET_HDR_GSO_TCPV4:
-		o.Segmentation = vrouter.SegmentTCPv4
-	case unix.VIRTIO_NET_HDR_GSO_UDP_L4:
-		o.Segmentation = vrouter.SegmentUDP
-	default:
-		o.Segmentation = vrouter.SegmentUnsupported
-	}
-	return o
-}
-
 // Send implements vrouter.Port. It sends what decides itself where it goes: the destination of the outer header.
 func (u *Underlay) Send(batch []*vrouter.Packet) {
+	if u.frames == nil {
+		for _, p := range batch {
+			p.Sent, p.Drop = 0, vrouter.ReasonNotSet
+			u.sendRaw(p)
+		}
+		return
+	}
+	table := *u.frames.resolver.table.Load()
 	for _, p := range batch {
-		b := p.Bytes()
-		copy(u.to.Addr[:], b[16:20])
-		err := u.sendto(b)
-		if err == unix.EAGAIN && u.drained.wait(u.send, unix.POLLOUT, sendPatience) {
-			err = u.sendto(b)
-		}
-		switch err {
-		case nil:
-			p.Sent = 1
-		case unix.EMSGSIZE:
-			p.Drop = vrouter.ReasonSendTooBig
-		case unix.EAGAIN, unix.ENOBUFS:
-			p.Drop = vrouter.ReasonSendQueueFull
-		default:
-			p.Drop = vrouter.ReasonSendFailed
+		p.Sent, p.Drop = 0, vrouter.ReasonNotSet
+		if !u.frames.send(u, table, p) {
+			u.sendRaw(p)
 		}
 	}
-}
-
-func (u *Underlay) sendto(b []byte) error {
-	for {
-		if err := unix.Sendto(u.send, b, unix.MSG_DONTWAIT, &u.to); err != unix.EINTR {
-			return err
-		}
-	}
+	u.frames.flush(u)
 }
 
 // Counters implements vrouter.Port.
@@ -329,6 +343,9 @@ func (u *Underlay) Stop() {
 // Close implements vrouter.Port.
 func (u *Underlay) Close() error {
 	var errs []error
+	if u.frames != nil {
+		errs = append(errs, u.frames.close())
+	}
 	for _, fd := range []int{u.recv, u.send, u.guard} {
 		if fd >= 0 {
 			errs = append(errs, unix.Close(fd))
