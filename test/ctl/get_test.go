@@ -184,7 +184,7 @@ func TestLabelAndPatch(t *testing.T) {
 		{args: `patch node n1 -t yaml -p {}`, err: `--type "yaml": expected strategic, merge or json`},
 		{args: `patch node n1 -p []`, err: `--patch: expected an object such as {"spec":{…}}`},
 		{args: `patch node n1 -p {"metadata":{"name":"n2"}}`, err: "hit error: kind, metadata.name and metadata.namespace: expected them unchanged"},
-		{args: `patch node n1 -p {"spec":{"bpg":{}}}`, err: `hit error: Node "n1": spec.bpg: unknown field: expected one of addresses, bgp, ipv4VXLANTunnelAddr, ipv6VXLANTunnelAddr, orchRefs, vxlanTunnelMACAddr, vxlanTunnelMACAddrV6, wireguard`},
+		{args: `patch node n1 -p {"spec":{"bpg":{}}}`, err: `hit error: Node "n1": spec.bpg: unknown field: expected one of addresses, bgp, interfaces, ipv4VXLANTunnelAddr, ipv6VXLANTunnelAddr, orchRefs, vxlanTunnelMACAddr, vxlanTunnelMACAddrV6, wireguard`},
 		{args: `patch node n2 -p {}`, err: "hit error: resource does not exist: Node(n2) with error: not found"},
 		{args: "get node n1 -o json --export", out: `{
   "apiVersion": "projectcalico.org/v3",
