@@ -238,11 +238,13 @@ func TestConfigFile(t *testing.T) {
 	openStore(t)
 	dir := t.TempDir()
 	write(t, dir, "good.cfg", "apiVersion: projectcalico.org/v3\nkind: CalicoAPIConfig\nspec: {datastoreType: etcdv3, etcdEndpoints: \""+endpoint+"\"}\n")
+	write(t, dir, "empty.cfg", "spec: {}\n")
 	write(t, dir, "dead.cfg", "spec: {etcdEndpoints: \"http://127.0.0.1:1\"}\n")
-	t.Setenv("ETCD_ENDPOINTS", "")
+	// The file that was named wins over the environment.
 	play(t, dir, []step{
 		{args: "get nodes -c {dir}/good.cfg --allow-version-mismatch", out: "NAME   \n\n"},
 		{args: "get nodes --config {dir}/none.cfg", err: "stat {dir}/none.cfg: no such file or directory"},
+		{args: "get nodes --config={dir}/empty.cfg", err: "etcd endpoints: none given: set ETCD_ENDPOINTS (http://host:2379) or spec.etcdEndpoints in /etc/calico/calicoctl.cfg"},
 		{args: "get nodes --config={dir}/dead.cfg", err: "etcd at http://127.0.0.1:1: not reachable: dial tcp 127.0.0.1:1: connect: connection refused"},
 	})
 }
