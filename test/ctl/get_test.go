@@ -3,8 +3,10 @@ package ctl
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"os/exec"
 	"strings"
+	"sync"
 	"testing"
 
 	"sigs.k8s.io/yaml"
@@ -266,5 +268,25 @@ func TestExitStatus(t *testing.T) {
 		if status := ctl.Main(t.Context(), strings.Fields(tt.args), &stderr); status != tt.status || stderr.String() != tt.stderr {
 			t.Errorf("%s: status %d, %q", tt.args, status, stderr.String())
 		}
+	}
+}
+
+// Edits that do not name a version are made again when somebody else was faster: none is lost.
+func TestEditorsAtOnce(t *testing.T) {
+	openStore(t)
+	play(t, t.TempDir(), []step{{args: "create -f -", stdin: pool("p", "10.1.0.0/16", ""), out: "Successfully created 1 'IPPool' resource(s)\n"}})
+	const editors = 8
+	var wg sync.WaitGroup
+	for i := range editors {
+		wg.Go(func() {
+			if out, err := run(t, "", "label", "ippool", "p", fmt.Sprintf("key%d=v", i)); err != nil {
+				t.Errorf("%s, %v", out, err)
+			}
+		})
+	}
+	wg.Wait()
+	out, err := run(t, "", "get", "ippool", "p", "-o", "json")
+	if n := strings.Count(out, `"key`); err != nil || n != editors {
+		t.Errorf("%d of %d labels are there, %v", n, editors, err)
 	}
 }
