@@ -36,15 +36,15 @@ func NewCommand() *cobra.Command {
 		Long: `margayctl speaks calicoctl's language over Calico's own datastore, asks the daemons of a node about themselves, and
 builds whole clusters out of network namespaces ("margayctl lab").
 
-The datastore is found as calicoctl finds it: DATASTORE_TYPE=etcdv3, ETCD_ENDPOINTS, ETCD_CA_CERT_FILE,
-ETCD_CERT_FILE and ETCD_KEY_FILE, then the file of --config or /etc/calico/calicoctl.cfg. Inside a namespace of a lab
+The datastore is found as calicoctl finds it: in the file of --config, or else by DATASTORE_TYPE=etcdv3, ETCD_ENDPOINTS,
+ETCD_CA_CERT_FILE, ETCD_CERT_FILE and ETCD_KEY_FILE, then in /etc/calico/calicoctl.cfg. Inside a namespace of a lab
 ("ip netns exec lab-node1 margayctl …") the lab's datastore and that node's daemons are used.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		Version:       version.String(),
 	}
 	cmd.SetVersionTemplate(version.Line("margayctl") + "\n")
-	cmd.PersistentFlags().StringP("config", "c", "", "the file that says where the datastore is (default "+datastore.ConfigFile+")")
+	cmd.PersistentFlags().StringP("config", "c", "", "the file that says where the datastore is, whatever the environment says (default "+datastore.ConfigFile+", after the environment)")
 	cmd.PersistentFlags().Bool("allow-version-mismatch", false, "accepted for scripts written for calicoctl: margayctl refuses no version")
 	cmd.AddCommand(newVersionCommand(), newGetCommand(), newApplyCommand(), newCreateCommand(), newReplaceCommand(), newPatchCommand(),
 		newDeleteCommand(), newLabelCommand(), newValidateCommand(), newIPAMCommand(), newNodeCommand(),
@@ -89,7 +89,7 @@ func openStore(ctx context.Context, cmd *cobra.Command) (*datastore.Store, error
 	if err != nil {
 		return nil, err
 	}
-	if len(cfg.Endpoints) == 0 {
+	if len(cfg.Endpoints) == 0 && file == "" {
 		if here, ok := lab.Current(); ok {
 			cfg.Endpoints = here.Endpoints
 		}

@@ -2,10 +2,13 @@ package datastore
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // DefaultASNumber is Calico's AS number where nothing else is configured (private use, RFC 6996).
@@ -68,6 +71,28 @@ type BGPPeerSpec struct {
 	TTLSecurity              *uint8       `json:"ttlSecurity,omitempty"`
 	ReachableBy              string       `json:"reachableBy,omitempty"`
 	Filters                  []string     `json:"filters,omitempty"`
+	LocalASNumber            *ASNumber    `json:"localASNumber,omitempty"`
+	KeepaliveTime            string       `json:"keepaliveTime,omitempty"` // a duration such as 30s
+	ReversePeering           string       `json:"reversePeering,omitempty"`
+}
+
+// validateDuration checks a field that may be empty.
+func validateDuration(field, value string) error {
+	if value == "" {
+		return nil
+	}
+	if d, err := time.ParseDuration(value); err != nil || d < 0 {
+		return fmt.Errorf("%s %q: expected a duration such as 120s", field, value)
+	}
+	return nil
+}
+
+// validateWord checks a field that may be empty.
+func validateWord(field, value string, allowed ...string) error {
+	if value == "" || slices.Contains(allowed, value) {
+		return nil
+	}
+	return fmt.Errorf("%s %q: expected %s", field, value, strings.Join(allowed, ", "))
 }
 
 // BGPPassword says where a session's TCP MD5 password (RFC 2385) is kept.
@@ -108,6 +133,12 @@ func (p *BGPPeer) Validate() error {
 	if s.Node != "" && s.NodeSelector != "" {
 		return fmt.Errorf("spec.node and spec.nodeSelector: expected at most one of them")
 	}
+	if err := errors.Join(validateDuration("spec.maxRestartTime", s.MaxRestartTime), validateDuration("spec.keepaliveTime", s.KeepaliveTime),
+		validateWord("spec.sourceAddress", s.SourceAddress, "UseNodeIP", "None"),
+		validateWord("spec.nextHopMode", s.NextHopMode, "Auto", "Self", "Keep"),
+		validateWord("spec.reversePeering", s.ReversePeering, "Auto", "Manual")); err != nil {
+		return err
+	}
 	if s.PeerSelector != "" && (s.PeerIP != "" || s.ASNumber != 0) {
 		return fmt.Errorf("spec.peerSelector: expected neither spec.peerIP nor spec.asNumber beside it")
 	}
@@ -144,6 +175,13 @@ type BGPConfigurationSpec struct {
 	NodeMeshMaxRestartTime string                `json:"nodeMeshMaxRestartTime,omitempty"` // a duration such as 120s
 	BindMode               string                `json:"bindMode,omitempty"`
 	IgnoredInterfaces      []string              `json:"ignoredInterfaces,omitempty"`
+
+	ServiceLoadBalancerAggregation *string `json:"serviceLoadBalancerAggregation,omitempty"`
+	LocalWorkloadPeeringIPV4       string  `json:"localWorkloadPeeringIPV4,omitempty"`
+	LocalWorkloadPeeringIPV6       string  `json:"localWorkloadPeeringIPV6,omitempty"`
+	ProgramClusterRoutes           *string `json:"programClusterRoutes,omitempty"`
+	IPv4NormalRoutePriority        *int    `json:"ipv4NormalRoutePriority,omitempty"`
+	IPv6NormalRoutePriority        *int    `json:"ipv6NormalRoutePriority,omitempty"`
 }
 
 // CIDRBlock is a range of service addresses.
@@ -175,6 +213,16 @@ func (c *BGPConfiguration) Default() {}
 
 // Validate checks the spec.
 func (c *BGPConfiguration) Validate() error {
+	if err := errors.Join(validateDuration("spec.nodeMeshMaxRestartTime", c.Spec.NodeMeshMaxRestartTime),
+		validateWord("spec.bindMode", c.Spec.BindMode, "None", "NodeIP"),
+		validateWord("spec.logSeverityScreen", strings.ToLower(c.Spec.LogSeverityScreen), "trace", "debug", "info", "warning", "error", "fatal", "none")); err != nil {
+		return err
+	}
+	for i, community := range c.Spec.Communities {
+		if err := validateCommunity(fmt.Sprintf("spec.communities[%d].value", i), community.Value); err != nil {
+			return err
+		}
+	}
 	for field, blocks := range map[string][]CIDRBlock{
 		"spec.serviceLoadBalancerIPs": c.Spec.ServiceLoadBalancerIPs,
 		"spec.serviceExternalIPs":     c.Spec.ServiceExternalIPs,

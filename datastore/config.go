@@ -34,12 +34,13 @@ type Config struct {
 // the caller can fill them from elsewhere; Open then refuses.
 func ConfigFromEnv() (Config, error) { return configFrom(os.Getenv, ConfigFile) }
 
-// ConfigFromFile is ConfigFromEnv with another file, which must exist.
+// ConfigFromFile reads a file like ConfigFile, which must exist. Who names a file means that one: the environment has no
+// say.
 func ConfigFromFile(file string) (Config, error) {
 	if _, err := os.Stat(file); err != nil {
 		return Config{}, err
 	}
-	return configFrom(os.Getenv, file)
+	return configFrom(func(string) string { return "" }, file)
 }
 
 // fileConfig is the spec of calicoctl.cfg, as far as it concerns etcd.

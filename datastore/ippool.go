@@ -37,16 +37,17 @@ type IPPool struct {
 
 // IPPoolSpec is Calico's, field for field.
 type IPPoolSpec struct {
-	CIDR             string   `json:"cidr"`
-	VXLANMode        string   `json:"vxlanMode,omitempty"`
-	IPIPMode         string   `json:"ipipMode,omitempty"`
-	NATOutgoing      bool     `json:"natOutgoing,omitempty"`
-	Disabled         bool     `json:"disabled,omitempty"`
-	DisableBGPExport bool     `json:"disableBGPExport,omitempty"`
-	BlockSize        int      `json:"blockSize,omitempty"` // prefix length of a block
-	NodeSelector     string   `json:"nodeSelector,omitempty"`
-	AllowedUses      []string `json:"allowedUses,omitempty"`
-	AssignmentMode   string   `json:"assignmentMode,omitempty"`
+	CIDR              string   `json:"cidr"`
+	VXLANMode         string   `json:"vxlanMode,omitempty"`
+	IPIPMode          string   `json:"ipipMode,omitempty"`
+	NATOutgoing       bool     `json:"natOutgoing,omitempty"`
+	Disabled          bool     `json:"disabled,omitempty"`
+	DisableBGPExport  bool     `json:"disableBGPExport,omitempty"`
+	BlockSize         int      `json:"blockSize,omitempty"` // prefix length of a block
+	NodeSelector      string   `json:"nodeSelector,omitempty"`
+	NamespaceSelector string   `json:"namespaceSelector,omitempty"`
+	AllowedUses       []string `json:"allowedUses,omitempty"`
+	AssignmentMode    string   `json:"assignmentMode,omitempty"`
 }
 
 // NewIPPool makes an empty pool of that name.

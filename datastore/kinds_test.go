@@ -124,8 +124,8 @@ func TestUnknownFieldsMustBeStored(t *testing.T) {
 	}
 	for spec, want := range map[string]string{
 		`{"newer":1,"addresses":[{"address":"192.0.2.1"}]}`: "",
-		`{"newer":2}`:     `Node "node1": spec.newer: unknown field: expected one of addresses, bgp, ipv4VXLANTunnelAddr, ipv6VXLANTunnelAddr, orchRefs, vxlanTunnelMACAddr, vxlanTunnelMACAddrV6, wireguard`,
-		`{"newest":null}`: `Node "node1": spec.newest: unknown field: expected one of addresses, bgp, ipv4VXLANTunnelAddr, ipv6VXLANTunnelAddr, orchRefs, vxlanTunnelMACAddr, vxlanTunnelMACAddrV6, wireguard`,
+		`{"newer":2}`:     `Node "node1": spec.newer: unknown field: expected one of addresses, bgp, interfaces, ipv4VXLANTunnelAddr, ipv6VXLANTunnelAddr, orchRefs, vxlanTunnelMACAddr, vxlanTunnelMACAddrV6, wireguard`,
+		`{"newest":null}`: `Node "node1": spec.newest: unknown field: expected one of addresses, bgp, interfaces, ipv4VXLANTunnelAddr, ipv6VXLANTunnelAddr, orchRefs, vxlanTunnelMACAddr, vxlanTunnelMACAddrV6, wireguard`,
 	} {
 		manifest := []byte(`{"kind":"Node","apiVersion":"projectcalico.org/v3","metadata":{"name":"node1"},"spec":` + spec + `}`)
 		objs, err := DecodeManifestFor(manifest, ManifestOptions{StoredFields: true})

@@ -22,6 +22,14 @@ type NodeSpec struct {
 	VXLANTunnelMACAddrV6 string         `json:"vxlanTunnelMACAddrV6,omitempty"`
 	OrchRefs             []OrchRef      `json:"orchRefs,omitempty"`
 	Wireguard            *NodeWireguard `json:"wireguard,omitempty"`
+
+	Interfaces []NodeInterface `json:"interfaces,omitempty"`
+}
+
+// NodeInterface is one of a node's interfaces, with its addresses.
+type NodeInterface struct {
+	Name      string   `json:"name,omitempty"`
+	Addresses []string `json:"addresses,omitempty"`
 }
 
 // NodeAddress is one of a node's addresses.

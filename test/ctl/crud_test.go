@@ -54,7 +54,7 @@ func TestCreateApplyReplaceDelete(t *testing.T) {
 		{args: "apply -f -", stdin: pool("e", "10.5.0.0/16", "") + pool("f", "10.6.0.0/16", "  ipipMod: Always\n") + pool("g", "10.7.0.1/16", ""),
 			err: "failed to execute command: -: document 3: IPPool \"g\": spec.cidr \"10.7.0.1/16\": expected no bits set behind the prefix length: 10.7.0.0/16"},
 		{args: "apply -f -", stdin: pool("e", "10.5.0.0/16", "") + pool("f", "10.6.0.0/16", "  ipipMod: Always\n"),
-			err: "failed to execute command: IPPool \"f\": spec.ipipMod: unknown field: expected one of allowedUses, assignmentMode, blockSize, cidr, disableBGPExport, disabled, ipipMode, natOutgoing, nodeSelector, vxlanMode"},
+			err: "failed to execute command: IPPool \"f\": spec.ipipMod: unknown field: expected one of allowedUses, assignmentMode, blockSize, cidr, disableBGPExport, disabled, ipipMode, namespaceSelector, natOutgoing, nodeSelector, vxlanMode"},
 		{args: "get ippools -o name", out: "ippool/d\n"},
 	})
 	if _, err := s.Get(t.Context(), datastore.IPPools.Key("d")); err != nil {

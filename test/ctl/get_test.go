@@ -3,8 +3,10 @@ package ctl
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"os/exec"
 	"strings"
+	"sync"
 	"testing"
 
 	"sigs.k8s.io/yaml"
@@ -184,7 +186,7 @@ func TestLabelAndPatch(t *testing.T) {
 		{args: `patch node n1 -t yaml -p {}`, err: `--type "yaml": expected strategic, merge or json`},
 		{args: `patch node n1 -p []`, err: `--patch: expected an object such as {"spec":{…}}`},
 		{args: `patch node n1 -p {"metadata":{"name":"n2"}}`, err: "hit error: kind, metadata.name and metadata.namespace: expected them unchanged"},
-		{args: `patch node n1 -p {"spec":{"bpg":{}}}`, err: `hit error: Node "n1": spec.bpg: unknown field: expected one of addresses, bgp, ipv4VXLANTunnelAddr, ipv6VXLANTunnelAddr, orchRefs, vxlanTunnelMACAddr, vxlanTunnelMACAddrV6, wireguard`},
+		{args: `patch node n1 -p {"spec":{"bpg":{}}}`, err: `hit error: Node "n1": spec.bpg: unknown field: expected one of addresses, bgp, interfaces, ipv4VXLANTunnelAddr, ipv6VXLANTunnelAddr, orchRefs, vxlanTunnelMACAddr, vxlanTunnelMACAddrV6, wireguard`},
 		{args: `patch node n2 -p {}`, err: "hit error: resource does not exist: Node(n2) with error: not found"},
 		{args: "get node n1 -o json --export", out: `{
   "apiVersion": "projectcalico.org/v3",
@@ -238,11 +240,13 @@ func TestConfigFile(t *testing.T) {
 	openStore(t)
 	dir := t.TempDir()
 	write(t, dir, "good.cfg", "apiVersion: projectcalico.org/v3\nkind: CalicoAPIConfig\nspec: {datastoreType: etcdv3, etcdEndpoints: \""+endpoint+"\"}\n")
+	write(t, dir, "empty.cfg", "spec: {}\n")
 	write(t, dir, "dead.cfg", "spec: {etcdEndpoints: \"http://127.0.0.1:1\"}\n")
-	t.Setenv("ETCD_ENDPOINTS", "")
+	// The file that was named wins over the environment.
 	play(t, dir, []step{
 		{args: "get nodes -c {dir}/good.cfg --allow-version-mismatch", out: "NAME   \n\n"},
 		{args: "get nodes --config {dir}/none.cfg", err: "stat {dir}/none.cfg: no such file or directory"},
+		{args: "get nodes --config={dir}/empty.cfg", err: "etcd endpoints: none given: set ETCD_ENDPOINTS (http://host:2379) or spec.etcdEndpoints in /etc/calico/calicoctl.cfg"},
 		{args: "get nodes --config={dir}/dead.cfg", err: "etcd at http://127.0.0.1:1: not reachable: dial tcp 127.0.0.1:1: connect: connection refused"},
 	})
 }
@@ -264,5 +268,25 @@ func TestExitStatus(t *testing.T) {
 		if status := ctl.Main(t.Context(), strings.Fields(tt.args), &stderr); status != tt.status || stderr.String() != tt.stderr {
 			t.Errorf("%s: status %d, %q", tt.args, status, stderr.String())
 		}
+	}
+}
+
+// Edits that do not name a version are made again when somebody else was faster: none is lost.
+func TestEditorsAtOnce(t *testing.T) {
+	openStore(t)
+	play(t, t.TempDir(), []step{{args: "create -f -", stdin: pool("p", "10.1.0.0/16", ""), out: "Successfully created 1 'IPPool' resource(s)\n"}})
+	const editors = 8
+	var wg sync.WaitGroup
+	for i := range editors {
+		wg.Go(func() {
+			if out, err := run(t, "", "label", "ippool", "p", fmt.Sprintf("key%d=v", i)); err != nil {
+				t.Errorf("%s, %v", out, err)
+			}
+		})
+	}
+	wg.Wait()
+	out, err := run(t, "", "get", "ippool", "p", "-o", "json")
+	if n := strings.Count(out, `"key`); err != nil || n != editors {
+		t.Errorf("%d of %d labels are there, %v", n, editors, err)
 	}
 }
