@@ -2,6 +2,7 @@ package ctl
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 
@@ -37,15 +38,16 @@ func newIPAMShowCommand() *cobra.Command {
 				return err
 			}
 			return withStore(cmd, func(ctx context.Context, s *datastore.Store) error {
+				// What could be read is shown, whatever could not.
 				pools, err := ipam.Usage(ctx, s)
-				if err != nil {
-					return err
+				switch {
+				case err != nil && len(pools) == 0:
+				case output == "json":
+					err = errors.Join(err, printJSON(cmd.OutOrStdout(), pools))
+				default:
+					printUsage(cmd.OutOrStdout(), pools, blocks)
 				}
-				if output == "json" {
-					return printJSON(cmd.OutOrStdout(), pools)
-				}
-				printUsage(cmd.OutOrStdout(), pools, blocks)
-				return nil
+				return err
 			})
 		},
 	}
