@@ -2,6 +2,7 @@ package port_test
 
 import (
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
 
@@ -56,4 +57,28 @@ func TestOpenPorts(t *testing.T) {
 	if err := port.CheckAttach("tap"); err == nil {
 		t.Error("tap was taken")
 	}
+}
+
+// TestSwitchTUN: one persistent device serves both drivers in turn, each with its own offloads.
+func TestSwitchTUN(t *testing.T) {
+	s := newSpace(t)
+	s.do(t, func() error {
+		for _, d := range []driver{whole, plain, whole, plain} {
+			tun, err := d.tun("eth0") // the name that ethtool below asks for
+			if err != nil {
+				return err
+			}
+			on, err := ethtoolGet(ethtoolGetTSO)
+			if err != nil {
+				return err
+			}
+			if on != 0 != (d.name == whole.name) {
+				return fmt.Errorf("%s: TSO is %d", d.name, on)
+			}
+			if err := tun.Close(); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 }
