@@ -35,10 +35,15 @@ func CheckAttach(attach string) error {
 // OpenPorts opens the ports of an attachment on the TUN device name. before is called between the underlay, which can
 // be refused without a trace, and the device, which stays behind; its error ends the attempt.
 func OpenPorts(attach, name string, before func() error) (*Ports, error) {
+	return openPorts(attach, name, before, OpenOffloadUnderlay, OpenOffloadTUN)
+}
+
+func openPorts(attach, name string, before func() error, offloadUnderlay func() (*Underlay, error),
+	offloadTUN func(string) (*TUN, error)) (*Ports, error) {
 	if err := CheckAttach(attach); err != nil {
 		return nil, err
 	}
-	underlay, chosen, why, err := chooseUnderlay(attach)
+	underlay, chosen, why, err := chooseUnderlay(attach, offloadUnderlay)
 	if err != nil {
 		return nil, err
 	}
@@ -46,16 +51,17 @@ func OpenPorts(attach, name string, before func() error) (*Ports, error) {
 		return nil, errors.Join(err, underlay.Close())
 	}
 	if chosen == AttachTUN {
-		tun, err := OpenOffloadTUN(name)
+		tun, err := offloadTUN(name)
 		if err == nil {
 			return &Ports{TUN: tun, Underlay: underlay, Attach: chosen, Why: why}, nil
 		}
-		err = errors.Join(err, underlay.Close())
+		// What closing says does not matter: the sockets are gone.
+		_ = underlay.Close()
 		if attach == AttachTUN {
 			return nil, err
 		}
 		// What hinders the plain device too is its error then, and the one to tell.
-		chosen, why = AttachTUNPlain, err.Error()
+		chosen, why = AttachTUNPlain, fmt.Sprintf("auto: %v", err)
 		if underlay, err = OpenUnderlay(); err != nil {
 			return nil, err
 		}
@@ -68,12 +74,12 @@ func OpenPorts(attach, name string, before func() error) (*Ports, error) {
 }
 
 // chooseUnderlay opens the underlay of an attachment.
-func chooseUnderlay(attach string) (_ *Underlay, chosen, why string, err error) {
+func chooseUnderlay(attach string, offload func() (*Underlay, error)) (_ *Underlay, chosen, why string, err error) {
 	if attach == AttachTUNPlain {
 		underlay, err := OpenUnderlay()
 		return underlay, AttachTUNPlain, "asked for", err
 	}
-	underlay, err := OpenOffloadUnderlay()
+	underlay, err := offload()
 	if err == nil {
 		if attach == AttachTUN {
 			return underlay, AttachTUN, "asked for", nil

@@ -3,6 +3,7 @@
 //	attach.go     which drivers: a TUN device with offloads (tun), or without (tun-plain)
 //	tun.go        the TUN device vr0; without offloads through songgao/water: portable, splits superpackets itself
 //	tunoffload.go the same with offloads: superpackets pass whole, behind a virtio-net header (vnet.go)
+//	tunjoin.go    joins segments of one TCP flow on their way to vr0
 //	underlay.go   the side of the other nodes: receives by AF_PACKET, sends by a raw IP socket (rawsend.go)
 //	frames.go     sends by AF_PACKET instead: superpackets whole, or their segments without copying
 //	resolver.go   keeps the next hops' MAC addresses (hops.go) true to the kernel's tables

@@ -18,3 +18,6 @@ func (u *Underlay) Resolved(to netip.Addr) (frames, whole bool) {
 	h := u.frames.resolver.table.Load().find(binary.BigEndian.Uint32(a[:]))
 	return h != nil && !h.raw, h != nil && h.whole
 }
+
+// OpenPortsWith is OpenPorts with other drivers for the offloads.
+var OpenPortsWith = openPorts

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
-	"fmt"
 	"net"
 	"syscall"
 	"testing"
@@ -320,30 +319,6 @@ func TestRetagFollows(t *testing.T) {
 	if b.super.Load() == before {
 		t.Error("no superpacket arrived")
 	}
-}
-
-// TestSwitchTUN: one persistent device serves both drivers in turn, each with its own offloads.
-func TestSwitchTUN(t *testing.T) {
-	s := newSpace(t)
-	s.do(t, func() error {
-		for _, d := range []driver{whole, plain, whole, plain} {
-			tun, err := d.tun("eth0") // the name that ethtool below asks for
-			if err != nil {
-				return err
-			}
-			on, err := ethtoolGet(ethtoolGetTSO)
-			if err != nil {
-				return err
-			}
-			if on != 0 != (d.name == whole.name) {
-				return fmt.Errorf("%s: TSO is %d", d.name, on)
-			}
-			if err := tun.Close(); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
 }
 
 // TestOffloadAllocations: the offload drivers allocate nothing while they send, however they send.

@@ -45,6 +45,7 @@ type TUN struct {
 	emit    func([]byte)
 	written int
 	failure vrouter.Reason
+	run     run
 }
 
 // OpenTUN creates the device name, or takes over the one that an earlier process left, and sets it up. It stays, with
@@ -239,13 +240,11 @@ func (t *TUN) retry(f func() error) {
 
 // Send implements vrouter.Port.
 func (t *TUN) Send(batch []*vrouter.Packet) {
+	for t.vnet > 0 && len(batch) > 0 {
+		batch = batch[t.sendRun(batch):]
+	}
 	for _, p := range batch {
 		t.written, t.failure = 0, vrouter.ReasonNotSet
-		if t.vnet > 0 {
-			t.sendWhole(p)
-			p.Sent, p.Drop = t.written, t.failure
-			continue
-		}
 		b := p.Bytes()
 		switch p.Offload.Segmentation {
 		case vrouter.SegmentNone:
