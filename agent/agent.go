@@ -7,6 +7,8 @@ import (
 	"log/slog"
 	"net/netip"
 	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -37,8 +39,11 @@ type Config struct {
 // retryPause is the wait before a reconciliation that failed is tried again.
 const retryPause = time.Second
 
-// errSyncing is the state of an agent that has done its own part and waits for its peers'.
-var errSyncing = errors.New("waiting for the BGP peers' first tables")
+// incomplete is the state of an agent that has done its own part and lacks something of the others': the node is not
+// ready, but pods can be attached.
+type incomplete struct{ error }
+
+var errSyncing = incomplete{errors.New("waiting for the BGP peers' first tables")}
 
 // Agent is the control plane of one node. Run's goroutine owns all state that has no lock.
 type Agent struct {
@@ -60,11 +65,13 @@ type Agent struct {
 	synced bool // the first BGP tables are in, or late: stale state may go
 
 	// mu guards what the status and the CNI server read, and the writes to underlay, plane, speaker and as above.
-	mu      sync.Mutex
-	tunnel  netip.Addr
-	desired Desired // of the last reconciliation
-	failure error   // of the last reconciliation
-	ready   bool
+	mu       sync.Mutex
+	tunnel   netip.Addr
+	absent   time.Time       // since when the node's address is gone; zero: it is there
+	retained map[string]Pool // pools in force, deleted ones that pods still live in included
+	desired  Desired         // of the last reconciliation
+	failure  error           // of the last reconciliation
+	ready    bool
 }
 
 // Run is the agent's life: it returns nil after ctx is done and every session has been closed cleanly, and an error
@@ -85,7 +92,7 @@ func Run(ctx context.Context, cfg Config) error {
 	defer a.plane.client.Close()
 	defer a.kernel.nl.Close()
 	if err := a.waitForVRouter(ctx); err != nil {
-		return err
+		return nil // asked to stop before there was anything to stop
 	}
 	if err := a.startBGP(ctx); err != nil {
 		return err
@@ -177,7 +184,7 @@ func (a *Agent) waitForVRouter(ctx context.Context) error {
 		select {
 		case <-found:
 		case <-ctx.Done():
-			return nil
+			return ctx.Err()
 		}
 	}
 }
@@ -253,11 +260,33 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 		}
 		if text := fmt.Sprint(err); text != reported {
 			if reported = text; err != nil {
-				a.log.Error("not in the desired state; trying on", "err", err)
+				a.log.Error("not in the desired state; trying on", "err", strings.ReplaceAll(text, "\n", "; "))
 			}
 		}
 		a.settle(err)
 	}
+}
+
+// retain returns the pools to route by: those that there are, and those that were deleted while pods of this node
+// still live in them. Without their routes such pods would go on in clear.
+func (a *Agent) retain(pools []Pool) []Pool {
+	next := make(map[string]Pool, len(pools))
+	for _, p := range pools {
+		next[p.Name] = p
+	}
+	for name, p := range a.retained {
+		_, there := next[name]
+		overlaps := slices.ContainsFunc(pools, func(o Pool) bool { return o.CIDR.Overlaps(p.CIDR) })
+		used := slices.ContainsFunc(a.cni.Attachments(), func(at server.Attachment) bool { return p.CIDR.Contains(at.Address) })
+		if there || overlaps || !used {
+			continue
+		}
+		a.cluster.warnOnce("IPPool was deleted and pods still live in it; its routes stay until they are gone", name, p.CIDR.String())
+		next[name] = p
+		pools = append(pools, p)
+	}
+	a.retained = next
+	return pools
 }
 
 // settle records how a reconciliation ended, for the status.
@@ -271,6 +300,8 @@ func (a *Agent) settle(err error) {
 		a.fail(errors.New("the vRouter does not answer"))
 	case !a.synced:
 		a.fail(errSyncing)
+	case a.cluster.blind() != nil:
+		a.fail(incomplete{a.cluster.blind()})
 	default:
 		a.locked(func() { a.ready, a.failure = true, nil })
 		if !was {
@@ -293,10 +324,11 @@ func (a *Agent) readyError() error {
 // attachError says why CNI ADD cannot be served now; nil when it can. A pod need not wait for what the peers still
 // have to say: this node's side of its network is complete.
 func (a *Agent) attachError() error {
-	if err := a.readyError(); !errors.Is(err, errSyncing) {
-		return err
+	err := a.readyError()
+	if errors.As(err, new(incomplete)) {
+		return nil
 	}
-	return nil
+	return err
 }
 
 func (a *Agent) podMTU() int {
@@ -324,20 +356,25 @@ func (a *Agent) reconcile(ctx context.Context) error {
 		errs = append(errs, err)
 	}
 	in.Tunnel, in.Blocks = a.tunnel, a.cluster.blocks()
+	in.Pools, in.Blind = a.retain(in.Pools), a.cluster.blind() != nil
 	want := Compute(in)
+	// What cannot be read may be what a route stands on: nothing is taken away until it can.
+	sweep := a.synced && !in.Blind
 	a.locked(func() { a.desired = want })
 	cfg := rpc.Config{NodeAddress: a.underlay.Prefix.Addr(), Underlay: a.underlay.Interface, MTU: a.underlay.MTU - ipipOverhead}
-	if err := a.plane.apply(ctx, cfg, want, a.synced); err != nil {
+	if err := a.plane.apply(ctx, cfg, want, sweep); err != nil {
 		errs = append(errs, fmt.Errorf("program the vRouter: %w", err))
 	}
-	if err := a.applyTunnel(); err != nil {
+	if err := a.applyTunnel(in.Blind); err != nil {
 		errs = append(errs, err)
 	}
-	if err := a.kernel.Apply(want.Kernel, a.synced); err != nil {
+	if err := a.kernel.Apply(want.Kernel, sweep); err != nil {
 		errs = append(errs, err)
 	}
-	if err := a.cni.SetPools(want.NAT, want.All); err != nil {
-		errs = append(errs, fmt.Errorf("masquerade: %w", err))
+	if !in.Blind {
+		if err := a.cni.SetPools(want.NAT, want.All); err != nil {
+			errs = append(errs, fmt.Errorf("masquerade: %w", err))
+		}
 	}
 	if err := a.speaker.SetPeers(ctx, a.cluster.peers(in)); err != nil {
 		errs = append(errs, fmt.Errorf("bgp peers: %w", err))

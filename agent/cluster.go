@@ -78,8 +78,12 @@ func decodePool(kv datastore.KV) (Pool, error) {
 		return Pool{}, err
 	}
 	cidr, err := p.Prefix()
-	return Pool{Name: p.Metadata.Name, CIDR: cidr, IPIPMode: p.Spec.IPIPMode, NATOutgoing: p.Spec.NATOutgoing,
-		DisableBGPExport: p.Spec.DisableBGPExport}, err
+	pool := Pool{Name: p.Metadata.Name, CIDR: cidr, BlockSize: p.Spec.BlockSize, IPIPMode: p.Spec.IPIPMode,
+		NATOutgoing: p.Spec.NATOutgoing, DisableBGPExport: p.Spec.DisableBGPExport}
+	if p.Spec.VXLANMode != datastore.Never {
+		pool.Unsupported = fmt.Sprintf("spec.vxlanMode %s: expected Never, this version does not do VXLAN", p.Spec.VXLANMode)
+	}
+	return pool, err
 }
 
 func decodeMember(kv datastore.KV) (Member, error) {
@@ -117,6 +121,11 @@ func decodeAffinity(kv datastore.KV) (blockState, error) {
 		return blockState{}, fmt.Errorf("affinity of block %s: %w", block, err)
 	}
 	return blockState{block: block, confirmed: v.State == "confirmed" && !v.Deleted}, nil
+}
+
+// blind says which value that routing depends on cannot be read; nil when all can.
+func (c *cluster) blind() error {
+	return cmp.Or(c.pools.blind(), c.members.blind(), c.affinities.blind())
 }
 
 // inputs returns the cluster's part of what the desired state follows from.

@@ -14,9 +14,13 @@ import (
 type Pool struct {
 	Name             string
 	CIDR             netip.Prefix
+	BlockSize        int    // prefix length of its blocks
 	IPIPMode         string // Always, CrossSubnet or Never
 	NATOutgoing      bool
 	DisableBGPExport bool
+	// Unsupported says what the pool asks for that this version does not do; such a pool is blackholed, because its
+	// packets would otherwise leave in clear.
+	Unsupported string
 }
 
 // Member is a node of the cluster as the datastore lists it.
@@ -36,6 +40,7 @@ type Inputs struct {
 	Blocks   []netip.Prefix // this node's confirmed blocks
 	Pods     []netip.Addr   // addresses of this node's pods, borrowed ones among them
 	Paths    map[netip.Prefix]bgp.Path
+	Blind    bool // something above may be missing because the datastore holds what cannot be read
 }
 
 // KernelRoute is a route the agent owns in the kernel's main table.
@@ -69,6 +74,13 @@ type Desired struct {
 // blackholeMetric is far behind every route anybody installs: the blackhole only catches what has lost its route.
 const blackholeMetric = 1 << 20
 
+// learnedMetric is that of routes to the world outside the pools (BIRD's default for its kernel routes): behind what
+// the operator has configured by hand, which comes without a metric.
+const learnedMetric = 32
+
+// widestBlock is the shortest prefix that a block can have (Calico: /20).
+const widestBlock = 20
+
 // tunnelDevice is the vRouter's device, to which the kernel routes the pools that need encapsulation.
 const tunnelDevice = "vr0"
 
@@ -94,13 +106,24 @@ func Compute(in Inputs) Desired {
 		}
 	}
 	slices.SortFunc(d.Nodes, netip.Addr.Compare)
-	slices.SortFunc(d.Kernel, compareKernel)
+	d.Kernel = unique(d.Kernel)
 	slices.SortFunc(d.Rejected, func(a, b Rejected) int { return a.Prefix.Compare(b.Prefix) })
 	return d
 }
 
-func compareKernel(a, b KernelRoute) int {
-	return cmp.Or(a.Prefix.Compare(b.Prefix), cmp.Compare(a.Metric, b.Metric))
+// unique sorts the routes and leaves one for each destination and metric, which is what one route is to the kernel.
+// Two want the same place only where a pool is a single block: then the way to the node that has it is the right one.
+func unique(routes []KernelRoute) []KernelRoute {
+	slices.SortStableFunc(routes, func(a, b KernelRoute) int {
+		gateway := func(r KernelRoute) int {
+			if r.Gateway.IsValid() {
+				return 0
+			}
+			return 1
+		}
+		return cmp.Or(a.Prefix.Compare(b.Prefix), cmp.Compare(a.Metric, b.Metric), cmp.Compare(gateway(a), gateway(b)))
+	})
+	return slices.CompactFunc(routes, func(a, b KernelRoute) bool { return a.Prefix == b.Prefix && a.Metric == b.Metric })
 }
 
 // pools routes each pool that needs encapsulation to vr0, and lays a blackhole under every pool, so that a packet to
@@ -115,7 +138,7 @@ func (d *Desired) pools(in Inputs) {
 			continue
 		}
 		d.Kernel = append(d.Kernel, KernelRoute{Prefix: p.CIDR, Blackhole: true, Metric: blackholeMetric})
-		if encapsulates(p.IPIPMode) {
+		if p.Unsupported == "" && encapsulates(p.IPIPMode) {
 			d.Encap = true
 			d.Kernel = append(d.Kernel, KernelRoute{Prefix: p.CIDR, Device: tunnelDevice, Source: in.Tunnel})
 		}
@@ -147,7 +170,7 @@ func (d *Desired) borrowed(in Inputs) {
 		}
 		one := netip.PrefixFrom(addr, addr.BitLen())
 		pool, ok := poolOf(in.Pools, one)
-		if _, done := d.Routes[one]; done || !ok {
+		if _, done := d.Routes[one]; done || !ok || pool.Unsupported != "" {
 			continue
 		}
 		d.Routes[one] = rpc.Local()
@@ -195,14 +218,22 @@ func (d *Desired) learned(in Inputs, members map[netip.Addr]bool, prefix netip.P
 	pool, inPool := poolOf(in.Pools, prefix)
 	switch {
 	case !inPool && members[path.Peer]:
+		// Pods whose pool has been deleted must not begin to speak in clear.
+		if !in.Blind && prefix.Bits() >= widestBlock && orphaned(in) {
+			d.Kernel = append(d.Kernel, KernelRoute{Prefix: prefix, Blackhole: true, Metric: blackholeMetric})
+		}
 		return "sent by a node of the mesh, but inside no pool"
+	case inPool && pool.Unsupported != "":
+		return fmt.Sprintf("pool %s: %s", pool.Name, pool.Unsupported)
+	case inPool && prefix.Bits() != pool.BlockSize && !(prefix.IsSingleIP() && members[path.Peer]):
+		return fmt.Sprintf("inside pool %s, but neither a block (/%d) nor an address that a node of the mesh has borrowed", pool.Name, pool.BlockSize)
 	case !inPool:
 		for _, p := range in.Pools {
 			if prefix.Bits() > 0 && prefix.Overlaps(p.CIDR) {
 				return fmt.Sprintf("covers pool %s", p.Name)
 			}
 		}
-		d.direct(in, prefix, path.NextHop)
+		d.direct(in, prefix, path.NextHop, learnedMetric)
 		return ""
 	case encapsulates(pool.IPIPMode) && !members[path.NextHop]:
 		return fmt.Sprintf("next hop %s is no node of the cluster, and pool %s needs IP-in-IP", path.NextHop, pool.Name)
@@ -215,12 +246,20 @@ func (d *Desired) learned(in Inputs, members map[netip.Addr]bool, prefix netip.P
 		return ""
 	}
 	d.Routes[prefix] = rpc.Direct(path.NextHop)
-	d.direct(in, prefix, path.NextHop)
+	d.direct(in, prefix, path.NextHop, 0)
 	return ""
 }
 
-func (d *Desired) direct(in Inputs, prefix netip.Prefix, via netip.Addr) {
-	d.Kernel = append(d.Kernel, KernelRoute{Prefix: prefix, Device: in.Underlay.Interface, Gateway: via})
+func (d *Desired) direct(in Inputs, prefix netip.Prefix, via netip.Addr, metric int) {
+	d.Kernel = append(d.Kernel, KernelRoute{Prefix: prefix, Device: in.Underlay.Interface, Gateway: via, Metric: metric})
+}
+
+// orphaned tells whether a block of this node lies in no pool.
+func orphaned(in Inputs) bool {
+	return slices.ContainsFunc(in.Blocks, func(b netip.Prefix) bool {
+		_, ok := poolOf(in.Pools, b)
+		return !ok
+	})
 }
 
 // martian refuses what no peer may tell us: prefixes of special use (RFC 6890) and routes that would draw the

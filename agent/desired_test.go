@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"pgregory.net/rapid"
 
 	"margay/bgp"
 	"margay/vrouter/rpc"
@@ -23,7 +24,7 @@ func threeNodes(mode string) Inputs {
 		Node:     "node1",
 		Underlay: Underlay{Interface: "eth0", Prefix: pfx("198.18.0.1/24"), MTU: 1500},
 		Tunnel:   addr("10.244.0.1"),
-		Pools:    []Pool{{Name: "default", CIDR: pfx("10.244.0.0/16"), IPIPMode: mode, NATOutgoing: true}},
+		Pools:    []Pool{{Name: "default", CIDR: pfx("10.244.0.0/16"), BlockSize: 26, IPIPMode: mode, NATOutgoing: true}},
 		Members: []Member{{Name: "node1", Address: addr("198.18.0.1")}, {Name: "node2", Address: addr("198.18.0.2")},
 			{Name: "node3", Address: addr("198.18.9.3"), AS: 64600}},
 		Blocks: []netip.Prefix{pfx("10.244.0.0/26")},
@@ -97,18 +98,23 @@ func TestImportRules(t *testing.T) {
 		why           string // "" is accepted
 	}{
 		{"10.244.7.0/26", mesh, mesh, ""},
+		{"10.244.7.0/26", mesh, outside, ""}, // a route reflector's
+		{"10.244.7.9/32", mesh, mesh, ""},    // a borrowed address
+		{"10.244.7.9/32", mesh, outside, "neither a block"},
+		{"10.244.0.0/16", mesh, outside, "neither a block"},
+		{"10.244.128.0/17", mesh, mesh, "neither a block"},
 		{"192.0.2.0/24", outside, outside, ""},
 		{"0.0.0.0/0", outside, outside, ""},
 		{"192.0.2.0/24", mesh, mesh, "inside no pool"},
 		{"0.0.0.0/0", mesh, mesh, "inside no pool"},
 		{"10.244.0.0/26", mesh, mesh, "own block"},
 		{"10.244.0.7/32", mesh, mesh, ""}, // lent to node2
-		{"10.244.0.7/32", mesh, outside, ""},
+		{"10.244.0.7/32", mesh, outside, "nor an address that a node of the mesh has borrowed"},
 		{"10.244.0.7/32", outside, outside, "own block"},
 		{"10.244.0.8/31", mesh, mesh, "own block"},
 		{"10.244.0.5/32", mesh, mesh, "in use here"},
 		{"10.244.0.1/32", mesh, mesh, "in use here"},
-		{"10.244.7.9/32", mesh, mesh, "a pod of this node"},
+		{"10.244.7.10/32", mesh, mesh, "a pod of this node"},
 		{"10.0.0.0/8", outside, outside, "covers pool"},
 		{"10.244.7.0/26", outside, outside, "no node of the cluster"},
 		{"10.244.7.0/26", addr("198.18.0.1"), mesh, "this node itself"},
@@ -121,7 +127,7 @@ func TestImportRules(t *testing.T) {
 		{"2001:db8::/32", outside, outside, "not IPv4"},
 	} {
 		in := threeNodes("Always")
-		in.Pods = []netip.Addr{addr("10.244.0.5"), addr("10.244.7.9")}
+		in.Pods = []netip.Addr{addr("10.244.0.5"), addr("10.244.7.10")}
 		in.Paths = map[netip.Prefix]bgp.Path{pfx(tc.prefix): {NextHop: tc.nextHop, Peer: tc.peer}}
 		d := Compute(in)
 		switch {
@@ -187,6 +193,62 @@ func TestPods(t *testing.T) {
 			t.Errorf("%v %s: %v, expected %v", step.added, step.addr, p.all(), step.want)
 		}
 	}
+}
+
+// TestPoolOfOneBlock: the pool's prefix is a block's too; the way to the node that has the block is the one route.
+func TestPoolOfOneBlock(t *testing.T) {
+	in := threeNodes("CrossSubnet")
+	in.Pools[0].CIDR, in.Pools[0].BlockSize, in.Blocks = pfx("10.77.0.0/26"), 26, nil
+	in.Paths = map[netip.Prefix]bgp.Path{pfx("10.77.0.0/26"): {NextHop: addr("198.18.0.2"), Peer: addr("198.18.0.2")}}
+	want := []string{"10.77.0.0/26 via 198.18.0.2 dev eth0", "blackhole 10.77.0.0/26 metric 1048576"}
+	if diff := cmp.Diff(want, Compute(in).kernel("10.77.0.0/26")); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+}
+
+func TestPoolThatIsNotSupportedIsBlackholed(t *testing.T) {
+	in := threeNodes("Never")
+	in.Pools[0].Unsupported, in.Blocks = "spec.vxlanMode Always", nil
+	d := Compute(in)
+	if len(d.Kernel) != 1 || !d.Kernel[0].Blackhole || len(d.Routes) != 0 || len(d.Rejected) != 2 || d.Encap {
+		t.Errorf("expected the blackhole alone, and both routes refused: %+v", d)
+	}
+}
+
+// TestDeletedPool: where this node's own block has lost its pool, the others' blocks have too; they are blackholed.
+func TestDeletedPool(t *testing.T) {
+	in := threeNodes("Always")
+	in.Pools = nil
+	d := Compute(in)
+	if got := d.kernel("10.244.0.64/26"); !slices.Equal(got, []string{"blackhole 10.244.0.64/26 metric 1048576"}) {
+		t.Errorf("node2's block: %v", got)
+	}
+	in.Blocks = nil
+	if d = Compute(in); len(d.Kernel) != 0 {
+		t.Errorf("without a block of ours nothing tells that there was a pool: %v", d.Kernel)
+	}
+}
+
+// TestOneRouteForOnePlace: whatever peers send, no two routes want the same place in the kernel's table.
+func TestOneRouteForOnePlace(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		in := threeNodes(rapid.SampledFrom([]string{"Always", "CrossSubnet", "Never"}).Draw(t, "mode"))
+		in.Pools[0].BlockSize = rapid.IntRange(20, 32).Draw(t, "blockSize")
+		hops := rapid.SampledFrom([]netip.Addr{addr("198.18.0.2"), addr("198.18.9.3"), addr("198.18.0.200")})
+		for range rapid.IntRange(0, 20).Draw(t, "routes") {
+			a := netip.AddrFrom4([4]byte{10, byte(rapid.IntRange(240, 246).Draw(t, "b")), byte(rapid.IntRange(0, 3).Draw(t, "c")), 0})
+			p, _ := a.Prefix(rapid.IntRange(0, 32).Draw(t, "bits"))
+			in.Paths[p] = bgp.Path{NextHop: hops.Draw(t, "next hop"), Peer: hops.Draw(t, "peer")}
+		}
+		seen := map[kernelKey]bool{}
+		for _, r := range Compute(in).Kernel {
+			key := kernelKey{r.Prefix, r.Metric}
+			if seen[key] {
+				t.Fatalf("two routes for %s metric %d", r.Prefix, r.Metric)
+			}
+			seen[key] = true
+		}
+	})
 }
 
 func TestMeshPassiveIsComparedAsText(t *testing.T) {

@@ -147,20 +147,37 @@ func (s *subscription) close() {
 	}()
 }
 
-// redetect looks at the underlay again. Another MTU is taken over; another address means another identity toward the
-// peers and the datastore, which only a restart can take on.
+// absenceGrace is how long the node's address may be away before the agent believes it: links flap, and DHCP clients
+// take an address off for a moment.
+const absenceGrace = 10 * time.Second
+
+// redetect looks at the underlay again. Another MTU is taken over. Another address means another identity toward the
+// peers and the datastore, which only a restart can take on: the error says so. As long as the old address is there, on
+// an interface that is up or down, it stays in force whatever else a detection would find.
 func (a *Agent) redetect() error {
-	now, err := DetectUnderlay(a.cfg.Autodetection)
+	cands, err := listCandidates()
 	if err != nil {
-		return nil // it is down: what was known stays in force until it comes back
+		return nil // the next look will do
 	}
-	if now.Prefix != a.underlay.Prefix || now.Interface != a.underlay.Interface {
-		return fmt.Errorf("this node's address was %s on %s and is %s on %s now: the agent has to start anew",
-			a.underlay.Prefix, a.underlay.Interface, now.Prefix, now.Interface)
+	for _, c := range cands {
+		if c.name != a.underlay.Interface || c.prefix != a.underlay.Prefix {
+			continue
+		}
+		a.absent = time.Time{}
+		if c.mtu != a.underlay.MTU {
+			a.log.Info("underlay has another MTU; pods that are there keep theirs", "was", a.underlay.MTU, "is", c.mtu)
+			a.locked(func() { a.underlay.MTU = c.mtu })
+		}
+		return nil
 	}
-	if now.MTU != a.underlay.MTU {
-		a.log.Info("underlay has another MTU; pods that are there keep theirs", "was", a.underlay.MTU, "is", now.MTU)
-		a.locked(func() { a.underlay = now })
+	if a.absent.IsZero() {
+		a.absent = time.Now()
+		time.AfterFunc(absenceGrace, a.host.both)
 	}
-	return nil
+	now, err := DetectUnderlay(a.cfg.Autodetection)
+	if err != nil || time.Since(a.absent) < absenceGrace {
+		return nil // what was known stays in force until there is something else
+	}
+	return fmt.Errorf("this node's address was %s on %s and is %s on %s now: the agent has to start anew",
+		a.underlay.Prefix, a.underlay.Interface, now.Prefix, now.Interface)
 }

@@ -43,10 +43,19 @@ func (k *kernelTable) Apply(want []KernelRoute, sweep bool) error {
 			errs = append(errs, err)
 			continue
 		}
-		if old, ok := have[key]; ok && sameRoute(old, route) {
-			continue
+		old, ours := have[key]
+		switch {
+		case ours && sameRoute(old, route):
+		case ours:
+			err = k.nl.RouteReplace(&route)
+		default:
+			// Not replace: the kernel would take anybody's route of that destination and metric for it.
+			err = k.nl.RouteAdd(&route)
 		}
-		if err := k.nl.RouteReplace(&route); err != nil {
+		if errors.Is(err, unix.EEXIST) {
+			err = errors.New("somebody else's route is there already: remove one of the two")
+		}
+		if err != nil {
 			errs = append(errs, fmt.Errorf("route %s: %w", w, err))
 		}
 	}
@@ -131,6 +140,9 @@ func sameRoute(a, b netlink.Route) bool {
 func (w KernelRoute) String() string {
 	if w.Blackhole {
 		return fmt.Sprintf("blackhole %s metric %d", w.Prefix, w.Metric)
+	}
+	if w.Gateway.IsValid() && w.Metric != 0 {
+		return fmt.Sprintf("%s via %s dev %s metric %d", w.Prefix, w.Gateway, w.Device, w.Metric)
 	}
 	if w.Gateway.IsValid() {
 		return fmt.Sprintf("%s via %s dev %s", w.Prefix, w.Gateway, w.Device)

@@ -32,11 +32,8 @@ func (p *pods) all() []netip.Addr {
 	return slices.SortedFunc(maps.Keys(p.addrs), netip.Addr.Compare)
 }
 
-// podChanged notes a pod that came or went. One inside this node's own blocks changes no route; one that has borrowed its
-// address does.
+// podChanged notes a pod that came or went.
 func (a *Agent) podChanged(added bool, addr netip.Addr, _ string) {
 	a.pods.set(added, addr)
-	if !slices.ContainsFunc(a.cluster.blocks(), func(b netip.Prefix) bool { return b.Contains(addr) }) {
-		a.wake()
-	}
+	a.wake()
 }

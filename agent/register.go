@@ -50,6 +50,16 @@ func recordTunnel(ctx context.Context, s *datastore.Store, node string, tunnel n
 	})
 }
 
+// recordedTunnel reads what recordTunnel has written.
+func recordedTunnel(ctx context.Context, s *datastore.Store, node string) (netip.Addr, bool) {
+	n, err := datastore.GetResource[datastore.Node](ctx, s, node)
+	if err != nil || n.Spec.BGP == nil {
+		return netip.Addr{}, false
+	}
+	addr, err := netip.ParseAddr(n.Spec.BGP.IPv4IPIPTunnelAddr)
+	return addr, err == nil && addr.Is4()
+}
+
 // podIPAM is address management as the CNI server wants it.
 type podIPAM struct {
 	alloc *ipam.Allocator

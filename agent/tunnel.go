@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"slices"
@@ -11,38 +12,25 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"margay/datastore"
 	"margay/ipam"
 )
 
 // ensureTunnel gives vr0 an address of this node's own block, so that host processes that talk to remote pods have a
-// source to which the answers come back through the tunnel. The address is kept across restarts by its IPAM handle.
+// source to which the answers come back through the tunnel. The address is kept across restarts by its IPAM handle, and
+// given up when its pool is.
 func (a *Agent) ensureTunnel(ctx context.Context, in Inputs) error {
-	if a.tunnel.IsValid() || !slices.ContainsFunc(in.Pools, func(p Pool) bool { return encapsulates(p.IPIPMode) }) {
+	inPool := func(addr netip.Addr) bool {
+		_, ok := poolOf(in.Pools, netip.PrefixFrom(addr, addr.BitLen()))
+		return ok
+	}
+	encap := func(p Pool) bool { return p.Unsupported == "" && encapsulates(p.IPIPMode) }
+	if a.tunnel.IsValid() && inPool(a.tunnel) || !slices.ContainsFunc(in.Pools, encap) {
 		return nil
 	}
-	handle := "ipip-tunnel-addr-" + a.cfg.Node
-	held, err := a.alloc.HandleAddresses(ctx, handle)
+	addr, err := a.findTunnel(ctx, inPool)
 	if err != nil {
 		return fmt.Errorf("tunnel address: %w", err)
-	}
-	var addr netip.Addr
-	for _, h := range held {
-		if _, ok := poolOf(in.Pools, netip.PrefixFrom(h, h.BitLen())); ok {
-			addr = h
-		}
-	}
-	if !addr.IsValid() {
-		if len(held) > 0 {
-			if _, err := a.alloc.ReleaseHandle(ctx, handle); err != nil {
-				return fmt.Errorf("tunnel address: release %v, which is in no pool any more: %w", held, err)
-			}
-		}
-		got, err := a.alloc.Assign(ctx, ipam.Request{Handle: handle, Use: "Tunnel",
-			Attrs: map[string]string{"node": a.cfg.Node, "type": "ipipTunnelAddress"}})
-		if err != nil {
-			return fmt.Errorf("tunnel address: %w", err)
-		}
-		addr = got.Addr
 	}
 	if err := recordTunnel(ctx, a.store, a.cfg.Node, addr); err != nil {
 		return fmt.Errorf("tunnel address: %w", err)
@@ -52,8 +40,37 @@ func (a *Agent) ensureTunnel(ctx context.Context, in Inputs) error {
 	return nil
 }
 
-// applyTunnel makes the tunnel address the only IPv4 address of vr0.
-func (a *Agent) applyTunnel() error {
+// findTunnel returns the address that the node's handle holds, or a new one.
+func (a *Agent) findTunnel(ctx context.Context, inPool func(netip.Addr) bool) (netip.Addr, error) {
+	handle := "ipip-tunnel-addr-" + a.cfg.Node
+	held, err := a.alloc.HandleAddresses(ctx, handle)
+	if err != nil {
+		// A block that cannot be read must not cost the node its address: it stands in the Node, too.
+		if addr, ok := recordedTunnel(ctx, a.store, a.cfg.Node); ok && inPool(addr) {
+			a.log.Warn("the tunnel address cannot be confirmed in IPAM; using the one recorded in the Node", "address", addr, "err", err)
+			return addr, nil
+		}
+		return netip.Addr{}, err
+	}
+	for _, h := range held {
+		if inPool(h) {
+			return h, nil
+		}
+	}
+	if len(held) > 0 {
+		a.log.Info("tunnel address is in no pool any more", "addresses", held)
+		if _, err := a.alloc.ReleaseHandle(ctx, handle); err != nil {
+			return netip.Addr{}, fmt.Errorf("release %v: %w", held, err)
+		}
+	}
+	got, err := a.alloc.Assign(ctx, ipam.Request{Handle: handle, Use: datastore.UseTunnel,
+		Attrs: map[string]string{"node": a.cfg.Node, "type": "ipipTunnelAddress"}})
+	return got.Addr, err
+}
+
+// applyTunnel makes the tunnel address the only IPv4 address of vr0. An agent that is blind, and so has found none, leaves
+// the one of the agent before it in place.
+func (a *Agent) applyTunnel(blind bool) error {
 	link, err := a.kernel.nl.LinkByName(tunnelDevice)
 	if err != nil {
 		if errors.As(err, new(netlink.LinkNotFoundError)) {
@@ -61,9 +78,17 @@ func (a *Agent) applyTunnel() error {
 		}
 		return err
 	}
+	if link.Attrs().Flags&net.FlagUp == 0 {
+		if err := a.kernel.nl.LinkSetUp(link); err != nil {
+			return fmt.Errorf("set %s up: %w", tunnelDevice, err)
+		}
+	}
 	// The vRouter checks what comes out of the tunnel itself, and against more than a reverse path.
 	if err := writeSysctl("net/ipv4/conf/"+tunnelDevice+"/rp_filter", "0"); err != nil {
 		return err
+	}
+	if blind && !a.tunnel.IsValid() {
+		return nil
 	}
 	addrs, err := a.kernel.nl.AddrList(link, unix.AF_INET)
 	if err != nil {

@@ -2,7 +2,10 @@ package agent
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -17,8 +20,9 @@ type view[T any] struct {
 	decode func(datastore.KV) (T, error)
 	log    *slog.Logger
 
-	mu    sync.Mutex
-	items map[string]T
+	mu     sync.Mutex
+	items  map[string]T
+	broken map[string]error // keys whose value cannot be read
 }
 
 // relistPause is the wait before a list that failed is tried again.
@@ -40,25 +44,43 @@ func (v *view[T]) list(ctx context.Context) (int64, error) {
 	if err != nil {
 		return 0, err
 	}
-	items := make(map[string]T, len(kvs))
-	for _, kv := range kvs {
-		if item, ok := v.read(kv); ok {
-			items[kv.Key] = item
-		}
-	}
 	v.mu.Lock()
-	v.items = items
-	v.mu.Unlock()
+	defer v.mu.Unlock()
+	old := v.items
+	v.items, v.broken = make(map[string]T, len(kvs)), make(map[string]error)
+	for _, kv := range kvs {
+		if item, ok := old[kv.Key]; ok {
+			v.items[kv.Key] = item
+		}
+		v.put(kv)
+	}
 	return rev, nil
 }
 
-func (v *view[T]) read(kv datastore.KV) (T, bool) {
+// put takes in one value; mu is held. One that cannot be read leaves the one before it in force: a slip in a manifest
+// must not take a pool's routes away.
+func (v *view[T]) put(kv datastore.KV) {
 	item, err := v.decode(kv)
 	if err != nil {
-		v.log.Error("ignoring what this version cannot read in the datastore", "key", kv.Key, "err", err)
-		return item, false
+		v.log.Error("a value in the datastore cannot be read; what it was before stays in force", "key", kv.Key, "err", err)
+		v.broken[kv.Key] = err
+		return
 	}
-	return item, true
+	v.items[kv.Key] = item
+	delete(v.broken, kv.Key)
+}
+
+// blind returns a value that cannot be read and that nothing known stands in for; nil when there is none. As long as
+// there is one, what follows from this view is incomplete.
+func (v *view[T]) blind() error {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for _, key := range slices.Sorted(maps.Keys(v.broken)) {
+		if _, known := v.items[key]; !known {
+			return fmt.Errorf("%s cannot be read: %w", key, v.broken[key])
+		}
+	}
+	return nil
 }
 
 func (v *view[T]) follow(ctx context.Context, events <-chan datastore.Event, rev int64, changed func()) {
@@ -78,20 +100,16 @@ func (v *view[T]) follow(ctx context.Context, events <-chan datastore.Event, rev
 	}
 }
 
-// apply takes in one event. A value that cannot be read leaves the one before it in force: a slip in a manifest must
-// not take a pool's routes away.
+// apply takes in one event.
 func (v *view[T]) apply(ev datastore.Event) {
-	if ev.Type != datastore.Put {
-		v.mu.Lock()
-		delete(v.items, ev.KV.Key)
-		v.mu.Unlock()
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if ev.Type == datastore.Put {
+		v.put(ev.KV)
 		return
 	}
-	if item, ok := v.read(ev.KV); ok {
-		v.mu.Lock()
-		v.items[ev.KV.Key] = item
-		v.mu.Unlock()
-	}
+	delete(v.items, ev.KV.Key)
+	delete(v.broken, ev.KV.Key)
 }
 
 // relist lists until it succeeds; 0 when ctx is done first.

@@ -2,6 +2,7 @@ package ctl
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 
@@ -46,15 +47,16 @@ func newIPAMShowCommand() *cobra.Command {
 				case configuration:
 					return showConfiguration(ctx, w, s, output)
 				}
+				// What could be read is shown, whatever could not.
 				pools, err := ipam.Usage(ctx, s)
-				if err != nil {
-					return err
+				switch {
+				case err != nil && len(pools) == 0:
+				case output == "json":
+					err = errors.Join(err, printJSON(w, pools))
+				default:
+					printUsage(w, pools, blocks)
 				}
-				if output == "json" {
-					return printJSON(w, pools)
-				}
-				printUsage(w, pools, blocks)
-				return nil
+				return err
 			})
 		},
 	}

@@ -12,6 +12,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -65,7 +66,7 @@ func Main(ctx context.Context, args []string, stderr io.Writer) int {
 	if exit := (ExitError{}); errors.As(err, &exit) {
 		return exit.Code
 	}
-	fmt.Fprintln(stderr, "margayctl:", err)
+	fmt.Fprintln(stderr, "margayctl:", strings.ReplaceAll(err.Error(), "\n", "; "))
 	return 1
 }
 

@@ -57,6 +57,8 @@ func unfit(p *datastore.IPPool, req Request) string {
 		return fmt.Sprintf("spec.allowedUses does not have %s", req.Use)
 	case p.Spec.AssignmentMode == datastore.Manual && !wanted && !req.IP.IsValid():
 		return "spec.assignmentMode is Manual, and it was not asked for"
+	case p.Spec.VXLANMode != "" && p.Spec.VXLANMode != datastore.Never:
+		return fmt.Sprintf("spec.vxlanMode %s: expected Never, VXLAN is not supported", p.Spec.VXLANMode)
 	case strings.ReplaceAll(p.Spec.NodeSelector, " ", "") != "all()":
 		return fmt.Sprintf("spec.nodeSelector %q: expected all(), no other selector is supported", p.Spec.NodeSelector)
 	}

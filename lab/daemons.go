@@ -67,6 +67,11 @@ func await(ctx context.Context, c *child, what string, check func(context.Contex
 	defer cancel()
 	for {
 		err := check(ctx)
+		select {
+		case <-c.gone: // whoever has answered, it was not this one
+			return fmt.Errorf("%s: %w", what, c.ended())
+		default:
+		}
 		if err == nil {
 			return nil
 		}

@@ -90,7 +90,11 @@ func (l *Lab) makeUnderlay(s *state) error {
 		return err
 	}
 	defer h.Close()
-	if err := h.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: bridgeName, MTU: s.MTU}}); err != nil {
+	// A bridge takes the lowest address among its ports, unless told one: a port that comes or goes would change it, and
+	// every neighbour would talk to the old one for seconds.
+	octets := at(s.Subnet, etcdOctet).As4()
+	mac := net.HardwareAddr{0x02, 0x00, octets[0], octets[1], octets[2], octets[3]}
+	if err := h.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: bridgeName, MTU: s.MTU, HardwareAddr: mac}}); err != nil {
 		return fmt.Errorf("bridge %s: %w", bridgeName, err)
 	}
 	if err := raise(h, "lo", netip.Prefix{}); err != nil {

@@ -102,6 +102,11 @@ func (o *Options) check() (*datastore.IPPool, error) {
 	if prefix, err := pool.Prefix(); err != nil || !prefix.Addr().Is4() {
 		return nil, fmt.Errorf("pool: spec.cidr %q: expected an IPv4 prefix: a lab's pods have IPv4 addresses", o.Pool)
 	}
+	// Every node needs a block: for its pods, and for its tunnel address.
+	if prefix, _ := pool.Prefix(); pool.Spec.BlockSize-prefix.Bits() < 16 && o.Nodes > 1<<(pool.Spec.BlockSize-prefix.Bits()) {
+		return nil, fmt.Errorf("pool: %s has %d block(s) of /%d: expected one for each of the %d nodes", prefix,
+			1<<(pool.Spec.BlockSize-prefix.Bits()), pool.Spec.BlockSize, o.Nodes)
+	}
 	if err := needRoot(); err != nil {
 		return nil, err
 	}

@@ -13,11 +13,13 @@ bold=$'\e[1m' dim=$'\e[2m' green=$'\e[32m' red=$'\e[31m' off=$'\e[0m'
 [ -t 1 ] || bold='' dim='' green='' red='' off=''
 
 pids=()
+up=''
 cleanup() {
   local rc=$?
   trap - EXIT INT TERM
   for p in "${pids[@]:-}"; do [ -n "$p" ] && kill "$p" 2>/dev/null || true; done
-  margayctl lab down --name "$lab" >"$tmp/down" 2>&1 || { [ "$rc" -ne 0 ] || rc=1; cat "$tmp/down" >&2; }
+  # A lab that did not come up has removed itself.
+  margayctl lab down --name "$lab" >"$tmp/down" 2>&1 || [ -z "$up" ] || { [ "$rc" -ne 0 ] || rc=1; cat "$tmp/down" >&2; }
   rm -rf "$tmp"
   exit "$rc"
 }
@@ -55,13 +57,14 @@ capture() {
 }
 hop() {
   until_true 5 "a packet at $1" test -s "$tmp/$1"
-  printf '    %-34s %s%s%s\n' "$2" "$dim" "$(tr -s '\n\t ' ' ' <"$tmp/$1" | sed -E 's/^[0-9:.]+ //; s/, length [0-9]+ *$//; s/flags/flags/')" "$off"
+  printf '    %-37s %s%s%s\n' "$2" "$dim" "$(tr -s '\n\t ' ' ' <"$tmp/$1" | sed -E 's/^[0-9:.]+ //; s/, length [0-9]+ *$//; s/flags/flags/')" "$off"
   cat "$tmp/$1" >>"$tmp/log"
 }
 ping_once() { margayctl lab exec --name "$lab" "$1" -- ping -n -c 1 -W 2 "$2" >/dev/null || fail "$1 does not reach $2"; }
 
 title "1. A cluster: three nodes with two pods each, an underlay between them, one etcd"
 margayctl lab up --name "$lab" --nodes 3 --pods 2
+up=yes
 a=$(address node1-pod1) b=$(address node1-pod2) c=$(address node2-pod1)
 n1=$(node_address node1) n2=$(node_address node2)
 cali_a=$(host_side node1 "$a") cali_b=$(host_side node1 "$b") cali_c=$(host_side node2 "$c")

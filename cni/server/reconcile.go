@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -65,14 +66,30 @@ func (s *Server) Reconcile(ctx context.Context) error {
 	s.mu.Lock()
 	s.attachments, s.reconciled = found, true
 	s.mu.Unlock()
-	for handle, a := range found {
+	for _, a := range found {
 		s.cfg.OnPod(true, a.Address, a.HostName)
-		if held, err := s.cfg.IPAM.Addresses(ctx, handle); err == nil && !slices.Contains(held, a.Address) {
+	}
+	// Nobody waits for IPAM's opinion, which takes a while where there are many pods.
+	go s.confirm(ctx, slices.Collect(maps.Values(found)))
+	return nil
+}
+
+// confirm compares what pods use with what IPAM holds for them, and says where they differ. It gives up at the first
+// error: a datastore that is away would have each question wait.
+func (s *Server) confirm(ctx context.Context, found []Attachment) {
+	for _, a := range found {
+		held, err := s.cfg.IPAM.Addresses(ctx, a.Handle())
+		if err != nil {
+			return
+		}
+		s.mu.Lock()
+		current := s.attachments[a.Handle()] == a
+		s.mu.Unlock()
+		if current && !slices.Contains(held, a.Address) {
 			s.log.Warn("pod uses an address that IPAM does not hold for it", "interface", a.HostName, "container", a.ContainerID,
 				"address", a.Address, "held", held)
 		}
 	}
-	return nil
 }
 
 // drain makes one pass over the waiting DELs, going on past errors, and tells whether none is left undone.

@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -37,7 +38,8 @@ func TestBirdLearnsBlocks(t *testing.T) {
 	conf := fmt.Sprintf(`router id %s;
 protocol device {}
 protocol direct { ipv4; interface "lo"; }
-protocol kernel { ipv4 { export all; }; }
+protocol static { ipv4; route 0.0.0.0/0 blackhole; }
+protocol kernel { ipv4 { export where source = RTS_BGP; }; }
 protocol bgp margay { local %s as 64999; neighbor %s as 64512; ipv4 { import all; export all; }; }
 `, router, router, self)
 	file := filepath.Join(dir, "bird.conf")
@@ -52,7 +54,9 @@ protocol bgp margay { local %s as 64999; neighbor %s as 64512; ipv4 { import all
 	t.Cleanup(func() { _ = bird.Process.Kill(); _ = bird.Wait() })
 	store(t, fmt.Sprintf("apiVersion: projectcalico.org/v3\nkind: BGPPeer\nmetadata: {name: bird}\nspec: {node: %s, peerIP: %s, asNumber: 64999}\n", n.Name, router),
 		"apply", "-f", "-")
-	t.Cleanup(func() { store(t, "", "delete", "bgppeer", "bird") })
+	deletePeer := sync.OnceFunc(func() { store(t, "", "delete", "bgppeer", "bird") })
+	t.Cleanup(deletePeer)
+	ownDefault := strings.TrimSpace(in(t, n.Netns, "ip", "route", "show", "default"))
 	pod := ip(t, n.Pods[0].Address)
 	took := until(t, 60*time.Second, "BIRD to have a kernel route to the pod", func() bool {
 		out, err := tryIn(ns, "ip", "route", "get", pod.String())
@@ -65,6 +69,17 @@ protocol bgp margay { local %s as 64999; neighbor %s as 64512; ipv4 { import all
 	})
 	if out, err := tryIn(ns, "ping", "-n", "-c", "3", "-W", "2", "-I", "192.0.2.1", pod.String()); err != nil {
 		t.Errorf("a pod does not answer from behind BIRD: %v\n%s", err, out)
+	}
+	// The node's own default route is not BGP's to replace, nor to take along.
+	if out := in(t, n.Netns, "ip", "route", "show", "default"); !strings.Contains(out, ownDefault+" \n") || strings.Count(out, "default") != 2 {
+		t.Errorf("beside the node's own default route expected the learned one behind it:\n%s", out)
+	}
+	deletePeer()
+	until(t, 20*time.Second, "what BIRD had announced to be gone", func() bool {
+		return !strings.Contains(in(t, n.Netns, "ip", "route"), router.String())
+	})
+	if out := strings.TrimSpace(in(t, n.Netns, "ip", "route", "show", "default")); out != ownDefault {
+		t.Errorf("the node's default route was %q and is %q", ownDefault, out)
 	}
 	if out := in(t, ns, "ip", "route"); strings.Contains(out, "10.244.0.0/16") {
 		t.Errorf("BIRD learned more than blocks:\n%s", out)

@@ -76,7 +76,7 @@ const agentAway = 60 * time.Second
 // TestAgentKilledLosesNothing: an agent killed with -9, away for a minute and back costs no packet, and no other node
 // ever forgets the route.
 func TestAgentKilledLosesNothing(t *testing.T) {
-	n1, n2 := node(t, 1), node(t, 2)
+	n1, n2, n3 := node(t, 1), node(t, 2), node(t, 3)
 	settled(t, n1)
 	settled(t, n2)
 	there := startStream(t, n1.Pods[0], n2.Pods[0], time.Millisecond)
@@ -89,12 +89,12 @@ func TestAgentKilledLosesNothing(t *testing.T) {
 			select {
 			case <-stopSampling:
 				return
-			case <-time.After(200 * time.Millisecond):
+			case <-time.After(50 * time.Millisecond):
 			}
 			samples++
-			for _, i := range []int{1, 3} {
-				if !via(t, node(t, i), n2.Address) {
-					t.Errorf("node%d has lost its routes by %s", i, n2.Address)
+			for _, n := range []labNode{n1, n3} {
+				if !via(t, n, n2.Address) {
+					t.Errorf("%s has lost its routes by %s", n.Name, n2.Address)
 				}
 			}
 		}

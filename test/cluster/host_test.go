@@ -16,6 +16,7 @@ func TestHostChangesAreMended(t *testing.T) {
 		argv [][]string
 	}{
 		{"vr0 deleted", [][]string{{"link", "del", "vr0"}}},
+		{"vr0 down", [][]string{{"link", "set", "vr0", "down"}}},
 		{"the pool's route removed", [][]string{{"route", "del", "10.244.0.0/16", "dev", "vr0"}}},
 		{"vr0's address removed", [][]string{{"addr", "flush", "dev", "vr0"}}},
 		{"underlay down and up", [][]string{{"link", "set", "eth0", "down"}, {"link", "set", "eth0", "up"},

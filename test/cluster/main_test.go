@@ -4,6 +4,7 @@ package cluster
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"net/netip"
@@ -17,13 +18,20 @@ import (
 	"time"
 
 	"github.com/vishvananda/netns"
+
+	"margay/vrouter/rpc"
 )
 
 // labName is this run's shared lab; the process id keeps two runs on one machine apart.
 var labName = fmt.Sprintf("mgt%d", os.Getpid())
 
+// bin is where the binaries are: bin/ of the checkout, or MARGAY_BIN, for another build of them.
 var bin = func() string {
-	dir, err := filepath.Abs("../../bin")
+	dir := os.Getenv("MARGAY_BIN")
+	if dir == "" {
+		dir = "../../bin"
+	}
+	dir, err := filepath.Abs(dir)
 	if err != nil {
 		panic(err)
 	}
@@ -217,19 +225,29 @@ func pings(from string, to netip.Addr) bool {
 	return err == nil
 }
 
-// routes returns the vRouter's table of a node: prefix to gateway ("" for none).
+// runDir is where a node's daemons have their sockets.
+func runDir(n labNode) string {
+	return filepath.Join("/run/margay/lab", labName, "nodes", n.Name, "run")
+}
+
+// routes returns the vRouter's table of a node: prefix to gateway. It asks the vRouter itself, because a process
+// started for each sample would measure the machine's load.
 func routes(t *testing.T, n labNode) map[string]string {
 	t.Helper()
-	var v struct {
-		Routes []struct{ Prefix, Kind, Gateway string }
+	c, err := rpc.Dial(filepath.Join(runDir(n), "vrouter.sock"))
+	if err != nil {
+		t.Fatal(err)
 	}
-	out := in(t, n.Netns, "margayctl", "node", "routes", "-o", "json")
-	if err := json.Unmarshal([]byte(out), &v); err != nil {
-		t.Fatalf("node routes: %v\n%s", err, out)
+	defer c.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	entries, _, err := c.Routes(ctx)
+	if err != nil {
+		t.Fatalf("routes of %s: %v", n.Name, err)
 	}
 	m := make(map[string]string)
-	for _, r := range v.Routes {
-		m[r.Prefix] = r.Gateway
+	for _, r := range entries {
+		m[r.Prefix.String()] = r.NextHop.Gateway.String()
 	}
 	return m
 }

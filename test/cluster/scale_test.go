@@ -25,9 +25,8 @@ type attachment struct {
 
 // plugin executes margay-cni in a node's namespace.
 func plugin(n labNode, verb, id, ns string) ([]byte, error) {
-	run := filepath.Join("/run/margay/lab", labName, "nodes", n.Name)
 	conf := fmt.Sprintf(`{"cniVersion":"1.0.0","name":"k8s-pod-network","type":"margay","socket":%q,"queueDir":%q}`,
-		filepath.Join(run, "run", "cni.sock"), filepath.Join(run, "state", "cni", "deleted"))
+		filepath.Join(runDir(n), "cni.sock"), filepath.Join(runDir(n), "../state/cni/deleted"))
 	cmd := exec.Command(filepath.Join(bin, "margay-cni"))
 	cmd.Env = []string{"CNI_COMMAND=" + verb, "CNI_CONTAINERID=" + id, "CNI_NETNS=" + ns, "CNI_IFNAME=eth0", "CNI_PATH=" + bin,
 		"CNI_ARGS=IgnoreUnknown=1;K8S_POD_NAMESPACE=scale;K8S_POD_NAME=" + id}

@@ -1,0 +1,111 @@
+package cluster
+
+import (
+	"context"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"margay/datastore"
+)
+
+// openStore connects to the lab's etcd.
+func openStore(t *testing.T) *datastore.Store {
+	t.Helper()
+	s, err := datastore.Open(t.Context(), datastore.Config{Endpoints: status(t).Etcd})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	return s
+}
+
+// inClear returns the packets between pods that a tap has seen outside the tunnel.
+func inClear(tap *tap) (n int) {
+	pool := netip.MustParsePrefix("10.244.0.0/16")
+	return tap.count(func(s seen) bool { return s.proto != 4 && (pool.Contains(s.src) || pool.Contains(s.dst)) })
+}
+
+// TestUnreadablePool: a value that nobody can read costs no packet and lets none out in clear, also over a restart of the
+// agent, which then says what is wrong.
+func TestUnreadablePool(t *testing.T) {
+	n1, n2 := node(t, 1), node(t, 2)
+	s := openStore(t)
+	key := datastore.IPPools.Key("default-ipv4-ippool")
+	good, err := s.Get(t.Context(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rev, err := s.Update(t.Context(), key, []byte(`{"garbage": tru`), good.Revision)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mend := func(ctx context.Context) error { _, err := s.Update(ctx, key, good.Value, rev); return err }
+	mended := false
+	defer func() {
+		if !mended {
+			if err := mend(context.Background()); err != nil {
+				t.Error(err)
+			}
+		}
+	}()
+	tap := tapOn(t, n1.Netns, "eth0")
+	kill(t, n1.PIDs["agent"])
+	restarted := make(chan error, 1)
+	// It returns when the agent is ready, which it cannot be before the value is mended.
+	go func() { _, err := ctl("lab", "restart", "--name", labName, "node1", "agent"); restarted <- err }()
+	until(t, 30*time.Second, "the agent to name the key", func() bool {
+		st, err := agentStatus(t, n1)
+		return err == nil && !st.Ready && strings.Contains(st.Reason, key)
+	})
+	for _, p := range n2.Pods {
+		if !pings(n1.Pods[0].Netns, ip(t, p.Address)) {
+			t.Errorf("%s is not reached any more", p.Name)
+		}
+	}
+	if n := inClear(tap); n != 0 {
+		t.Errorf("%d packets left in clear", n)
+	}
+	mended = true
+	if err := mend(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-restarted; err != nil {
+		t.Errorf("lab restart: %v", err)
+	}
+	settled(t, node(t, 1))
+}
+
+// TestDeletedPool: a pool that is deleted under its pods takes none of their routes away.
+func TestDeletedPool(t *testing.T) {
+	n1, n2 := node(t, 1), node(t, 2)
+	s := openStore(t)
+	key := datastore.IPPools.Key("default-ipv4-ippool")
+	good, err := s.Get(t.Context(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tap := tapOn(t, n1.Netns, "eth0")
+	stream := startStream(t, n1.Pods[0], n2.Pods[0], 5*time.Millisecond)
+	if err := s.Delete(t.Context(), key, 0); err != nil {
+		t.Fatal(err)
+	}
+	agents := 0
+	until(t, 10*time.Second, "the agents to say so", func() bool {
+		agents = strings.Count(in(t, n1.Netns, "sh", "-c", "cat /run/margay/lab/"+labName+"/nodes/*/logs/agent.log"), "IPPool was deleted")
+		return agents >= 3
+	})
+	if _, err := s.Create(t.Context(), key, good.Value); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 3 {
+		settled(t, node(t, i+1))
+	}
+	if lost, total := stream.finish(t); len(lost) != 0 || total < 10 {
+		t.Errorf("%d of %d datagrams were lost", len(lost), total)
+	}
+	if n := inClear(tap); n != 0 {
+		t.Errorf("%d packets left in clear", n)
+	}
+}
