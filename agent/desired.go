@@ -170,7 +170,7 @@ func (d *Desired) borrowed(in Inputs) {
 		}
 		one := netip.PrefixFrom(addr, addr.BitLen())
 		pool, ok := poolOf(in.Pools, one)
-		if _, done := d.Routes[one]; done || !ok {
+		if _, done := d.Routes[one]; done || !ok || pool.Unsupported != "" {
 			continue
 		}
 		d.Routes[one] = rpc.Local()

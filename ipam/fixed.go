@@ -63,7 +63,7 @@ func (a *Allocator) ownBlock(ctx context.Context, v *view, cidr netip.Prefix) (*
 			delete(a.cache, cidr)
 			return nil, errTaken
 		}
-		return nil, fmt.Errorf("address %s: %w: %s", cidr, ErrAddressInUse, why)
+		return nil, fmt.Errorf("block %s: %w: it is nobody's, %s", cidr, ErrAddressInUse, why)
 	}
 	return a.claim(ctx, v, cidr)
 }

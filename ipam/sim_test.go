@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -67,9 +68,26 @@ type simulation struct {
 	holder  map[netip.Addr]string // as reported, by addresses that are held for certain
 	unknown map[string]bool       // handles of which nobody knows: killed, or etcd did not answer
 
-	ops, kills, away, refused, deaths atomic.Int64
-	handles                           atomic.Int64
+	ops, kills, away, refused, deaths, borrowed, takenOver atomic.Int64
+	handles                                                atomic.Int64
 }
+
+// Enabled, Handle, WithAttrs and WithGroup make the simulation the allocators' log, which it counts.
+func (sim *simulation) Enabled(context.Context, slog.Level) bool { return true }
+
+func (sim *simulation) Handle(_ context.Context, r slog.Record) error {
+	switch r.Message {
+	case "address borrowed":
+		sim.borrowed.Add(1)
+	case "empty block taken over":
+		sim.takenOver.Add(1)
+	}
+	return nil
+}
+
+func (sim *simulation) WithAttrs([]slog.Attr) slog.Handler { return sim }
+
+func (sim *simulation) WithGroup(string) slog.Handler { return sim }
 
 type simNode struct {
 	name  string
@@ -77,13 +95,15 @@ type simNode struct {
 	mu    sync.Mutex
 	alloc *Allocator
 	pods  map[string]netip.Addr // by handle
+
+	draining atomic.Bool
 }
 
 func (sim *simulation) boot(n *simNode) {
-	alloc := New(sim.stores[rand.IntN(len(sim.stores))], n.name, nil)
+	alloc := New(sim.stores[rand.IntN(len(sim.stores))], n.name, slog.New(sim))
 	var skew time.Duration
-	if rand.IntN(4) == 0 {
-		skew = time.Duration(rand.IntN(240)-120) * time.Second
+	if rand.IntN(2) == 0 {
+		skew = time.Duration(rand.IntN(600)-300) * time.Second
 	}
 	alloc.now = func() time.Time { return time.Now().Add(skew) }
 	n.mu.Lock()
@@ -146,13 +166,18 @@ func (sim *simulation) step(t *testing.T, n *simNode) {
 	}
 	sim.ops.Add(1)
 	alloc := n.allocator()
-	if rand.IntN(100) < 55 {
+	// A node that is draining only gives back, so that its blocks run empty and others take them over.
+	if rand.IntN(100) < 60 && !n.draining.Load() {
 		sim.add(t, ctx, n, alloc)
 		return
 	}
 	handle, addr := sim.take(n)
 	if handle == "" {
+		n.draining.Store(false)
 		return
+	}
+	if rand.IntN(100) == 0 {
+		n.draining.Store(true)
 	}
 	if rand.IntN(2) == 0 { // another node's agent may release as well
 		alloc = sim.nodes[rand.IntN(len(sim.nodes))].allocator()
@@ -240,11 +265,11 @@ func TestSimulation(t *testing.T) {
 		defer s.Close()
 		sim.stores = append(sim.stores, s)
 	}
-	// Room for 25 blocks for 40 nodes and a reservation: claims race, blocks run out, and addresses are borrowed.
+	// Room for 40 blocks, some of them tiny, for 40 nodes, and a reservation: claims race, blocks run out, and addresses are borrowed.
 	for _, p := range []*datastore.IPPool{
 		pool("a", "10.240.0.0/24", func(s *datastore.IPPoolSpec) { s.BlockSize = 28 }),
 		pool("b", "10.240.8.0/26", func(s *datastore.IPPoolSpec) { s.BlockSize = 29 }),
-		pool("c", "10.240.9.0/28", func(s *datastore.IPPoolSpec) { s.BlockSize = 28 }),
+		pool("c", "10.240.9.0/27", func(s *datastore.IPPoolSpec) { s.BlockSize = 31 }), // soon empty again
 	} {
 		if err := datastore.CreateResource(t.Context(), sim.stores[0], p); err != nil {
 			t.Fatal(err)
@@ -258,8 +283,8 @@ func TestSimulation(t *testing.T) {
 	}
 	sim.run(t, etcd, proxy)
 	sim.verify(t)
-	t.Logf("%d operations, %d kills, %d met an etcd that was away, %d refused, %d nodes died", sim.ops.Load(), sim.kills.Load(),
-		sim.away.Load(), sim.refused.Load(), sim.deaths.Load())
+	t.Logf("%d operations, %d kills, %d met an etcd that was away, %d refused, %d borrowed, %d blocks taken over, %d nodes died",
+		sim.ops.Load(), sim.kills.Load(), sim.away.Load(), sim.refused.Load(), sim.borrowed.Load(), sim.takenOver.Load(), sim.deaths.Load())
 }
 
 // run lets the workers loose, cuts their connections again and again, and restarts etcd twice under them.
@@ -280,6 +305,10 @@ func (sim *simulation) run(t *testing.T, etcd *simEtcd, proxy *simProxy) {
 	}
 	for i := range simCuts {
 		<-time.After(simTime / (simCuts + 1))
+		// Under strict affinity nodes in want take over what is empty, else they mostly borrow.
+		if err := ChangeConfig(t.Context(), sim.stores[0], func(c *Config) { c.StrictAffinity = i%2 == 0 }); err != nil && !uncertain(err) {
+			t.Error(err)
+		}
 		proxy.cut()
 		if i%(simCuts/2) == simCuts/4 {
 			etcd.stop()

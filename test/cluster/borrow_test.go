@@ -1,0 +1,51 @@
+package cluster
+
+import (
+	"encoding/json"
+	"strings"
+	"testing"
+	"time"
+)
+
+// Three nodes share a pool of two blocks: the third borrows every address it has, its tunnel's included. All pods reach
+// each other, also after the borrower's agent was killed; what is given back is no route any more.
+func TestBorrowedAddressesAreReachable(t *testing.T) {
+	lab := labName + "b"
+	t.Cleanup(func() {
+		if out, err := ctl("lab", "down", "--name", lab); err != nil {
+			t.Errorf("lab down: %v\n%s", err, out)
+		}
+	})
+	mustCtl(t, "lab", "up", "--name", lab, "--nodes", "3", "--pods", "1", "--pool", "10.245.0.0/28", "--block-size", "29")
+	inside := func(args ...string) string {
+		t.Helper()
+		return in(t, lab+"-node1", append([]string{"margayctl"}, args...)...)
+	}
+	var borrowed []struct{ IP, BorrowingNode, BlockOwner, Type, AllocatedTo string }
+	if out := inside("ipam", "show", "--show-borrowed", "-o", "json"); json.Unmarshal([]byte(out), &borrowed) != nil || len(borrowed) != 2 {
+		t.Fatalf("expected two borrowed addresses, a tunnel's and a pod's: %s", out)
+	}
+	var pod, ip string
+	for _, b := range borrowed {
+		if b.Type == "pod" {
+			_, pod, _ = strings.Cut(b.AllocatedTo, "/")
+			ip = b.IP
+		}
+	}
+	borrower, lender := borrowed[0].BorrowingNode, borrowed[0].BlockOwner
+	if pod == "" {
+		t.Fatalf("no pod has borrowed: %+v", borrowed)
+	}
+	lent := func() bool {
+		return strings.Contains(in(t, lender, "ip", "-4", "route", "show", "proto", "81"), ip+" dev vr0")
+	}
+	if !lent() {
+		t.Errorf("the lender %s has no route for %s past its blackhole", lender, ip)
+	}
+	inside("ipam", "check")
+	mustCtl(t, "lab", "restart", borrower, "agent", "--hard", "--name", lab)
+	mustCtl(t, "lab", "ping", "--name", lab)
+	mustCtl(t, "lab", "del-pod", pod, "--name", lab)
+	until(t, 10*time.Second, "the route of an address that was given back", func() bool { return !lent() })
+	inside("ipam", "check")
+}
