@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// Three nodes share a pool of two blocks: the third borrows every address it has, its tunnel's included. All pods reach
-// each other, also after the borrower's agent was killed; what is given back is no route any more.
+// Three nodes share a pool of four blocks of four: one gets more pods than fit into two blocks, and borrows the addresses
+// of the last ones. All pods reach each other, also after the borrower's agent was killed; what is given back is no route any more.
 func TestBorrowedAddressesAreReachable(t *testing.T) {
 	lab := labName + "b"
 	t.Cleanup(func() {
@@ -16,25 +16,20 @@ func TestBorrowedAddressesAreReachable(t *testing.T) {
 			t.Errorf("lab down: %v\n%s", err, out)
 		}
 	})
-	mustCtl(t, "lab", "up", "--name", lab, "--nodes", "3", "--pods", "1", "--pool", "10.245.0.0/28", "--block-size", "29")
+	mustCtl(t, "lab", "up", "--name", lab, "--nodes", "3", "--pods", "1", "--pool", "10.245.0.0/28", "--block-size", "30")
+	mustCtl(t, "lab", "add-pod", lab+"-node1", "--count", "8", "--name", lab)
 	inside := func(args ...string) string {
 		t.Helper()
 		return in(t, lab+"-node1", append([]string{"margayctl"}, args...)...)
 	}
 	var borrowed []struct{ IP, BorrowingNode, BlockOwner, Type, AllocatedTo string }
 	if out := inside("ipam", "show", "--show-borrowed", "-o", "json"); json.Unmarshal([]byte(out), &borrowed) != nil || len(borrowed) != 2 {
-		t.Fatalf("expected two borrowed addresses, a tunnel's and a pod's: %s", out)
+		t.Fatalf("expected two borrowed addresses: %s", out)
 	}
-	var pod, ip string
-	for _, b := range borrowed {
-		if b.Type == "pod" {
-			_, pod, _ = strings.Cut(b.AllocatedTo, "/")
-			ip = b.IP
-		}
-	}
-	borrower, lender := borrowed[0].BorrowingNode, borrowed[0].BlockOwner
-	if pod == "" {
-		t.Fatalf("no pod has borrowed: %+v", borrowed)
+	ip, borrower, lender := borrowed[0].IP, borrowed[0].BorrowingNode, borrowed[0].BlockOwner
+	_, pod, ok := strings.Cut(borrowed[0].AllocatedTo, "/")
+	if !ok || borrower != lab+"-node1" {
+		t.Fatalf("expected a pod of node1: %+v", borrowed)
 	}
 	lent := func() bool {
 		return strings.Contains(in(t, lender, "ip", "-4", "route", "show", "proto", "81"), ip+" dev vr0")
