@@ -110,10 +110,10 @@ func (o *Options) check() (*datastore.IPPool, error) {
 	if prefix, err := pool.Prefix(); err != nil || !prefix.Addr().Is4() {
 		return nil, fmt.Errorf("pool: spec.cidr %q: expected an IPv4 prefix: a lab's pods have IPv4 addresses", o.Pool)
 	}
-	// Every node needs a block: for its pods, and for its tunnel address.
-	if prefix, _ := pool.Prefix(); pool.Spec.BlockSize-prefix.Bits() < 16 && o.Nodes > 1<<(pool.Spec.BlockSize-prefix.Bits()) {
-		return nil, fmt.Errorf("pool: %s has %d block(s) of /%d: expected one for each of the %d nodes", prefix,
-			1<<(pool.Spec.BlockSize-prefix.Bits()), pool.Spec.BlockSize, o.Nodes)
+	// A node without a block borrows, so what counts is addresses: one for each pod, and for each node's tunnel.
+	if prefix, err := pool.Prefix(); err == nil && prefix.Addr().BitLen()-prefix.Bits() < 20 && o.Nodes*(o.Pods+1) > 1<<(prefix.Addr().BitLen()-prefix.Bits()) {
+		return nil, fmt.Errorf("pool: %s has %d addresses: expected at least %d, one for each pod and each node", prefix,
+			1<<(prefix.Addr().BitLen()-prefix.Bits()), o.Nodes*(o.Pods+1))
 	}
 	if err := needRoot(); err != nil {
 		return nil, err
