@@ -200,7 +200,10 @@ func newNodeCountersCommand() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				type row struct{ Packets, Bytes uint64 }
+				type row struct {
+					Packets uint64 `json:"packets"`
+					Bytes   uint64 `json:"bytes"`
+				}
 				if output == "json" {
 					rows := make(map[string]row, len(counters))
 					for _, c := range counters {

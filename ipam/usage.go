@@ -16,17 +16,20 @@ const OrphanPool = "orphaned allocation blocks"
 
 // PoolUsage is how full a pool is. The counts are floating point because an IPv6 pool's do not fit into an integer.
 type PoolUsage struct {
-	Name               string
-	CIDR               netip.Prefix // invalid for OrphanPool
-	Total, InUse, Free float64      // addresses
-	Blocks             []BlockUsage // in order
+	Name   string       `json:"name"`
+	CIDR   netip.Prefix `json:"cidr"`  // invalid for OrphanPool
+	Total  float64      `json:"total"` // addresses, as are the next two
+	InUse  float64      `json:"inUse"`
+	Free   float64      `json:"free"`
+	Blocks []BlockUsage `json:"blocks"` // in order
 }
 
 // BlockUsage is how full a block is.
 type BlockUsage struct {
-	CIDR         netip.Prefix
-	Total, InUse int
-	Affinity     string // the node's name, empty if nobody's
+	CIDR     netip.Prefix `json:"cidr"`
+	Total    int          `json:"total"`
+	InUse    int          `json:"inUse"`
+	Affinity string       `json:"affinity"` // the node's name, empty if nobody's
 }
 
 // Usage reports all pools, in the order of their CIDRs, with their blocks. A stored block or pool that cannot be
