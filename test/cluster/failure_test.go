@@ -170,12 +170,11 @@ func TestVRouterRestartsWithoutAgent(t *testing.T) {
 
 // TestNodeStopsAndStarts: a clean stop is seen by all within two seconds, a start brings everything back.
 func TestNodeStopsAndStarts(t *testing.T) {
-	before := node(t, 3)
+	before, others := node(t, 3), []labNode{node(t, 1), node(t, 2)}
 	began := time.Now()
 	stopped := make(chan error, 1)
 	go func() { _, err := ctl("lab", "stop", "--name", labName, "node3"); stopped <- err }()
-	for _, i := range []int{1, 2} {
-		n := node(t, i)
+	for _, n := range others {
 		until(t, 5*time.Second, n.Name+" to lose node3's routes", func() bool { return !via(t, n, before.Address) })
 	}
 	took := time.Since(began)
