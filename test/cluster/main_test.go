@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"strings"
 	"sync"
@@ -65,6 +66,31 @@ func run(m *testing.M) (code int) {
 	}
 	fmt.Printf("lab up: 3 nodes, 6 pods in %.1fs\n", time.Since(began).Seconds())
 	return m.Run()
+}
+
+// sweep removes what runs that were killed have left: labs and namespaces of processes that are no more.
+func sweep() {
+	owner := regexp.MustCompile(`/mgt([0-9]+)[^/]*$`)
+	for _, pattern := range []string{"/run/margay/lab/mgt*", "/run/netns/mgt*"} {
+		found, err := filepath.Glob(pattern)
+		if err != nil {
+			panic(err) // the pattern is ours
+		}
+		for _, path := range found {
+			m := owner.FindStringSubmatch(path)
+			if m == nil {
+				continue
+			}
+			if _, err := os.Stat("/proc/" + m[1]); err == nil {
+				continue
+			}
+			if strings.HasPrefix(path, "/run/netns/") {
+				_ = netns.DeleteNamed(filepath.Base(path)) // another run may sweep at the same time
+			} else {
+				_, _ = ctl("lab", "down", "--name", filepath.Base(path))
+			}
+		}
+	}
 }
 
 // leftovers lists what of this run's labs is still there: namespaces, devices, directories, processes.
