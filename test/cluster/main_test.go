@@ -54,6 +54,7 @@ func run(m *testing.M) (code int) {
 			code = 1
 		}
 	}()
+	sweep()
 	began := time.Now()
 	up := []string{"lab", "up", "--name", labName, "--nodes", "3", "--pods", "2"}
 	// MARGAY_TEST_ATTACH puts the whole suite on another attachment than the default.
