@@ -10,12 +10,13 @@ import (
 	"time"
 
 	"margay/agent/api"
+	"margay/cni/server"
 	"margay/internal/version"
 )
 
 // serveStatus answers GET /v1/status on the agent's socket until ctx is done, or stop is called.
 func (a *Agent) serveStatus(ctx context.Context) (stop func(), err error) {
-	l, err := listenUnix(filepath.Join(a.cfg.RunDir, "agent.sock"))
+	l, err := server.Listen(filepath.Join(a.cfg.RunDir, "agent.sock"))
 	if err != nil {
 		return nil, err
 	}

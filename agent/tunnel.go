@@ -6,12 +6,12 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"margay/cni/server"
 	"margay/datastore"
 	"margay/ipam"
 )
@@ -84,7 +84,7 @@ func (a *Agent) applyTunnel(blind bool) error {
 		}
 	}
 	// The vRouter checks what comes out of the tunnel itself, and against more than a reverse path.
-	if err := writeSysctl("net/ipv4/conf/"+tunnelDevice+"/rp_filter", "0"); err != nil {
+	if err := server.SetSysctl("ipv4/conf/"+tunnelDevice+"/rp_filter", "0"); err != nil {
 		return err
 	}
 	if blind && !a.tunnel.IsValid() {
@@ -117,22 +117,5 @@ func (a *Agent) applyTunnel(blind bool) error {
 
 // prepareHost makes the node a router.
 func prepareHost() error {
-	return writeSysctl("net/ipv4/ip_forward", "1")
-}
-
-// writeSysctl writes a value that is not already there: on a node whose /proc/sys is read-only, one that is right is
-// good enough.
-func writeSysctl(name, value string) error {
-	path := "/proc/sys/" + name
-	old, err := os.ReadFile(path)
-	if err != nil {
-		return fmt.Errorf("sysctl %s: %w", name, err)
-	}
-	if string(old) == value+"\n" {
-		return nil
-	}
-	if err := os.WriteFile(path, []byte(value), 0o644); err != nil {
-		return fmt.Errorf("sysctl %s: set it to %s: %w", name, value, err)
-	}
-	return nil
+	return server.SetSysctl("ipv4/ip_forward", "1")
 }

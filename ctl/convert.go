@@ -3,8 +3,6 @@ package ctl
 import (
 	"errors"
 	"fmt"
-	"io"
-	"os"
 
 	"github.com/spf13/cobra"
 
@@ -23,15 +21,7 @@ func newConvertCommand() *cobra.Command {
 			if err := checkOutput(output, "yaml", "json"); err != nil {
 				return err
 			}
-			var (
-				data []byte
-				err  error
-			)
-			if file == "-" {
-				data, err = io.ReadAll(cmd.InOrStdin())
-			} else {
-				data, err = os.ReadFile(file)
-			}
+			data, err := readInput(cmd, file)
 			if err != nil {
 				return invalid{err}
 			}

@@ -85,16 +85,16 @@ func (in *input) read(cmd *cobra.Command, storedFields bool) ([]datastore.Object
 	return objs, nil
 }
 
-func readFile(cmd *cobra.Command, file string, opts datastore.ManifestOptions) ([]datastore.Object, error) {
-	var (
-		data []byte
-		err  error
-	)
+// readInput reads what -f names: a file, or standard input for "-".
+func readInput(cmd *cobra.Command, file string) ([]byte, error) {
 	if file == "-" {
-		data, err = io.ReadAll(cmd.InOrStdin())
-	} else {
-		data, err = os.ReadFile(file)
+		return io.ReadAll(cmd.InOrStdin())
 	}
+	return os.ReadFile(file)
+}
+
+func readFile(cmd *cobra.Command, file string, opts datastore.ManifestOptions) ([]datastore.Object, error) {
+	data, err := readInput(cmd, file)
 	if err != nil {
 		return nil, err
 	}

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"os"
 	"slices"
 	"strings"
 
@@ -175,15 +174,7 @@ type migration struct {
 }
 
 func readMigration(cmd *cobra.Command, file string) (*migration, error) {
-	var (
-		data []byte
-		err  error
-	)
-	if file == "-" {
-		data, err = io.ReadAll(cmd.InOrStdin())
-	} else {
-		data, err = os.ReadFile(file)
-	}
+	data, err := readInput(cmd, file)
 	if err != nil {
 		return nil, err
 	}

@@ -147,7 +147,7 @@ func (s *Server) Run(ctx context.Context) error {
 		}
 	}
 	s.drain(ctx)
-	ln, err := listen(s.cfg.Socket)
+	ln, err := Listen(s.cfg.Socket)
 	if err != nil {
 		return fmt.Errorf("cni server: %w", err)
 	}
@@ -179,8 +179,9 @@ func (s *Server) Run(ctx context.Context) error {
 	return nil
 }
 
-// listen takes over a socket file that nobody listens on, and refuses one that somebody does.
-func listen(path string) (*net.UnixListener, error) {
+// Listen serves a unix socket of the agent's that only root may use. It takes over a socket file that nobody listens on, and
+// refuses one that somebody does.
+func Listen(path string) (*net.UnixListener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, err
 	}

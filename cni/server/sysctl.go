@@ -9,9 +9,9 @@ import (
 	"strings"
 )
 
-// setSysctl gives a net sysctl, written with slashes, the wanted value. It writes only when the value differs, so that
+// SetSysctl gives a net sysctl, written with slashes, the wanted value. It writes only when the value differs, so that
 // a container with a read-only /proc/sys works on a node that is set up already.
-func setSysctl(name, want string) error {
+func SetSysctl(name, want string) error {
 	path := "/proc/sys/net/" + name
 	have, err := os.ReadFile(path)
 	if err == nil && string(bytes.TrimSpace(have)) == want {
@@ -28,18 +28,18 @@ func setSysctl(name, want string) error {
 }
 
 // forwardOnNode makes the node a router, which pods need from the first packet on.
-func forwardOnNode() error { return setSysctl("ipv4/ip_forward", "1") }
+func forwardOnNode() error { return SetSysctl("ipv4/ip_forward", "1") }
 
 // hostSideSysctls sets up the host's side of a pod. Pods need no proxy ARP, for their gateway is a permanent
 // neighbour; a pod must not tell the node about IPv6 routers; and reverse-path filtering backs the anti-spoofing rules.
 func hostSideSysctls(ifname string) error {
 	for _, s := range [...][2]string{{"forwarding", "1"}, {"proxy_arp", "0"}, {"rp_filter", "1"}} {
-		if err := setSysctl("ipv4/conf/"+ifname+"/"+s[0], s[1]); err != nil {
+		if err := SetSysctl("ipv4/conf/"+ifname+"/"+s[0], s[1]); err != nil {
 			return err
 		}
 	}
 	// No IPv6 in this kernel is fine.
-	if err := setSysctl("ipv6/conf/"+ifname+"/accept_ra", "0"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := SetSysctl("ipv6/conf/"+ifname+"/accept_ra", "0"); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return nil
