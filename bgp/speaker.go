@@ -231,6 +231,9 @@ func (s *Speaker) Stop(ctx context.Context) error {
 		s.ops.Unlock()
 		return nil
 	}
+	s.ops.Unlock()
+	s.withdrawAll(ctx)
+	s.ops.Lock()
 	s.stopped = true
 	s.ops.Unlock()
 
@@ -252,6 +255,54 @@ func (s *Speaker) Stop(ctx context.Context) error {
 	case <-ctx.Done():
 		return fmt.Errorf("bgp stop: %w", ctx.Err())
 	}
+}
+
+// withdrawTimeout bounds the wait for the last UPDATE of a clean stop.
+const withdrawTimeout = 500 * time.Millisecond
+
+// withdrawAll takes our routes back before the sessions end, and waits until the peers that are up have been sent that. A
+// Cease alone can get lost: a socket closed while data of the peer's lies unread resets the connection, and a peer that
+// looks at the reset first takes it for a crash, and keeps our routes for the restart time.
+func (s *Speaker) withdrawAll(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, withdrawTimeout)
+	defer cancel()
+	before := s.updatesSent()
+	s.ops.Lock()
+	none := len(s.announced) == 0
+	s.ops.Unlock()
+	if none || s.SetAnnounced(ctx, nil) != nil {
+		return // what cannot be withdrawn goes with the sessions
+	}
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		waiting := false
+		for addr, sent := range s.updatesSent() {
+			if then, up := before[addr]; up && sent == then {
+				waiting = true
+			}
+		}
+		if !waiting {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+// updatesSent returns the number of UPDATE messages sent to each peer that is up.
+func (s *Speaker) updatesSent() map[string]uint64 {
+	sent := make(map[string]uint64)
+	// The error is that of a server that has stopped; nobody is up then.
+	_ = s.srv.ListPeer(context.Background(), &api.ListPeerRequest{}, func(p *api.Peer) {
+		if p.GetState().GetSessionState() == api.PeerState_SESSION_STATE_ESTABLISHED {
+			sent[p.GetState().GetNeighborAddress()] = p.GetState().GetMessages().GetSent().GetUpdate()
+		}
+	})
+	return sent
 }
 
 // removeSocket takes away the socket file that a previous life left behind; anything else under that name stays.
