@@ -36,6 +36,7 @@ type Underlay struct {
 	frames *frames // nil: everything goes by the raw socket
 
 	recv, send, guard int
+	reader            packetReader
 	waiter            *waiter // Recv's
 	drained           *waiter // Send's
 
@@ -299,23 +300,8 @@ func (u *Underlay) readFD() int { return u.recv }
 
 // recvReady implements reader.
 func (u *Underlay) recvReady(batch []*vrouter.Packet) int {
-	n := 0
-	header := int(u.header.Load())
-	start := vrouter.Headroom - header - vnetHeader
-	for n < len(batch) {
-		p := batch[n]
-		got, err := unix.Read(u.recv, p.Buf[start:])
-		if err == unix.EINTR {
-			continue
-		}
-		if err != nil {
-			// EAGAIN, or once ENETDOWN when the interface goes down or away: in both cases there is nothing more.
-			break
-		}
-		p.Off, p.Len = vrouter.Headroom, max(got-vnetHeader-header, 0)
-		p.Offload = parseVnet(p.Buf[start:start+vnetHeader], header)
-		n++
-	}
+	// EAGAIN, or once ENETDOWN when the interface goes down or away: in both cases there is nothing more.
+	n, _ := u.reader.recv(u.recv, int(u.header.Load()), batch)
 	return n
 }
 
@@ -329,13 +315,13 @@ func (u *Underlay) Send(batch []*vrouter.Packet) {
 		return
 	}
 	table := *u.frames.resolver.table.Load()
-	for _, p := range batch {
+	for i, p := range batch {
 		p.Sent, p.Drop = 0, vrouter.ReasonNotSet
-		if !u.frames.send(u, table, p) {
+		if !u.frames.send(u, table, batch[i:i+1]) {
 			u.sendRaw(p)
 		}
 	}
-	u.frames.flush(u)
+	u.frames.flush(u.drained)
 }
 
 // Counters implements vrouter.Port.
