@@ -112,25 +112,77 @@ func (f *frames) split(u *Underlay, h *hop, one []*vrouter.Packet) {
 	}
 }
 
-// send puts one packet into the queue, or reports that the kernel has to find the way.
-func (f *frames) send(u *Underlay, table hops, one []*vrouter.Packet) bool {
-	p := one[0]
+// splitXDP hands the segments of one packet to an AF_XDP socket, which takes only finished ones.
+func (f *frames) splitXDP(h *hop, x *xsk, p *vrouter.Packet) {
+	s := &f.splitter
+	if s.Start(p.Bytes(), packet.IPv4MinLen, p.Offload.Protocol(), int(p.Offload.Size)) != packet.FaultNone {
+		p.Drop = vrouter.ReasonMalformed
+		return
+	}
+	for {
+		n, payload := s.Next(f.headers[0][:])
+		if n == 0 {
+			return
+		}
+		if n+len(payload) > x.mtu {
+			p.Drop = vrouter.ReasonSendTooBig
+			return
+		}
+		frame := x.next()
+		if frame == nil {
+			p.Drop = vrouter.ReasonSendQueueFull
+			return
+		}
+		b := frame[copy(frame, h.ethernet[:]):]
+		b = b[:copy(b, f.headers[0][:n])+copy(b[n:], payload)]
+		packet.CompleteChecksum(b, s.ChecksumStart(), s.ChecksumOffset())
+		x.queue(ethernetHeader + len(b))
+		p.Sent++
+	}
+}
+
+// sendBatch sends every packet of batch by the way that its next hop and its kind allow, the packets of each flow in
+// order: of two ways the one is emptied before the other is taken.
+func (f *frames) sendBatch(u *Underlay, batch []*vrouter.Packet) {
+	table := *f.resolver.table.Load()
+	x := u.bypass.hold(int(f.resolver.index.Load()))
+	for i, p := range batch {
+		p.Sent, p.Drop = 0, vrouter.ReasonNotSet
+		h := f.find(table, p)
+		single := p.Offload.Segmentation == vrouter.SegmentNone
+		switch {
+		case h == nil:
+			u.sendRaw(p)
+		case x != nil && single:
+			f.flush(u.drained)
+			x.send(p, h.ethernet[:])
+		case x != nil && !h.whole:
+			f.flush(u.drained)
+			f.splitXDP(h, x, p)
+		case single || h.whole:
+			x.flush(u.drained)
+			f.whole(u, h, batch[i:i+1])
+		default:
+			f.split(u, h, batch[i:i+1])
+		}
+	}
+	f.flush(u.drained)
+	u.bypass.release(x, u.drained)
+}
+
+// find returns the next hop of a packet, or nil where the kernel has to find it.
+func (f *frames) find(table hops, p *vrouter.Packet) *hop {
 	to := binary.BigEndian.Uint32(p.Buf[p.Off+16:])
 	h := table.find(to)
 	if h == nil {
 		f.resolver.want(to)
-		return false
+		return nil
 	}
 	if !h.used.Load() {
 		h.used.Store(true)
 	}
-	switch {
-	case h.raw:
-		return false
-	case p.Offload.Segmentation == vrouter.SegmentNone || h.whole:
-		f.whole(u, h, one)
-	default:
-		f.split(u, h, one)
+	if h.raw {
+		return nil
 	}
-	return true
+	return h
 }

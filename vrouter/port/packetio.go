@@ -1,6 +1,7 @@
 package port
 
 import (
+	"sync/atomic"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -130,4 +131,24 @@ func (w *packetWriter) flush(drained *waiter) {
 		}
 	}
 	w.n, w.used = 0, 0
+}
+
+// socketLosses counts the packets that an AF_PACKET socket had no room for.
+type socketLosses struct{ sum atomic.Uint64 }
+
+// read returns the count so far, of the socket fd.
+func (l *socketLosses) read(fd int) uint64 {
+	// Reading resets the kernel's count, so the sum is kept here.
+	if s, err := unix.GetsockoptTpacketStats(fd, unix.SOL_PACKET, unix.PACKET_STATISTICS); err == nil {
+		l.sum.Add(uint64(s.Drops))
+	}
+	return l.sum.Load()
+}
+
+// boundTo reports whether an AF_PACKET socket is on the interface index: the kernel takes it off one that goes, and the
+// index may come back with another.
+func boundTo(fd, index int) bool {
+	address, err := unix.Getsockname(fd)
+	link, ok := address.(*unix.SockaddrLinklayer)
+	return err == nil && ok && link.Ifindex == index
 }

@@ -96,6 +96,12 @@ func (r *resolver) setIndex(index int) {
 	}
 }
 
+// isVeth reports whether the interface is one end of a veth pair.
+func (r *resolver) isVeth(index int) bool {
+	l, err := r.links.LinkByIndex(index)
+	return err == nil && l.Type() == "veth"
+}
+
 // close stops the goroutine and frees everything.
 func (r *resolver) close() error {
 	r.stopped.Store(true)
@@ -126,7 +132,7 @@ func (r *resolver) free() error {
 // run looks whenever there is a reason to, on a thread that stays in the namespace.
 func (r *resolver) run() {
 	runtime.LockOSThread()
-	if err := r.place.enter(); err != nil && r.retag != nil {
+	if _, err := r.place.enter(); err != nil && r.retag != nil {
 		r.noRetag, r.retag = err, errorsDrop(r.retag)
 	}
 	buffer := make([]byte, 1<<16)
