@@ -189,8 +189,8 @@ func forms(tb testing.TB, table []netip.Prefix) []form {
 				hops[i] = fib.Hop(n.Kind)
 			}
 		}},
-		{"16-8-8", f.LookupBatch},
-		{"16-8-8,single", func(dst []uint32, hops []fib.Hop) {
+		{"20-4-8", f.LookupBatch},
+		{"20-4-8,single", func(dst []uint32, hops []fib.Hop) {
 			var last uint32
 			for i, a := range dst {
 				hops[i] = f.Lookup(a ^ last)
