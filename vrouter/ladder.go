@@ -80,6 +80,9 @@ func (v *view) encap(p *Packet, inner packet.IPv4, hop fib.Hop, o *packet.Outer)
 	if !hop.Found() {
 		return VerdictDrop, ReasonNoRoute
 	}
+	if hop.IsGroup() {
+		hop = v.routes.Select(hop, packet.FlowHash(inner))
+	}
 	switch hop.Kind() {
 	case fib.KindTunnel:
 	case fib.KindLocal:
@@ -179,7 +182,7 @@ func (v *view) decapParse(p *Packet) (packet.IPv4, Reason) {
 //	6 the inner destination is this node's
 func (v *view) decap(p *Packet, inner packet.IPv4, back, here fib.Hop) (Verdict, Reason) {
 	outer := packet.IPv4(p.Bytes())
-	if back.Gateway() != outer.SrcU32() || (back.Kind() != fib.KindTunnel && back.Kind() != fib.KindDirect) {
+	if !v.routes.LeadsTo(back, outer.SrcU32()) || (back.Kind() != fib.KindTunnel && back.Kind() != fib.KindDirect) {
 		return VerdictDrop, ReasonInnerSource
 	}
 	if here.Kind() != fib.KindLocal {

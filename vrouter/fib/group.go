@@ -28,6 +28,9 @@ func gatewaysOf(all []netip.Addr) Gateways {
 	return Gateways{string(b)}
 }
 
+// Equal reports whether g and o are the same set.
+func (g Gateways) Equal(o Gateways) bool { return g == o }
+
 // append appends the addresses to all.
 func (g Gateways) append(all []netip.Addr) []netip.Addr {
 	for s := g.packed; s != ""; {

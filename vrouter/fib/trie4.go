@@ -40,7 +40,7 @@ const (
 	cellLength = 25 // shift; 6 bits
 	cellHop    = 1<<cellLength - 1
 
-	rootBits  = 20
+	rootBits  = 16
 	rootShift = 32 - rootBits
 	rootLen   = 1 << rootBits
 	// A node's number says where in cells it is, in units of a node of the second level.
