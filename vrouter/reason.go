@@ -26,6 +26,14 @@ const (
 	ReasonGatewaySelf  // the route's gateway is this node
 	ReasonPacketTooBig // longer than vr0's MTU, or than an outer header can tell
 
+	// Where the vRouter is the router (RFC 1812, 5.3.7 for the addresses).
+	ReasonMartianSource      // the source can be nobody's: network 0 or 127, multicast, class E
+	ReasonMartianDestination // the destination can be nobody's: network 0 or 127, class E
+	ReasonMulticast          // multicast or broadcast, which is not routed
+	ReasonBadOptions         // an option of the header is malformed
+	ReasonSourceRoute        // it asks to be sent by way of others (RFC 7126)
+	ReasonTTLExpired         // its time to live is over
+
 	// Decapsulation: from another node to a pod of this node.
 	ReasonOuterMalformed   // outer header wrong, or not protocol 4
 	ReasonOuterNotForUs    // outer destination is not this node's address
@@ -33,7 +41,7 @@ const (
 	ReasonOuterSourceNode  // outer source is no node of this cluster
 	ReasonInnerMalformed   // inner header wrong
 	ReasonECNIllegal       // outer congestion mark on an inner packet that cannot carry one (RFC 6040, 4.2)
-	ReasonNestedTunnel     // a tunnel inside the tunnel
+	ReasonNestedTunnel     // a tunnel inside the tunnel, on the way in or out
 	ReasonInnerSource      // the route back to the inner source does not lead to the node that sent it
 	ReasonInnerDestination // the inner destination is no pod or block of this node
 
@@ -56,6 +64,12 @@ var reasonNames = [reasonCount]string{
 	ReasonSendFailed:         "send_failed",
 	ReasonSendTooBig:         "send_emsgsize",
 	ReasonSendQueueFull:      "send_queue_full",
+	ReasonMartianSource:      "martian_source",
+	ReasonMartianDestination: "martian_destination",
+	ReasonMulticast:          "multicast",
+	ReasonBadOptions:         "bad_options",
+	ReasonSourceRoute:        "source_route",
+	ReasonTTLExpired:         "ttl_expired",
 	ReasonOuterMalformed:     "outer_malformed",
 	ReasonOuterNotForUs:      "outer_not_for_us",
 	ReasonOuterFragment:      "outer_fragment",

@@ -36,9 +36,10 @@ type savedHead struct {
 }
 
 type savedConfig struct {
-	NodeAddress netip.Addr `json:"nodeAddress"`
-	Underlay    string     `json:"underlay"`
-	MTU         int        `json:"mtu"`
+	NodeAddress   netip.Addr `json:"nodeAddress"`
+	Underlay      string     `json:"underlay"`
+	MTU           int        `json:"mtu"`
+	TunnelAddress netip.Addr `json:"tunnelAddress"`
 }
 
 // EncodeSaved writes s to w.

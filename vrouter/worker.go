@@ -22,8 +22,13 @@ type Worker struct {
 	asked     []asked
 	addresses []uint32
 	hops      []fib.Hop
+	view      view // of the turn
 	outer     packet.Outer
 	tallies   tallies
+	splitting splitting
+	answerer  *answerer
+	reply     Port // nil: nobody is told
+	replies   []*Packet
 }
 
 // asked is a packet between the two halves of its ladder.
@@ -41,10 +46,12 @@ func (r *Router) NewWorker(direction Direction, in, out Port) *Worker {
 		in:        in,
 		out:       out,
 		packets:   make([]*Packet, batchSize),
-		outgoing:  make([]*Packet, 0, batchSize),
+		outgoing:  make([]*Packet, 0, 2*batchSize), // a batch, and the pieces
 		asked:     make([]asked, 0, batchSize),
 		addresses: make([]uint32, 0, 2*batchSize),
 		hops:      make([]fib.Hop, 2*batchSize),
+		answerer:  newAnswerer(),
+		replies:   make([]*Packet, 0, batchSize),
 	}
 	for i := range w.packets {
 		w.packets[i] = NewPacket()
@@ -55,6 +62,11 @@ func (r *Router) NewWorker(direction Direction, in, out Port) *Worker {
 	r.workers = append(r.workers[:len(r.workers):len(r.workers)], w)
 	return w
 }
+
+// SetReply names the port on which the worker sends the ICMP errors about what it receives, beside its other port: it
+// is the only one that sends there. Their source is 0.0.0.0, for the port to choose. Without it there are none. To be
+// called before Run.
+func (w *Worker) SetReply(reply Port) { w.reply = reply }
 
 // Run forwards until the port it receives from is stopped, and then returns nil; any other error of that port ends it.
 func (w *Worker) Run() error {
@@ -79,15 +91,32 @@ func (w *Worker) turn() error {
 	if err != nil {
 		return err
 	}
-	v := view{routes: w.router.table.Forwarding(), state: w.router.state.Load()}
-	w.outgoing = w.outgoing[:0]
+	w.view = view{routes: w.router.table.Forwarding(), state: w.router.state.Load()}
 	if w.direction == Encap {
-		w.encap(&v, w.packets[:n])
+		w.encap(&w.view, w.packets[:n])
 	} else {
-		w.decap(&v, w.packets[:n])
+		w.decap(&w.view, w.packets[:n])
 	}
+	w.flush()
+	return nil
+}
+
+// flush sends what the ladder has let through, and what it answers.
+func (w *Worker) flush() {
+	if len(w.replies) > 0 {
+		w.reply.Send(w.replies)
+		for _, p := range w.replies {
+			which := moreICMPSent
+			if p.Drop != ReasonNotSet {
+				which = moreICMPFailed
+			}
+			w.tallies.more[which].add(1, uint64(p.Len))
+		}
+		w.replies = w.replies[:0]
+	}
+	w.splitting.used = 0
 	if len(w.outgoing) == 0 {
-		return nil
+		return
 	}
 	w.out.Send(w.outgoing)
 	var packets, bytes uint64
@@ -100,7 +129,7 @@ func (w *Worker) turn() error {
 		bytes += uint64(p.Len)
 	}
 	w.tallies.forwarded.add(packets, bytes)
-	return nil
+	w.outgoing = w.outgoing[:0]
 }
 
 // encap walks the first ladder with a batch, and gathers what it lets through.
@@ -118,11 +147,15 @@ func (w *Worker) encap(v *view, batch []*Packet) {
 	v.routes.LookupBatch(w.addresses, w.hops)
 	for i, a := range w.asked {
 		verdict, reason := v.encap(a.p, a.inner, w.hops[i], &w.outer)
-		if verdict != VerdictForward {
+		switch verdict {
+		case VerdictForward:
+			w.outgoing = append(w.outgoing, a.p)
+		case VerdictSplit:
+			w.split(v, a.p, a.inner, w.hops[i])
+		default:
 			w.drop(a.p, reason)
-			continue
+			w.answer(v, a.inner, w.hops[i], reason)
 		}
-		w.outgoing = append(w.outgoing, a.p)
 	}
 }
 
