@@ -14,7 +14,6 @@ var answers = [reasonCount]packet.ICMPError{
 	ReasonPacketTooBig: {Type: packet.ICMPUnreachable, Code: packet.CodeFragNeeded},
 	ReasonNestedTunnel: {Type: packet.ICMPUnreachable, Code: packet.CodeAdminFilter},
 	ReasonTTLExpired:   {Type: packet.ICMPTimeExceeded},
-	ReasonBadOptions:   {Type: packet.ICMPParameterProblem},
 }
 
 // answerer makes the ICMP errors of one worker, and limits their rate (RFC 1812, 4.3.2.8): all together, and those about
@@ -64,12 +63,8 @@ func (a *answerer) answer(rate int, inner packet.IPv4, reason Reason, mtu int, s
 	if e == (packet.ICMPError{}) || rate <= 0 || !packet.MayAnswer(inner) {
 		return false, false
 	}
-	switch reason {
-	case ReasonPacketTooBig:
+	if reason == ReasonPacketTooBig {
 		e.Rest = uint32(mtu)
-	case ReasonBadOptions:
-		at, _ := packet.CheckOptions(inner)
-		e.Rest = uint32(at) << 24
 	}
 	now, cost := a.clock(), time.Second/time.Duration(rate)
 	if !a.senders[senderHash(inner.SrcU32())].take(now, cost*senderShare, max(time.Second/2, cost*senderShare)) ||

@@ -95,9 +95,10 @@ func (r *Router) SetOptions(o Options) error {
 }
 
 // accepts reports whether the operator has made an exception for the source of inner. There is none for what belongs to
-// this node: back is the answer for the source.
+// this node, nor for what is nobody's: back is the answer for the source.
 func (s *state) accepts(inner packet.IPv4, back fib.Hop) bool {
-	if len(s.options.AcceptSources) == 0 || back.Kind() == fib.KindLocal || inner.SrcU32() == s.address {
+	if len(s.options.AcceptSources) == 0 || back.Kind() == fib.KindLocal || inner.SrcU32() == s.address ||
+		!packet.Unicast(inner.SrcU32()) {
 		return false
 	}
 	source := inner.Src()

@@ -17,6 +17,7 @@ type splitting struct {
 	segment    func([]byte)
 
 	// Of the packet that split is at.
+	in   Interface
 	hop  fib.Hop
 	mtu  int
 	made uint64
@@ -45,9 +46,9 @@ func (w *Worker) piece() *Packet {
 
 // split sends inner, the packet in p that is too long for the tunnel to hop as it is, in pieces: a superpacket in its
 // segments, and what is too long then, and has DF clear, in fragments. It is the second half of the ladder for each.
-func (w *Worker) split(v *view, p *Packet, inner packet.IPv4, hop fib.Hop) {
+func (w *Worker) split(p *Packet, inner packet.IPv4, hop fib.Hop) {
 	s := &w.splitting
-	s.hop, s.mtu, s.made = hop, v.state.mtuTo(hop.Gateway()), 0
+	s.in, s.hop, s.mtu, s.made = p.In, hop, w.view.state.mtuTo(hop.Gateway()), 0
 	fault := packet.FaultNone
 	switch o := &p.Offload; o.Segmentation {
 	case SegmentNone:
@@ -108,6 +109,7 @@ func (w *Worker) fragments(b packet.IPv4) packet.Fault {
 func (w *Worker) sendPiece(p *Packet) {
 	s := &w.splitting
 	s.made++
+	p.In, p.Out = s.in, UnderlayInterface
 	if verdict, reason := w.view.encap(p, packet.IPv4(p.Bytes()), s.hop, &w.outer); verdict != VerdictForward {
 		w.drop(p, reason)
 		return
@@ -115,19 +117,45 @@ func (w *Worker) sendPiece(p *Packet) {
 	w.outgoing = append(w.outgoing, p)
 }
 
-// answer tells the sender of inner, which was dropped on its way to hop, the reason, where there is something to tell.
-func (w *Worker) answer(v *view, inner packet.IPv4, hop fib.Hop, reason Reason) {
-	if w.reply == nil || answers[reason] == (packet.ICMPError{}) {
+// answer tells the sender of inner, which came in the packet p and was dropped on its way to hop, the reason, where
+// there is something to tell. What came from the underlay is not answered.
+func (w *Worker) answer(p *Packet, inner packet.IPv4, hop fib.Hop, reason Reason) {
+	fromPod := w.direction == Transit && p.In >= FirstPodInterface
+	if answers[reason] == (packet.ICMPError{}) || p.In == UnderlayInterface || !fromPod && w.reply == nil {
 		return
 	}
-	p := w.piece()
-	ok, limited := w.answerer.answer(v.state.options.ICMPRate, inner, reason, v.state.mtuTo(hop.Gateway()), [4]byte{}, p)
-	if !ok {
+	state := w.view.state
+	var source [4]byte // the reply port's choice
+	if fromPod {
+		source = state.answers
+	}
+	reply := w.piece()
+	ok, limited := w.answerer.answer(state.options.ICMPRate, inner, reason, state.mtuTo(hop.Gateway()), source, reply)
+	switch {
+	case !ok:
 		w.splitting.used--
 		if limited {
 			w.tallies.more[moreICMPLimited].add(1, uint64(len(inner)))
 		}
+	case fromPod:
+		reply.Out = p.In
+		w.podReplies = append(w.podReplies, reply)
+	default:
+		w.replies = append(w.replies, reply)
+	}
+}
+
+// sendReplies sends replies on port, and counts them.
+func (w *Worker) sendReplies(port Port, replies []*Packet) {
+	if len(replies) == 0 {
 		return
 	}
-	w.replies = append(w.replies, p)
+	port.Send(replies)
+	for _, p := range replies {
+		which := moreICMPSent
+		if p.Drop != ReasonNotSet {
+			which = moreICMPFailed
+		}
+		w.tallies.more[which].add(1, uint64(p.Len))
+	}
 }

@@ -26,13 +26,9 @@ const (
 	ReasonGatewaySelf  // the route's gateway is this node
 	ReasonPacketTooBig // longer than vr0's MTU, or than an outer header can tell
 
-	// Where the vRouter is the router (RFC 1812, 5.3.7 for the addresses).
-	ReasonMartianSource      // the source can be nobody's: network 0 or 127, multicast, class E
-	ReasonMartianDestination // the destination can be nobody's: network 0 or 127, class E
-	ReasonMulticast          // multicast or broadcast, which is not routed
-	ReasonBadOptions         // an option of the header is malformed
-	ReasonSourceRoute        // it asks to be sent by way of others (RFC 7126)
-	ReasonTTLExpired         // its time to live is over
+	// From a pod, where the vRouter reads its interface itself.
+	ReasonSpoofed    // the source is not the pod's address
+	ReasonTTLExpired // its time to live is over
 
 	// Decapsulation: from another node to a pod of this node.
 	ReasonOuterMalformed   // outer header wrong, or not protocol 4
@@ -64,11 +60,7 @@ var reasonNames = [reasonCount]string{
 	ReasonSendFailed:         "send_failed",
 	ReasonSendTooBig:         "send_emsgsize",
 	ReasonSendQueueFull:      "send_queue_full",
-	ReasonMartianSource:      "martian_source",
-	ReasonMartianDestination: "martian_destination",
-	ReasonMulticast:          "multicast",
-	ReasonBadOptions:         "bad_options",
-	ReasonSourceRoute:        "source_route",
+	ReasonSpoofed:            "spoofed",
 	ReasonTTLExpired:         "ttl_expired",
 	ReasonOuterMalformed:     "outer_malformed",
 	ReasonOuterNotForUs:      "outer_not_for_us",

@@ -11,12 +11,15 @@ import (
 // batchSize is the number of packets a worker takes at once. A full batch of superpackets is 4 MiB of buffers.
 const batchSize = 64
 
-// Worker carries packets from one port to another, in one direction. It is locked to its thread and runs to
-// completion: between Recv and Send there is no channel, lock, allocation, map or log line.
+// Worker carries packets from one port to another, in one direction, or among the interfaces of one SwitchPort. It is
+// locked to its thread and runs to completion: between Recv and Send there is no channel, lock, allocation, map or log
+// line.
 type Worker struct {
 	router    *Router
 	direction Direction
 	in, out   Port
+	switched  SwitchPort // in and out of a Transit worker
+	kernel    flowSet    // see transit
 	packets   []*Packet
 	outgoing  []*Packet
 	asked     []asked
@@ -29,6 +32,8 @@ type Worker struct {
 	answerer  *answerer
 	reply     Port // nil: nobody is told
 	replies   []*Packet
+	// podReplies go by the interface of the pod that they are for, on out.
+	podReplies []*Packet
 }
 
 // asked is a packet between the two halves of its ladder.
@@ -37,22 +42,28 @@ type asked struct {
 	inner packet.IPv4
 }
 
+// NewSwitch returns a worker that carries packets among the interfaces of port. It is the only one that receives and
+// sends on it.
+func (r *Router) NewSwitch(port SwitchPort) *Worker {
+	return r.newWorker(&Worker{direction: Transit, in: port, out: port, switched: port, kernel: newFlowSet()})
+}
+
 // NewWorker returns a worker that receives from in, walks the ladder of direction and sends on out. Its counters are
 // part of the router's from now on. The worker is the only one that receives from in and that sends on out.
 func (r *Router) NewWorker(direction Direction, in, out Port) *Worker {
-	w := &Worker{
-		router:    r,
-		direction: direction,
-		in:        in,
-		out:       out,
-		packets:   make([]*Packet, batchSize),
-		outgoing:  make([]*Packet, 0, 2*batchSize), // a batch, and the pieces
-		asked:     make([]asked, 0, batchSize),
-		addresses: make([]uint32, 0, 2*batchSize),
-		hops:      make([]fib.Hop, 2*batchSize),
-		answerer:  newAnswerer(),
-		replies:   make([]*Packet, 0, batchSize),
-	}
+	return r.newWorker(&Worker{direction: direction, in: in, out: out})
+}
+
+func (r *Router) newWorker(w *Worker) *Worker {
+	w.router = r
+	w.packets = make([]*Packet, batchSize)
+	w.outgoing = make([]*Packet, 0, 2*batchSize) // a batch, and the pieces
+	w.asked = make([]asked, 0, batchSize)
+	w.addresses = make([]uint32, 0, 2*batchSize)
+	w.hops = make([]fib.Hop, 2*batchSize)
+	w.answerer = newAnswerer()
+	w.replies = make([]*Packet, 0, batchSize)
+	w.podReplies = make([]*Packet, 0, batchSize)
 	for i := range w.packets {
 		w.packets[i] = NewPacket()
 	}
@@ -92,10 +103,13 @@ func (w *Worker) turn() error {
 		return err
 	}
 	w.view = view{routes: w.router.table.Forwarding(), state: w.router.state.Load()}
-	if w.direction == Encap {
+	switch w.direction {
+	case Encap:
 		w.encap(&w.view, w.packets[:n])
-	} else {
+	case Decap:
 		w.decap(&w.view, w.packets[:n])
+	default:
+		w.transit(&transit{w.view, w.switched.Pods(), &w.kernel}, w.packets[:n])
 	}
 	w.flush()
 	return nil
@@ -103,33 +117,94 @@ func (w *Worker) turn() error {
 
 // flush sends what the ladder has let through, and what it answers.
 func (w *Worker) flush() {
-	if len(w.replies) > 0 {
-		w.reply.Send(w.replies)
-		for _, p := range w.replies {
-			which := moreICMPSent
-			if p.Drop != ReasonNotSet {
-				which = moreICMPFailed
-			}
-			w.tallies.more[which].add(1, uint64(p.Len))
-		}
-		w.replies = w.replies[:0]
-	}
+	w.sendReplies(w.reply, w.replies)
+	w.sendReplies(w.out, w.podReplies)
+	w.replies, w.podReplies = w.replies[:0], w.podReplies[:0]
 	w.splitting.used = 0
 	if len(w.outgoing) == 0 {
 		return
 	}
 	w.out.Send(w.outgoing)
-	var packets, bytes uint64
+	var sums [pathCount]struct{ packets, bytes uint64 }
 	for _, p := range w.outgoing {
 		if p.Drop != ReasonNotSet {
 			w.tallies.dropped[p.Drop].add(1, uint64(p.Len))
 			continue
 		}
-		packets += uint64(p.Sent)
-		bytes += uint64(p.Len)
+		s := &sums[w.path(p)]
+		s.packets += uint64(p.Sent)
+		s.bytes += uint64(p.Len)
 	}
-	w.tallies.forwarded.add(packets, bytes)
+	for i := range sums {
+		if s := &sums[i]; s.packets > 0 {
+			w.tallies.forwarded[i].add(s.packets, s.bytes)
+		}
+	}
 	w.outgoing = w.outgoing[:0]
+}
+
+// path names the way that a packet has gone.
+func (w *Worker) path(p *Packet) path {
+	switch {
+	case w.direction != Transit:
+		return path(w.direction)
+	case p.Out == UnderlayInterface:
+		return pathEncap
+	case p.In == UnderlayInterface:
+		return pathDecap
+	case p.Out == HostInterface:
+		return pathHost
+	}
+	return pathLocal
+}
+
+// transit walks the ladders with a batch from any interfaces. What comes from the underlay asks
+// for two addresses.
+func (w *Worker) transit(t *transit, batch []*Packet) {
+	w.asked, w.addresses = w.asked[:0], w.addresses[:0]
+	for _, p := range batch {
+		var inner packet.IPv4
+		var reason Reason
+		switch p.In {
+		case HostInterface:
+			inner, reason = t.hostParse(p)
+		case UnderlayInterface:
+			inner, reason = t.decapParse(p)
+		default:
+			inner, reason = t.podParse(p)
+		}
+		if inner == nil {
+			w.drop(p, reason)
+			continue
+		}
+		w.asked = append(w.asked, asked{p, inner})
+		w.addresses = append(w.addresses, inner.DstU32())
+		if p.In == UnderlayInterface {
+			w.addresses = append(w.addresses, inner.SrcU32())
+		}
+	}
+	t.routes.LookupBatch(w.addresses, w.hops)
+	next := 0
+	for _, a := range w.asked {
+		var verdict Verdict
+		var reason Reason
+		hop := w.hops[next]
+		next++
+		switch a.p.In {
+		case HostInterface:
+			a.p.Out = UnderlayInterface
+			verdict, reason = t.encap(a.p, a.inner, hop, &w.outer)
+		case UnderlayInterface:
+			verdict, reason = t.decap(a.p, a.inner, w.hops[next], hop)
+			next++
+			if verdict == VerdictForward {
+				t.arrived(a.p, a.inner)
+			}
+		default:
+			verdict, reason = t.pod(a.p, a.inner, hop, &w.outer)
+		}
+		w.settle(a, hop, verdict, reason)
+	}
 }
 
 // encap walks the first ladder with a batch, and gathers what it lets through.
@@ -147,15 +222,7 @@ func (w *Worker) encap(v *view, batch []*Packet) {
 	v.routes.LookupBatch(w.addresses, w.hops)
 	for i, a := range w.asked {
 		verdict, reason := v.encap(a.p, a.inner, w.hops[i], &w.outer)
-		switch verdict {
-		case VerdictForward:
-			w.outgoing = append(w.outgoing, a.p)
-		case VerdictSplit:
-			w.split(v, a.p, a.inner, w.hops[i])
-		default:
-			w.drop(a.p, reason)
-			w.answer(v, a.inner, w.hops[i], reason)
-		}
+		w.settle(a, w.hops[i], verdict, reason)
 	}
 }
 
@@ -179,6 +246,19 @@ func (w *Worker) decap(v *view, batch []*Packet) {
 			continue
 		}
 		w.outgoing = append(w.outgoing, a.p)
+	}
+}
+
+// settle does with a packet on its way to hop what the ladder has decided.
+func (w *Worker) settle(a asked, hop fib.Hop, verdict Verdict, reason Reason) {
+	switch verdict {
+	case VerdictForward:
+		w.outgoing = append(w.outgoing, a.p)
+	case VerdictSplit:
+		w.split(a.p, a.inner, hop)
+	default:
+		w.drop(a.p, reason)
+		w.answer(a.p, a.inner, hop, reason)
 	}
 }
 

@@ -10,5 +10,5 @@
 // [Fault], whose zero value is "none".
 //
 // Start reading at ipv4.go (the view), then ipip.go (the tunnel), segment.go (superpackets) and checksum.go; then what a
-// router needs beside: options.go, fragment.go, icmp.go and mss.go.
+// router needs beside: fragment.go, icmp.go and mss.go.
 package packet

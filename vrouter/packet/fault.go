@@ -28,10 +28,6 @@ const (
 	FaultFragment
 	// FaultTransport: the TCP or UDP header does not fit into the packet or contradicts it.
 	FaultTransport
-	// FaultOptions: an option of the IPv4 header is malformed.
-	FaultOptions
-	// FaultSourceRoute: the packet carries a source route.
-	FaultSourceRoute
 	// FaultGSO: the segment size is not positive, or larger than an IPv4 packet can carry.
 	FaultGSO
 
@@ -39,19 +35,17 @@ const (
 )
 
 var faultNames = [faultCount]string{
-	FaultNone:        "none",
-	FaultShort:       "short",
-	FaultVersion:     "version",
-	FaultHeaderLen:   "header_length",
-	FaultTotalLen:    "total_length",
-	FaultChecksum:    "checksum",
-	FaultECN:         "ecn",
-	FaultProtocol:    "protocol",
-	FaultFragment:    "fragment",
-	FaultTransport:   "transport",
-	FaultOptions:     "options",
-	FaultSourceRoute: "source_route",
-	FaultGSO:         "gso",
+	FaultNone:      "none",
+	FaultShort:     "short",
+	FaultVersion:   "version",
+	FaultHeaderLen: "header_length",
+	FaultTotalLen:  "total_length",
+	FaultChecksum:  "checksum",
+	FaultECN:       "ecn",
+	FaultProtocol:  "protocol",
+	FaultFragment:  "fragment",
+	FaultTransport: "transport",
+	FaultGSO:       "gso",
 }
 
 // String returns the fault's stable name in snake_case, "unknown" for a value that is none of the constants.

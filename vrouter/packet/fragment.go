@@ -2,6 +2,13 @@ package packet
 
 import "encoding/binary"
 
+// Options of an IPv4 header, RFC 791 section 3.1; those of TCP end and are filled up in the same way.
+const (
+	optionEnd    = 0
+	optionNop    = 1
+	optionCopied = 0x80 // this bit: into every fragment
+)
+
 // Fragmenter splits a packet that is too long for the next link into fragments: RFC 791 section 3.2, RFC 1812 section
 // 4.2.2.7. Each has as many bytes as fit, the last one the rest. The zero value is ready for Start; a Fragmenter may be
 // used again and again.

@@ -4,11 +4,10 @@ import "encoding/binary"
 
 // Types of ICMP messages (RFC 792).
 const (
-	ICMPEchoReply        = 0
-	ICMPUnreachable      = 3
-	ICMPEcho             = 8
-	ICMPTimeExceeded     = 11
-	ICMPParameterProblem = 12
+	ICMPEchoReply    = 0
+	ICMPUnreachable  = 3
+	ICMPEcho         = 8
+	ICMPTimeExceeded = 11
 )
 
 // Codes of ICMPUnreachable (RFC 792; RFC 1812 section 5.2.7.1).
@@ -34,8 +33,7 @@ const (
 	tosMask = 0x1c
 )
 
-// ICMPError is what an error says. Rest is the second word of its header, in which CodeFragNeeded has the MTU (the
-// lower half) and ICMPParameterProblem the pointer (the highest byte).
+// ICMPError is what an error says. Rest is the second word of its header, in which CodeFragNeeded has the MTU.
 type ICMPError struct {
 	Type, Code uint8
 	Rest       uint32

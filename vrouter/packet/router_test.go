@@ -114,44 +114,6 @@ func TestFragmentOptions(t *testing.T) {
 	}
 }
 
-func TestCheckOptions(t *testing.T) {
-	for _, test := range []struct {
-		name    string
-		options []byte
-		at      int
-		fault   Fault
-	}{
-		{"none", nil, 0, FaultNone},
-		{"padding", []byte{1, 1, 1, 0}, 0, FaultNone},
-		{"unknown", []byte{0x5e, 6, 1, 2, 3, 4}, 0, FaultNone},
-		{"router alert", []byte{0x94, 4, 0, 0}, 0, FaultNone},
-		{"record route", []byte{7, 7, 4, 0, 0, 0, 0}, 0, FaultNone},
-		{"record route, full", []byte{7, 7, 8, 0, 0, 0, 0}, 0, FaultNone},
-		{"timestamp", []byte{0x44, 8, 5, 0, 0, 0, 0, 0}, 0, FaultNone},
-		{"loose source route", []byte{1, 0x83, 7, 4, 10, 0, 0, 1}, 0, FaultSourceRoute},
-		{"strict source route", []byte{0x89, 3, 4, 0}, 0, FaultSourceRoute},
-		{"behind the end", []byte{0, 0x83, 1, 1}, 0, FaultNone},
-		{"no length", []byte{1, 1, 1, 7}, 23, FaultOptions},
-		{"length of one", []byte{1, 0x5e, 1, 0}, 21, FaultOptions},
-		{"past the header", []byte{0x5e, 5, 0, 0}, 20, FaultOptions},
-		{"record route, short", []byte{7, 2, 0, 0}, 21, FaultOptions},
-		{"record route, pointer", []byte{7, 7, 3, 0, 0, 0, 0, 0}, 22, FaultOptions},
-		{"record route, odd pointer", []byte{7, 7, 6, 0, 0, 0, 0, 0}, 22, FaultOptions},
-		{"record route twice", []byte{7, 3, 4, 7, 3, 4, 0, 0}, 23, FaultOptions},
-		{"timestamp, short", []byte{0x44, 3, 5, 0}, 21, FaultOptions},
-		{"timestamp, pointer", []byte{0x44, 4, 4, 0}, 22, FaultOptions},
-		{"timestamp, no room for the address", []byte{0x44, 8, 5, 1, 0, 0, 0, 0}, 22, FaultOptions},
-		{"timestamp, overflow full", []byte{0x44, 4, 5, 0xf0}, 23, FaultOptions},
-		{"router alert, short", []byte{0x94, 3, 0, 0}, 21, FaultOptions},
-		{"two source routes", []byte{0x83, 3, 4, 0x83, 3, 4, 0, 0}, 23, FaultOptions},
-	} {
-		at, fault := CheckOptions(IPv4(withOptions(ipv4(0, 1, 0, 9, 17, podA, podB, nil), test.options)))
-		if at != test.at || fault != test.fault {
-			t.Errorf("%s: %v at %d: expected %v at %d", test.name, fault, at, test.fault, test.at)
-		}
-	}
-}
-
 func TestMayAnswer(t *testing.T) {
 	echo, unreachable := []byte{8, 0, 0, 0, 0, 0, 0, 0}, []byte{3, 0, 0, 0, 0, 0, 0, 0}
 	for _, test := range []struct {
@@ -273,9 +235,6 @@ func FuzzRouter(f *testing.F) {
 			return
 		}
 		orig := bytes.Clone(b)
-		if at, fault := CheckOptions(p); fault == FaultOptions && (at < 20 || at >= p.HeaderLen()) {
-			t.Fatalf("pointer %d outside the options", at)
-		}
 		answer := make([]byte, MaxICMPError)
 		if MayAnswer(p) {
 			n := PutICMPError(answer, p, ICMPError{Type: ICMPUnreachable, Code: CodeFragNeeded}, nodeA, 1)
