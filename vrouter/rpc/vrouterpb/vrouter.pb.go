@@ -262,6 +262,59 @@ func (x *Config) GetMtu() uint32 {
 	return 0
 }
 
+// Pod is a pod of this node, and the host's side of its interface, which the vRouter may take over.
+type Pod struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Address       []byte                 `protobuf:"bytes,1,opt,name=address,proto3" json:"address,omitempty"`     // 4 or 16 bytes
+	Interface     string                 `protobuf:"bytes,2,opt,name=interface,proto3" json:"interface,omitempty"` // interface name
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Pod) Reset() {
+	*x = Pod{}
+	mi := &file_vrouter_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Pod) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Pod) ProtoMessage() {}
+
+func (x *Pod) ProtoReflect() protoreflect.Message {
+	mi := &file_vrouter_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Pod.ProtoReflect.Descriptor instead.
+func (*Pod) Descriptor() ([]byte, []int) {
+	return file_vrouter_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Pod) GetAddress() []byte {
+	if x != nil {
+		return x.Address
+	}
+	return nil
+}
+
+func (x *Pod) GetInterface() string {
+	if x != nil {
+		return x.Interface
+	}
+	return ""
+}
+
 type StatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	ApiVersion    uint32                 `protobuf:"varint,1,opt,name=api_version,json=apiVersion,proto3" json:"api_version,omitempty"` // the caller's
@@ -271,7 +324,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_vrouter_proto_msgTypes[3]
+	mi := &file_vrouter_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -283,7 +336,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[3]
+	mi := &file_vrouter_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -296,7 +349,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{3}
+	return file_vrouter_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *StatusRequest) GetApiVersion() uint32 {
@@ -315,17 +368,18 @@ type StatusReply struct {
 	Configured      bool                   `protobuf:"varint,5,opt,name=configured,proto3" json:"configured,omitempty"`
 	Config          *Config                `protobuf:"bytes,6,opt,name=config,proto3" json:"config,omitempty"`
 	Routes          uint32                 `protobuf:"varint,7,opt,name=routes,proto3" json:"routes,omitempty"`
-	Stale           uint32                 `protobuf:"varint,8,opt,name=stale,proto3" json:"stale,omitempty"` // routes and nodes
+	Stale           uint32                 `protobuf:"varint,8,opt,name=stale,proto3" json:"stale,omitempty"` // routes, nodes and pods
 	Nodes           uint32                 `protobuf:"varint,9,opt,name=nodes,proto3" json:"nodes,omitempty"`
 	StartedUnixNano int64                  `protobuf:"varint,10,opt,name=started_unix_nano,json=startedUnixNano,proto3" json:"started_unix_nano,omitempty"`
 	Port            string                 `protobuf:"bytes,11,opt,name=port,proto3" json:"port,omitempty"` // the ports in words
+	Pods            uint32                 `protobuf:"varint,12,opt,name=pods,proto3" json:"pods,omitempty"`
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
 
 func (x *StatusReply) Reset() {
 	*x = StatusReply{}
-	mi := &file_vrouter_proto_msgTypes[4]
+	mi := &file_vrouter_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -337,7 +391,7 @@ func (x *StatusReply) String() string {
 func (*StatusReply) ProtoMessage() {}
 
 func (x *StatusReply) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[4]
+	mi := &file_vrouter_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -350,7 +404,7 @@ func (x *StatusReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusReply.ProtoReflect.Descriptor instead.
 func (*StatusReply) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{4}
+	return file_vrouter_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *StatusReply) GetApiVersion() uint32 {
@@ -430,6 +484,13 @@ func (x *StatusReply) GetPort() string {
 	return ""
 }
 
+func (x *StatusReply) GetPods() uint32 {
+	if x != nil {
+		return x.Pods
+	}
+	return 0
+}
+
 type BeginRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	ApiVersion    uint32                 `protobuf:"varint,1,opt,name=api_version,json=apiVersion,proto3" json:"api_version,omitempty"`
@@ -439,7 +500,7 @@ type BeginRequest struct {
 
 func (x *BeginRequest) Reset() {
 	*x = BeginRequest{}
-	mi := &file_vrouter_proto_msgTypes[5]
+	mi := &file_vrouter_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -451,7 +512,7 @@ func (x *BeginRequest) String() string {
 func (*BeginRequest) ProtoMessage() {}
 
 func (x *BeginRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[5]
+	mi := &file_vrouter_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -464,7 +525,7 @@ func (x *BeginRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BeginRequest.ProtoReflect.Descriptor instead.
 func (*BeginRequest) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{5}
+	return file_vrouter_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *BeginRequest) GetApiVersion() uint32 {
@@ -481,13 +542,15 @@ type UpdateRequest struct {
 	DelNodes      [][]byte               `protobuf:"bytes,3,rep,name=del_nodes,json=delNodes,proto3" json:"del_nodes,omitempty"`
 	Set           []*Route               `protobuf:"bytes,4,rep,name=set,proto3" json:"set,omitempty"`
 	Del           []*Prefix              `protobuf:"bytes,5,rep,name=del,proto3" json:"del,omitempty"`
+	AddPods       []*Pod                 `protobuf:"bytes,6,rep,name=add_pods,json=addPods,proto3" json:"add_pods,omitempty"` // one whose address is known already has another interface now
+	DelPods       [][]byte               `protobuf:"bytes,7,rep,name=del_pods,json=delPods,proto3" json:"del_pods,omitempty"` // addresses
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *UpdateRequest) Reset() {
 	*x = UpdateRequest{}
-	mi := &file_vrouter_proto_msgTypes[6]
+	mi := &file_vrouter_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -499,7 +562,7 @@ func (x *UpdateRequest) String() string {
 func (*UpdateRequest) ProtoMessage() {}
 
 func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[6]
+	mi := &file_vrouter_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -512,7 +575,7 @@ func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateRequest.ProtoReflect.Descriptor instead.
 func (*UpdateRequest) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{6}
+	return file_vrouter_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *UpdateRequest) GetConfig() *Config {
@@ -550,6 +613,20 @@ func (x *UpdateRequest) GetDel() []*Prefix {
 	return nil
 }
 
+func (x *UpdateRequest) GetAddPods() []*Pod {
+	if x != nil {
+		return x.AddPods
+	}
+	return nil
+}
+
+func (x *UpdateRequest) GetDelPods() [][]byte {
+	if x != nil {
+		return x.DelPods
+	}
+	return nil
+}
+
 type UpdateReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -558,7 +635,7 @@ type UpdateReply struct {
 
 func (x *UpdateReply) Reset() {
 	*x = UpdateReply{}
-	mi := &file_vrouter_proto_msgTypes[7]
+	mi := &file_vrouter_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -570,7 +647,7 @@ func (x *UpdateReply) String() string {
 func (*UpdateReply) ProtoMessage() {}
 
 func (x *UpdateReply) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[7]
+	mi := &file_vrouter_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -583,7 +660,7 @@ func (x *UpdateReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateReply.ProtoReflect.Descriptor instead.
 func (*UpdateReply) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{7}
+	return file_vrouter_proto_rawDescGZIP(), []int{8}
 }
 
 type EndRequest struct {
@@ -594,7 +671,7 @@ type EndRequest struct {
 
 func (x *EndRequest) Reset() {
 	*x = EndRequest{}
-	mi := &file_vrouter_proto_msgTypes[8]
+	mi := &file_vrouter_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -606,7 +683,7 @@ func (x *EndRequest) String() string {
 func (*EndRequest) ProtoMessage() {}
 
 func (x *EndRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[8]
+	mi := &file_vrouter_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -619,19 +696,19 @@ func (x *EndRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndRequest.ProtoReflect.Descriptor instead.
 func (*EndRequest) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{8}
+	return file_vrouter_proto_rawDescGZIP(), []int{9}
 }
 
 type EndReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Swept         uint32                 `protobuf:"varint,1,opt,name=swept,proto3" json:"swept,omitempty"` // routes and nodes removed
+	Swept         uint32                 `protobuf:"varint,1,opt,name=swept,proto3" json:"swept,omitempty"` // routes, nodes and pods removed
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *EndReply) Reset() {
 	*x = EndReply{}
-	mi := &file_vrouter_proto_msgTypes[9]
+	mi := &file_vrouter_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -643,7 +720,7 @@ func (x *EndReply) String() string {
 func (*EndReply) ProtoMessage() {}
 
 func (x *EndReply) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[9]
+	mi := &file_vrouter_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -656,7 +733,7 @@ func (x *EndReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndReply.ProtoReflect.Descriptor instead.
 func (*EndReply) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{9}
+	return file_vrouter_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *EndReply) GetSwept() uint32 {
@@ -674,7 +751,7 @@ type ListRoutesRequest struct {
 
 func (x *ListRoutesRequest) Reset() {
 	*x = ListRoutesRequest{}
-	mi := &file_vrouter_proto_msgTypes[10]
+	mi := &file_vrouter_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -686,7 +763,7 @@ func (x *ListRoutesRequest) String() string {
 func (*ListRoutesRequest) ProtoMessage() {}
 
 func (x *ListRoutesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[10]
+	mi := &file_vrouter_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -699,7 +776,7 @@ func (x *ListRoutesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRoutesRequest.ProtoReflect.Descriptor instead.
 func (*ListRoutesRequest) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{10}
+	return file_vrouter_proto_rawDescGZIP(), []int{11}
 }
 
 type ListRoutesReply struct {
@@ -712,7 +789,7 @@ type ListRoutesReply struct {
 
 func (x *ListRoutesReply) Reset() {
 	*x = ListRoutesReply{}
-	mi := &file_vrouter_proto_msgTypes[11]
+	mi := &file_vrouter_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -724,7 +801,7 @@ func (x *ListRoutesReply) String() string {
 func (*ListRoutesReply) ProtoMessage() {}
 
 func (x *ListRoutesReply) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[11]
+	mi := &file_vrouter_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -737,7 +814,7 @@ func (x *ListRoutesReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRoutesReply.ProtoReflect.Descriptor instead.
 func (*ListRoutesReply) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{11}
+	return file_vrouter_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ListRoutesReply) GetRoutes() []*Route {
@@ -762,7 +839,7 @@ type ListCountersRequest struct {
 
 func (x *ListCountersRequest) Reset() {
 	*x = ListCountersRequest{}
-	mi := &file_vrouter_proto_msgTypes[12]
+	mi := &file_vrouter_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -774,7 +851,7 @@ func (x *ListCountersRequest) String() string {
 func (*ListCountersRequest) ProtoMessage() {}
 
 func (x *ListCountersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[12]
+	mi := &file_vrouter_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -787,7 +864,7 @@ func (x *ListCountersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListCountersRequest.ProtoReflect.Descriptor instead.
 func (*ListCountersRequest) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{12}
+	return file_vrouter_proto_rawDescGZIP(), []int{13}
 }
 
 type Counter struct {
@@ -801,7 +878,7 @@ type Counter struct {
 
 func (x *Counter) Reset() {
 	*x = Counter{}
-	mi := &file_vrouter_proto_msgTypes[13]
+	mi := &file_vrouter_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -813,7 +890,7 @@ func (x *Counter) String() string {
 func (*Counter) ProtoMessage() {}
 
 func (x *Counter) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[13]
+	mi := &file_vrouter_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -826,7 +903,7 @@ func (x *Counter) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Counter.ProtoReflect.Descriptor instead.
 func (*Counter) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{13}
+	return file_vrouter_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Counter) GetName() string {
@@ -859,7 +936,7 @@ type ListCountersReply struct {
 
 func (x *ListCountersReply) Reset() {
 	*x = ListCountersReply{}
-	mi := &file_vrouter_proto_msgTypes[14]
+	mi := &file_vrouter_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -871,7 +948,7 @@ func (x *ListCountersReply) String() string {
 func (*ListCountersReply) ProtoMessage() {}
 
 func (x *ListCountersReply) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[14]
+	mi := &file_vrouter_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -884,7 +961,7 @@ func (x *ListCountersReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListCountersReply.ProtoReflect.Descriptor instead.
 func (*ListCountersReply) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{14}
+	return file_vrouter_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ListCountersReply) GetCounters() []*Counter {
@@ -910,10 +987,13 @@ const file_vrouter_proto_rawDesc = "" +
 	"\x06Config\x12!\n" +
 	"\fnode_address\x18\x01 \x01(\fR\vnodeAddress\x12\x1a\n" +
 	"\bunderlay\x18\x02 \x01(\tR\bunderlay\x12\x10\n" +
-	"\x03mtu\x18\x03 \x01(\rR\x03mtu\"0\n" +
+	"\x03mtu\x18\x03 \x01(\rR\x03mtu\"=\n" +
+	"\x03Pod\x12\x18\n" +
+	"\aaddress\x18\x01 \x01(\fR\aaddress\x12\x1c\n" +
+	"\tinterface\x18\x02 \x01(\tR\tinterface\"0\n" +
 	"\rStatusRequest\x12\x1f\n" +
 	"\vapi_version\x18\x01 \x01(\rR\n" +
-	"apiVersion\"\xd7\x02\n" +
+	"apiVersion\"\xeb\x02\n" +
 	"\vStatusReply\x12\x1f\n" +
 	"\vapi_version\x18\x01 \x01(\rR\n" +
 	"apiVersion\x12\x18\n" +
@@ -929,16 +1009,19 @@ const file_vrouter_proto_rawDesc = "" +
 	"\x05nodes\x18\t \x01(\rR\x05nodes\x12*\n" +
 	"\x11started_unix_nano\x18\n" +
 	" \x01(\x03R\x0fstartedUnixNano\x12\x12\n" +
-	"\x04port\x18\v \x01(\tR\x04port\"/\n" +
+	"\x04port\x18\v \x01(\tR\x04port\x12\x12\n" +
+	"\x04pods\x18\f \x01(\rR\x04pods\"/\n" +
 	"\fBeginRequest\x12\x1f\n" +
 	"\vapi_version\x18\x01 \x01(\rR\n" +
-	"apiVersion\"\xd5\x01\n" +
+	"apiVersion\"\xa3\x02\n" +
 	"\rUpdateRequest\x121\n" +
 	"\x06config\x18\x01 \x01(\v2\x19.margay.vrouter.v1.ConfigR\x06config\x12\x1b\n" +
 	"\tadd_nodes\x18\x02 \x03(\fR\baddNodes\x12\x1b\n" +
 	"\tdel_nodes\x18\x03 \x03(\fR\bdelNodes\x12*\n" +
 	"\x03set\x18\x04 \x03(\v2\x18.margay.vrouter.v1.RouteR\x03set\x12+\n" +
-	"\x03del\x18\x05 \x03(\v2\x19.margay.vrouter.v1.PrefixR\x03del\"\r\n" +
+	"\x03del\x18\x05 \x03(\v2\x19.margay.vrouter.v1.PrefixR\x03del\x121\n" +
+	"\badd_pods\x18\x06 \x03(\v2\x16.margay.vrouter.v1.PodR\aaddPods\x12\x19\n" +
+	"\bdel_pods\x18\a \x03(\fR\adelPods\"\r\n" +
 	"\vUpdateReply\"\f\n" +
 	"\n" +
 	"EndRequest\" \n" +
@@ -984,24 +1067,25 @@ func file_vrouter_proto_rawDescGZIP() []byte {
 }
 
 var file_vrouter_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_vrouter_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_vrouter_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
 var file_vrouter_proto_goTypes = []any{
 	(Kind)(0),                   // 0: margay.vrouter.v1.Kind
 	(*Prefix)(nil),              // 1: margay.vrouter.v1.Prefix
 	(*Route)(nil),               // 2: margay.vrouter.v1.Route
 	(*Config)(nil),              // 3: margay.vrouter.v1.Config
-	(*StatusRequest)(nil),       // 4: margay.vrouter.v1.StatusRequest
-	(*StatusReply)(nil),         // 5: margay.vrouter.v1.StatusReply
-	(*BeginRequest)(nil),        // 6: margay.vrouter.v1.BeginRequest
-	(*UpdateRequest)(nil),       // 7: margay.vrouter.v1.UpdateRequest
-	(*UpdateReply)(nil),         // 8: margay.vrouter.v1.UpdateReply
-	(*EndRequest)(nil),          // 9: margay.vrouter.v1.EndRequest
-	(*EndReply)(nil),            // 10: margay.vrouter.v1.EndReply
-	(*ListRoutesRequest)(nil),   // 11: margay.vrouter.v1.ListRoutesRequest
-	(*ListRoutesReply)(nil),     // 12: margay.vrouter.v1.ListRoutesReply
-	(*ListCountersRequest)(nil), // 13: margay.vrouter.v1.ListCountersRequest
-	(*Counter)(nil),             // 14: margay.vrouter.v1.Counter
-	(*ListCountersReply)(nil),   // 15: margay.vrouter.v1.ListCountersReply
+	(*Pod)(nil),                 // 4: margay.vrouter.v1.Pod
+	(*StatusRequest)(nil),       // 5: margay.vrouter.v1.StatusRequest
+	(*StatusReply)(nil),         // 6: margay.vrouter.v1.StatusReply
+	(*BeginRequest)(nil),        // 7: margay.vrouter.v1.BeginRequest
+	(*UpdateRequest)(nil),       // 8: margay.vrouter.v1.UpdateRequest
+	(*UpdateReply)(nil),         // 9: margay.vrouter.v1.UpdateReply
+	(*EndRequest)(nil),          // 10: margay.vrouter.v1.EndRequest
+	(*EndReply)(nil),            // 11: margay.vrouter.v1.EndReply
+	(*ListRoutesRequest)(nil),   // 12: margay.vrouter.v1.ListRoutesRequest
+	(*ListRoutesReply)(nil),     // 13: margay.vrouter.v1.ListRoutesReply
+	(*ListCountersRequest)(nil), // 14: margay.vrouter.v1.ListCountersRequest
+	(*Counter)(nil),             // 15: margay.vrouter.v1.Counter
+	(*ListCountersReply)(nil),   // 16: margay.vrouter.v1.ListCountersReply
 }
 var file_vrouter_proto_depIdxs = []int32{
 	1,  // 0: margay.vrouter.v1.Route.prefix:type_name -> margay.vrouter.v1.Prefix
@@ -1010,25 +1094,26 @@ var file_vrouter_proto_depIdxs = []int32{
 	3,  // 3: margay.vrouter.v1.UpdateRequest.config:type_name -> margay.vrouter.v1.Config
 	2,  // 4: margay.vrouter.v1.UpdateRequest.set:type_name -> margay.vrouter.v1.Route
 	1,  // 5: margay.vrouter.v1.UpdateRequest.del:type_name -> margay.vrouter.v1.Prefix
-	2,  // 6: margay.vrouter.v1.ListRoutesReply.routes:type_name -> margay.vrouter.v1.Route
-	14, // 7: margay.vrouter.v1.ListCountersReply.counters:type_name -> margay.vrouter.v1.Counter
-	4,  // 8: margay.vrouter.v1.VRouter.GetStatus:input_type -> margay.vrouter.v1.StatusRequest
-	6,  // 9: margay.vrouter.v1.VRouter.Begin:input_type -> margay.vrouter.v1.BeginRequest
-	7,  // 10: margay.vrouter.v1.VRouter.Update:input_type -> margay.vrouter.v1.UpdateRequest
-	9,  // 11: margay.vrouter.v1.VRouter.End:input_type -> margay.vrouter.v1.EndRequest
-	11, // 12: margay.vrouter.v1.VRouter.ListRoutes:input_type -> margay.vrouter.v1.ListRoutesRequest
-	13, // 13: margay.vrouter.v1.VRouter.ListCounters:input_type -> margay.vrouter.v1.ListCountersRequest
-	5,  // 14: margay.vrouter.v1.VRouter.GetStatus:output_type -> margay.vrouter.v1.StatusReply
-	5,  // 15: margay.vrouter.v1.VRouter.Begin:output_type -> margay.vrouter.v1.StatusReply
-	8,  // 16: margay.vrouter.v1.VRouter.Update:output_type -> margay.vrouter.v1.UpdateReply
-	10, // 17: margay.vrouter.v1.VRouter.End:output_type -> margay.vrouter.v1.EndReply
-	12, // 18: margay.vrouter.v1.VRouter.ListRoutes:output_type -> margay.vrouter.v1.ListRoutesReply
-	15, // 19: margay.vrouter.v1.VRouter.ListCounters:output_type -> margay.vrouter.v1.ListCountersReply
-	14, // [14:20] is the sub-list for method output_type
-	8,  // [8:14] is the sub-list for method input_type
-	8,  // [8:8] is the sub-list for extension type_name
-	8,  // [8:8] is the sub-list for extension extendee
-	0,  // [0:8] is the sub-list for field type_name
+	4,  // 6: margay.vrouter.v1.UpdateRequest.add_pods:type_name -> margay.vrouter.v1.Pod
+	2,  // 7: margay.vrouter.v1.ListRoutesReply.routes:type_name -> margay.vrouter.v1.Route
+	15, // 8: margay.vrouter.v1.ListCountersReply.counters:type_name -> margay.vrouter.v1.Counter
+	5,  // 9: margay.vrouter.v1.VRouter.GetStatus:input_type -> margay.vrouter.v1.StatusRequest
+	7,  // 10: margay.vrouter.v1.VRouter.Begin:input_type -> margay.vrouter.v1.BeginRequest
+	8,  // 11: margay.vrouter.v1.VRouter.Update:input_type -> margay.vrouter.v1.UpdateRequest
+	10, // 12: margay.vrouter.v1.VRouter.End:input_type -> margay.vrouter.v1.EndRequest
+	12, // 13: margay.vrouter.v1.VRouter.ListRoutes:input_type -> margay.vrouter.v1.ListRoutesRequest
+	14, // 14: margay.vrouter.v1.VRouter.ListCounters:input_type -> margay.vrouter.v1.ListCountersRequest
+	6,  // 15: margay.vrouter.v1.VRouter.GetStatus:output_type -> margay.vrouter.v1.StatusReply
+	6,  // 16: margay.vrouter.v1.VRouter.Begin:output_type -> margay.vrouter.v1.StatusReply
+	9,  // 17: margay.vrouter.v1.VRouter.Update:output_type -> margay.vrouter.v1.UpdateReply
+	11, // 18: margay.vrouter.v1.VRouter.End:output_type -> margay.vrouter.v1.EndReply
+	13, // 19: margay.vrouter.v1.VRouter.ListRoutes:output_type -> margay.vrouter.v1.ListRoutesReply
+	16, // 20: margay.vrouter.v1.VRouter.ListCounters:output_type -> margay.vrouter.v1.ListCountersReply
+	15, // [15:21] is the sub-list for method output_type
+	9,  // [9:15] is the sub-list for method input_type
+	9,  // [9:9] is the sub-list for extension type_name
+	9,  // [9:9] is the sub-list for extension extendee
+	0,  // [0:9] is the sub-list for field type_name
 }
 
 func init() { file_vrouter_proto_init() }
@@ -1042,7 +1127,7 @@ func file_vrouter_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vrouter_proto_rawDesc), len(file_vrouter_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   15,
+			NumMessages:   16,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
