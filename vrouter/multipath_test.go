@@ -78,7 +78,7 @@ func TestDecapFromAnyGateway(t *testing.T) {
 	}
 	inner := ip(source, ownPod, packet.ProtocolUDP, make([]byte, 8))
 	for from, want := range map[netip.Addr]Reason{node2: ReasonNotSet, node3: ReasonNotSet, node4: ReasonInnerSource} {
-		if _, reason := walk(t, r, Decap, ip(from, self, protoIPIP, inner), Offload{}); reason != want {
+		if _, reason := walk(t, r, Decap, ip(from, self, packet.ProtocolIPIP, inner), Offload{}); reason != want {
 			t.Errorf("from %v: %v, want %v", from, reason, want)
 		}
 	}
