@@ -25,8 +25,15 @@ type Worker struct {
 	asked     []asked
 	addresses []uint32
 	hops      []fib.Hop
+	view      view // of the turn
 	outer     packet.Outer
 	tallies   tallies
+	splitting splitting
+	answerer  *answerer
+	reply     Port // nil: nobody is told
+	replies   []*Packet
+	// podReplies go by the interface of the pod that they are for, on out.
+	podReplies []*Packet
 }
 
 // asked is a packet between the two halves of its ladder.
@@ -50,10 +57,13 @@ func (r *Router) NewWorker(direction Direction, in, out Port) *Worker {
 func (r *Router) newWorker(w *Worker) *Worker {
 	w.router = r
 	w.packets = make([]*Packet, batchSize)
-	w.outgoing = make([]*Packet, 0, batchSize)
+	w.outgoing = make([]*Packet, 0, 2*batchSize) // a batch, and the pieces
 	w.asked = make([]asked, 0, batchSize)
 	w.addresses = make([]uint32, 0, 2*batchSize)
 	w.hops = make([]fib.Hop, 2*batchSize)
+	w.answerer = newAnswerer()
+	w.replies = make([]*Packet, 0, batchSize)
+	w.podReplies = make([]*Packet, 0, batchSize)
 	for i := range w.packets {
 		w.packets[i] = NewPacket()
 	}
@@ -63,6 +73,11 @@ func (r *Router) newWorker(w *Worker) *Worker {
 	r.workers = append(r.workers[:len(r.workers):len(r.workers)], w)
 	return w
 }
+
+// SetReply names the port on which the worker sends the ICMP errors about what it receives, beside its other port: it
+// is the only one that sends there. Their source is 0.0.0.0, for the port to choose. Without it there are none. To be
+// called before Run.
+func (w *Worker) SetReply(reply Port) { w.reply = reply }
 
 // Run forwards until the port it receives from is stopped, and then returns nil; any other error of that port ends it.
 func (w *Worker) Run() error {
@@ -87,18 +102,27 @@ func (w *Worker) turn() error {
 	if err != nil {
 		return err
 	}
-	v := view{routes: w.router.table.Forwarding(), state: w.router.state.Load()}
-	w.outgoing = w.outgoing[:0]
+	w.view = view{routes: w.router.table.Forwarding(), state: w.router.state.Load()}
 	switch w.direction {
 	case Encap:
-		w.encap(&v, w.packets[:n])
+		w.encap(&w.view, w.packets[:n])
 	case Decap:
-		w.decap(&v, w.packets[:n])
+		w.decap(&w.view, w.packets[:n])
 	default:
-		w.transit(&transit{v, w.switched.Pods(), &w.kernel}, w.packets[:n])
+		w.transit(&transit{w.view, w.switched.Pods(), &w.kernel}, w.packets[:n])
 	}
+	w.flush()
+	return nil
+}
+
+// flush sends what the ladder has let through, and what it answers.
+func (w *Worker) flush() {
+	w.sendReplies(w.reply, w.replies)
+	w.sendReplies(w.out, w.podReplies)
+	w.replies, w.podReplies = w.replies[:0], w.podReplies[:0]
+	w.splitting.used = 0
 	if len(w.outgoing) == 0 {
-		return nil
+		return
 	}
 	w.out.Send(w.outgoing)
 	var sums [pathCount]struct{ packets, bytes uint64 }
@@ -116,7 +140,7 @@ func (w *Worker) turn() error {
 			w.tallies.forwarded[i].add(s.packets, s.bytes)
 		}
 	}
-	return nil
+	w.outgoing = w.outgoing[:0]
 }
 
 // path names the way that a packet has gone.
@@ -179,11 +203,7 @@ func (w *Worker) transit(t *transit, batch []*Packet) {
 		default:
 			verdict, reason = t.pod(a.p, a.inner, hop, &w.outer)
 		}
-		if verdict != VerdictForward {
-			w.drop(a.p, reason)
-			continue
-		}
-		w.outgoing = append(w.outgoing, a.p)
+		w.settle(a, hop, verdict, reason)
 	}
 }
 
@@ -202,11 +222,7 @@ func (w *Worker) encap(v *view, batch []*Packet) {
 	v.routes.LookupBatch(w.addresses, w.hops)
 	for i, a := range w.asked {
 		verdict, reason := v.encap(a.p, a.inner, w.hops[i], &w.outer)
-		if verdict != VerdictForward {
-			w.drop(a.p, reason)
-			continue
-		}
-		w.outgoing = append(w.outgoing, a.p)
+		w.settle(a, w.hops[i], verdict, reason)
 	}
 }
 
@@ -230,6 +246,19 @@ func (w *Worker) decap(v *view, batch []*Packet) {
 			continue
 		}
 		w.outgoing = append(w.outgoing, a.p)
+	}
+}
+
+// settle does with a packet on its way to hop what the ladder has decided.
+func (w *Worker) settle(a asked, hop fib.Hop, verdict Verdict, reason Reason) {
+	switch verdict {
+	case VerdictForward:
+		w.outgoing = append(w.outgoing, a.p)
+	case VerdictSplit:
+		w.split(a.p, a.inner, hop)
+	default:
+		w.drop(a.p, reason)
+		w.answer(a.p, a.inner, hop, reason)
 	}
 }
 

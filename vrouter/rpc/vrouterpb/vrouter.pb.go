@@ -204,9 +204,10 @@ func (x *Route) GetStale() bool {
 
 type Config struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	NodeAddress   []byte                 `protobuf:"bytes,1,opt,name=node_address,json=nodeAddress,proto3" json:"node_address,omitempty"` // source of the outer header, and the only destination accepted
-	Underlay      string                 `protobuf:"bytes,2,opt,name=underlay,proto3" json:"underlay,omitempty"`                          // interface name
-	Mtu           uint32                 `protobuf:"varint,3,opt,name=mtu,proto3" json:"mtu,omitempty"`                                   // bytes, of the TUN device: the underlay's less 20
+	NodeAddress   []byte                 `protobuf:"bytes,1,opt,name=node_address,json=nodeAddress,proto3" json:"node_address,omitempty"`       // source of the outer header, and the only destination accepted
+	Underlay      string                 `protobuf:"bytes,2,opt,name=underlay,proto3" json:"underlay,omitempty"`                                // interface name
+	Mtu           uint32                 `protobuf:"varint,3,opt,name=mtu,proto3" json:"mtu,omitempty"`                                         // bytes, of the TUN device: the underlay's less 20
+	TunnelAddress []byte                 `protobuf:"bytes,4,opt,name=tunnel_address,json=tunnelAddress,proto3" json:"tunnel_address,omitempty"` // the TUN device's own, source of ICMP errors; absent: node_address
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -260,6 +261,13 @@ func (x *Config) GetMtu() uint32 {
 		return x.Mtu
 	}
 	return 0
+}
+
+func (x *Config) GetTunnelAddress() []byte {
+	if x != nil {
+		return x.TunnelAddress
+	}
+	return nil
 }
 
 // Pod is a pod of this node, and the host's side of its interface, which the vRouter may take over.
@@ -983,11 +991,12 @@ const file_vrouter_proto_rawDesc = "" +
 	"\x06prefix\x18\x01 \x01(\v2\x19.margay.vrouter.v1.PrefixR\x06prefix\x12+\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x17.margay.vrouter.v1.KindR\x04kind\x12\x18\n" +
 	"\agateway\x18\x03 \x01(\fR\agateway\x12\x14\n" +
-	"\x05stale\x18\x04 \x01(\bR\x05stale\"Y\n" +
+	"\x05stale\x18\x04 \x01(\bR\x05stale\"\x80\x01\n" +
 	"\x06Config\x12!\n" +
 	"\fnode_address\x18\x01 \x01(\fR\vnodeAddress\x12\x1a\n" +
 	"\bunderlay\x18\x02 \x01(\tR\bunderlay\x12\x10\n" +
-	"\x03mtu\x18\x03 \x01(\rR\x03mtu\"=\n" +
+	"\x03mtu\x18\x03 \x01(\rR\x03mtu\x12%\n" +
+	"\x0etunnel_address\x18\x04 \x01(\fR\rtunnelAddress\"=\n" +
 	"\x03Pod\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\fR\aaddress\x12\x1c\n" +
 	"\tinterface\x18\x02 \x01(\tR\tinterface\"0\n" +
