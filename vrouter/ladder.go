@@ -65,7 +65,16 @@ func (v *view) encapParse(p *Packet) (packet.IPv4, Reason) {
 	return inner, ReasonNotSet
 }
 
-// encap is the second half; hop is the answer for the destination. It pushes the outer header:
+// toward returns the hop that a packet takes of the answer for its destination: where that has several gateways, its
+// flow's.
+func (v *view) toward(hop fib.Hop, inner packet.IPv4) fib.Hop {
+	if hop.IsGroup() {
+		return v.routes.Select(hop, packet.FlowHash(inner))
+	}
+	return hop
+}
+
+// encap is the second half; hop is the answer for the destination, one gateway of it. It pushes the outer header:
 //
 //	3 the longest match for the destination is a tunnel to another node
 //	4 no tunnel within the tunnel
@@ -77,9 +86,6 @@ func (v *view) encapParse(p *Packet) (packet.IPv4, Reason) {
 func (v *view) encap(p *Packet, inner packet.IPv4, hop fib.Hop, o *packet.Outer) (Verdict, Reason) {
 	if !hop.Found() {
 		return VerdictDrop, ReasonNoRoute
-	}
-	if hop.IsGroup() {
-		hop = v.routes.Select(hop, packet.FlowHash(inner))
 	}
 	switch hop.Kind() {
 	case fib.KindTunnel:
