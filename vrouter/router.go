@@ -101,6 +101,8 @@ type Router struct {
 	complete bool                // see Status.Restored
 	apply    func(Config) error
 	workers  []*Worker
+	captures []*Capture
+	drops    dropLog
 	changed  chan struct{}
 }
 

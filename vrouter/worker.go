@@ -3,6 +3,7 @@ package vrouter
 import (
 	"errors"
 	"runtime"
+	"sync/atomic"
 
 	"margay/vrouter/fib"
 	"margay/vrouter/packet"
@@ -24,6 +25,8 @@ type Worker struct {
 	hops      []fib.Hop
 	outer     packet.Outer
 	tallies   tallies
+	notes     dropNotes
+	taps      atomic.Pointer[taps] // nil while nobody captures
 }
 
 // asked is a packet between the two halves of its ladder.
@@ -53,6 +56,9 @@ func (r *Router) NewWorker(direction Direction, in, out Port) *Worker {
 	defer r.mu.Unlock()
 	// A new slice, because Counters reads the old one outside the lock.
 	r.workers = append(r.workers[:len(r.workers):len(r.workers)], w)
+	for _, c := range r.captures {
+		c.attach(w)
+	}
 	return w
 }
 
@@ -80,27 +86,44 @@ func (w *Worker) turn() error {
 		return err
 	}
 	v := view{routes: w.router.table.Forwarding(), state: w.router.state.Load()}
+	taps := w.taps.Load()
+	if taps != nil {
+		taps.before(w.packets[:n])
+	}
+	w.walk(&v, w.packets[:n])
+	w.send()
+	if taps != nil {
+		taps.after(w.packets[:n])
+	}
+	return nil
+}
+
+// walk takes a batch up the worker's ladder.
+func (w *Worker) walk(v *view, batch []*Packet) {
 	w.outgoing = w.outgoing[:0]
 	if w.direction == Encap {
-		w.encap(&v, w.packets[:n])
+		w.encap(v, batch)
 	} else {
-		w.decap(&v, w.packets[:n])
+		w.decap(v, batch)
 	}
+}
+
+// send sends what the ladder let through, and counts it.
+func (w *Worker) send() {
 	if len(w.outgoing) == 0 {
-		return nil
+		return
 	}
 	w.out.Send(w.outgoing)
 	var packets, bytes uint64
 	for _, p := range w.outgoing {
 		if p.Drop != ReasonNotSet {
-			w.tallies.dropped[p.Drop].add(1, uint64(p.Len))
+			w.drop(p, p.Drop)
 			continue
 		}
 		packets += uint64(p.Sent)
 		bytes += uint64(p.Len)
 	}
 	w.tallies.forwarded.add(packets, bytes)
-	return nil
 }
 
 // encap walks the first ladder with a batch, and gathers what it lets through.
@@ -149,7 +172,10 @@ func (w *Worker) decap(v *view, batch []*Packet) {
 	}
 }
 
-// drop counts a packet that a ladder has dropped. No ladder changes the length of what it drops.
+// drop counts a packet that a ladder or a port has dropped, and takes notes of it. No ladder changes the length of what it
+// drops.
 func (w *Worker) drop(p *Packet, reason Reason) {
+	p.Drop = reason
 	w.tallies.dropped[reason].add(1, uint64(p.Len))
+	w.notes.note(p, reason)
 }

@@ -123,6 +123,7 @@ func (o *options) run(ctx context.Context) (err error) {
 	defer cancel()
 	var wg sync.WaitGroup
 	wg.Go(func() { keeper.Run(ctx) })
+	wg.Go(func() { router.CollectDrops(ctx) })
 	workers := []*vrouter.Worker{
 		router.NewWorker(vrouter.Encap, tun, underlay),
 		router.NewWorker(vrouter.Decap, underlay, tun),

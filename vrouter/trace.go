@@ -1,0 +1,147 @@
+package vrouter
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"margay/vrouter/fib"
+	"margay/vrouter/packet"
+)
+
+// Rung is one step of a ladder, as Trace has found it.
+type Rung struct {
+	Name   string // what was asked
+	Detail string // what was found; may be empty
+	Passed bool
+}
+
+// Traced is what the ladder does with a packet.
+type Traced struct {
+	Verdict Verdict
+	Reason  Reason // for VerdictDrop
+	Rungs   []Rung // as far as the packet came
+	Packet  []byte // for VerdictForward: as it is sent
+	// Route is the longest match for the inner destination, Back that for the inner source; the zero Route where there is
+	// none, or nobody came to ask.
+	Route, Back Route
+}
+
+// rung is a step of a ladder: the reasons that end there.
+type rung struct {
+	name    string
+	reasons []Reason
+	detail  func(*tracing) string
+}
+
+// ladders are the rungs in the order in which ladder.go asks them; that is what makes those before the one that ends it
+// passed ones. TestRungsAreInTheLaddersOrder holds them to it.
+var ladders = map[Direction][]rung{
+	Encap: {
+		{"this node is configured", []Reason{ReasonNotConfigured}, nil},
+		{"a valid IPv4 header", []Reason{ReasonNotIPv4, ReasonMalformed, ReasonBadChecksum}, nil},
+		{"route to the destination", []Reason{ReasonNoRoute, ReasonNoPod, ReasonDirectRoute, ReasonBlackhole, ReasonGatewaySelf},
+			func(t *tracing) string { return routeText(t.Route) }},
+		{"it fits", []Reason{ReasonOffloadUnsupported, ReasonPacketTooBig},
+			func(t *tracing) string { return fmt.Sprintf("%d bytes, MTU %d", t.length, t.state.config.MTU) }},
+		{"encapsulate (IP-in-IP)", nil, (*tracing).outer},
+	},
+	Decap: {
+		{"this node is configured", []Reason{ReasonNotConfigured}, nil},
+		{"a valid outer header, protocol 4", []Reason{ReasonOffloadUnsupported, ReasonOuterMalformed}, nil},
+		{"for this node, and whole", []Reason{ReasonOuterNotForUs, ReasonOuterFragment}, nil},
+		{"from a node of the cluster", []Reason{ReasonOuterSourceNode}, func(t *tracing) string { return t.from.String() }},
+		{"a valid inner packet, no tunnel in the tunnel", []Reason{ReasonECNIllegal, ReasonInnerMalformed, ReasonNestedTunnel}, nil},
+		{"the way back to the source leads to that node", []Reason{ReasonInnerSource},
+			func(t *tracing) string { return routeText(t.Back) }},
+		{"the destination is this node's", []Reason{ReasonInnerDestination},
+			func(t *tracing) string { return routeText(t.Route) }},
+		{"take the outer header off", nil, nil},
+	},
+}
+
+// tracing is one trace under way.
+type tracing struct {
+	Traced
+	state  *state
+	length int        // of the packet that goes in, in bytes
+	from   netip.Addr // the outer source
+}
+
+// outer describes the outer header that the packet has got.
+func (t *tracing) outer() string {
+	o, fault := packet.ParseIPv4(t.Packet)
+	if fault != 0 || o.Protocol() != protoIPIP {
+		return ""
+	}
+	return fmt.Sprintf("%s to %s, %d bytes, TTL %d, TOS %#02x", o.Src(), o.Dst(), o.TotalLen(), o.TTL(), o.TOS())
+}
+
+func routeText(r Route) string {
+	if !r.Prefix.IsValid() {
+		return "none"
+	}
+	return r.Prefix.String() + " " + r.NextHop.String()
+}
+
+// Trace walks the ladder of direction with the packet b, which begins with its IP header, and says what became of it. It
+// is the workers' own code that decides, on a worker that is connected to nothing: nothing is sent and nothing counted.
+// The error says that b cannot be a packet.
+func (r *Router) Trace(d Direction, b []byte) (Traced, error) {
+	if _, ok := ladders[d]; !ok {
+		return Traced{}, fmt.Errorf("direction %d: expected encap or decap", d)
+	}
+	if len(b) == 0 || len(b) > MaxPacket {
+		return Traced{}, fmt.Errorf("packet: %d bytes: expected 1 to %d", len(b), MaxPacket)
+	}
+	t := tracing{state: r.state.Load(), length: len(b)}
+	p := NewPacket()
+	p.Len = copy(p.Buf[p.Off:], b)
+	inner := p.Bytes()
+	if outer, fault := packet.ParseIPv4(inner); fault == 0 && d == Decap {
+		t.from, inner = outer.Src(), outer.Payload()
+	}
+	if v, fault := packet.ParseIPv4(inner); fault == 0 {
+		t.Route, _ = r.table.Match(v.Dst())
+		t.Back, _ = r.table.Match(v.Src())
+	}
+	w := r.newScratch(d)
+	v := view{routes: r.table.Forwarding(), state: t.state}
+	w.walk(&v, []*Packet{p})
+	if len(w.outgoing) > 0 {
+		t.Verdict, t.Packet = VerdictForward, slices.Clone(w.outgoing[0].Bytes())
+	} else {
+		t.Reason = p.Drop
+	}
+	t.climb(ladders[d])
+	return t.Traced, nil
+}
+
+// climb lists the rungs up to the one at which the packet ended.
+func (t *tracing) climb(ladder []rung) {
+	for _, step := range ladder {
+		found := Rung{Name: step.name, Passed: t.Verdict == VerdictForward || !slices.Contains(step.reasons, t.Reason)}
+		if step.detail != nil {
+			found.Detail = step.detail(t)
+		}
+		t.Rungs = append(t.Rungs, found)
+		if !found.Passed {
+			return
+		}
+	}
+	if t.Verdict != VerdictForward { // a reason that the ladder above does not name
+		t.Rungs = []Rung{{Name: "the ladder", Detail: t.Reason.String()}}
+	}
+}
+
+// newScratch returns a worker for one packet that no port feeds and whose counters nobody reads.
+func (r *Router) newScratch(d Direction) *Worker {
+	return &Worker{
+		router:    r,
+		direction: d,
+		outgoing:  make([]*Packet, 0, 1),
+		asked:     make([]asked, 0, 1),
+		addresses: make([]uint32, 0, 2),
+		hops:      make([]fib.Hop, 2),
+	}
+}

@@ -1,0 +1,105 @@
+package vrouter
+
+import (
+	"net/netip"
+	"slices"
+	"testing"
+)
+
+// TestTraceIsTheLadder sends the same packets through a worker and through Trace, and expects the same end.
+func TestTraceIsTheLadder(t *testing.T) {
+	big := make([]byte, 1500)
+	packets := map[Direction][][]byte{
+		Encap: {
+			ip(ownPod, pod2, 17, []byte("x")), ip(ownPod, pod3, 17, nil), ip(ownPod, ownPod.Next(), 17, nil), ip(ownPod, pod2, 17, big),
+			ip(ownPod, netip.MustParseAddr("10.244.4.1"), 17, nil), ip(ownPod, netip.MustParseAddr("10.244.5.1"), 17, nil),
+			ip(ownPod, netip.MustParseAddr("192.0.2.1"), 17, nil), {0x60}, {0x45, 0}, corrupt(ip(ownPod, pod2, 17, nil)),
+		},
+		Decap: {
+			ip(node2, self, 4, ip(pod2, ownPod, 17, []byte("x"))), ip(node3, self, 4, ip(pod2, ownPod, 17, nil)),
+			ip(node2, node3, 4, ip(pod2, ownPod, 17, nil)), ip(node2, self, 17, nil), ip(netip.MustParseAddr("192.0.2.1"), self, 4, nil),
+			ip(node2, self, 4, ip(pod2, pod3, 17, nil)), ip(node2, self, 4, ip(pod2, ownPod, 4, nil)), {},
+		},
+	}
+	for d, list := range packets {
+		for i, b := range list {
+			r := testRouter(t)
+			out, reason := walk(t, r, d, slices.Clone(b), Offload{})
+			if len(b) == 0 {
+				continue
+			}
+			before := r.Counters()
+			got, err := r.Trace(d, b)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got.Reason != reason || (got.Verdict == VerdictForward) != (reason == ReasonNotSet) {
+				t.Errorf("%v %d: trace says %v %v, the worker %v", d, i, got.Verdict, got.Reason, reason)
+			}
+			if out != nil && !slices.Equal(got.Packet, out) {
+				t.Errorf("%v %d: trace sends % x, the worker % x", d, i, got.Packet, out)
+			}
+			last := got.Rungs[len(got.Rungs)-1]
+			if last.Passed != (got.Verdict == VerdictForward) || slices.ContainsFunc(got.Rungs[:len(got.Rungs)-1], func(r Rung) bool { return !r.Passed }) {
+				t.Errorf("%v %d: rungs %+v", d, i, got.Rungs)
+			}
+			if last.Name == "the ladder" {
+				t.Errorf("%v %d: no rung knows %v", d, i, got.Reason)
+			}
+			if !slices.Equal(before, r.Counters()) {
+				t.Errorf("%v %d: the trace was counted", d, i)
+			}
+		}
+	}
+}
+
+// TestRungsAreInTheLaddersOrder: a packet with two faults ends at the rung that the table has first.
+func TestRungsAreInTheLaddersOrder(t *testing.T) {
+	r := testRouter(t)
+	stranger := netip.MustParseAddr("192.0.2.1")
+	for _, tt := range []struct {
+		d    Direction
+		b    []byte
+		want Reason
+		over Reason // would follow
+	}{
+		{Encap, corrupt(ip(ownPod, stranger, 17, nil)), ReasonBadChecksum, ReasonNoRoute},
+		{Encap, ip(ownPod, stranger, 17, make([]byte, 2000)), ReasonNoRoute, ReasonPacketTooBig},
+		{Decap, corrupt(ip(stranger, node3, 4, nil)), ReasonOuterMalformed, ReasonOuterNotForUs},
+		{Decap, ip(stranger, node3, 4, nil), ReasonOuterNotForUs, ReasonOuterSourceNode},
+		{Decap, ip(stranger, self, 4, []byte{1}), ReasonOuterSourceNode, ReasonInnerMalformed},
+		{Decap, ip(node2, self, 4, ip(pod3, ownPod, 4, nil)), ReasonNestedTunnel, ReasonInnerSource},
+		{Decap, ip(node2, self, 4, ip(pod3, pod2, 17, nil)), ReasonInnerSource, ReasonInnerDestination},
+	} {
+		got, err := r.Trace(tt.d, tt.b)
+		if err != nil || got.Reason != tt.want {
+			t.Errorf("%v: %v, %v: expected %v", tt.d, got.Reason, err, tt.want)
+		}
+		at := func(reason Reason) int {
+			return slices.IndexFunc(ladders[tt.d], func(r rung) bool { return slices.Contains(r.reasons, reason) })
+		}
+		if at(tt.want) < 0 || at(tt.want) >= at(tt.over) {
+			t.Errorf("%v: the table has %v at %d and %v at %d", tt.d, tt.want, at(tt.want), tt.over, at(tt.over))
+		}
+	}
+	if _, err := r.Trace(Direction(9), []byte{1}); err == nil {
+		t.Error("an unknown direction was accepted")
+	}
+	if _, err := r.Trace(Encap, nil); err == nil {
+		t.Error("an empty packet was accepted")
+	}
+	if got, err := New().Trace(Encap, []byte{0x45}); err != nil || got.Reason != ReasonNotConfigured || len(got.Rungs) != 1 {
+		t.Errorf("not configured: %+v, %v", got, err)
+	}
+}
+
+func TestTraceNamesTheRoutes(t *testing.T) {
+	r := testRouter(t)
+	got, err := r.Trace(Decap, ip(node2, self, 4, ip(pod2, ownPod, 17, nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got.Route.Prefix.String() != "10.244.1.0/26" || got.Back.Prefix.String() != "10.244.2.0/26" || got.Back.NextHop.Gateway != node2 {
+		t.Errorf("%+v", got)
+	}
+}
