@@ -340,6 +340,7 @@ func (a *Agent) podMTU() int {
 func (a *Agent) inputs() Inputs {
 	in := a.cluster.inputs()
 	in.Node, in.Underlay, in.Tunnel, in.Pods = a.cfg.Node, a.underlay, a.tunnel, a.pods.all()
+	in.PodLinks = a.pods.links()
 	if a.speaker != nil {
 		in.Paths = a.speaker.Best()
 	}

@@ -27,6 +27,7 @@ type dataplane struct {
 	config   rpc.Config
 	nodes    map[netip.Addr]bool
 	routes   map[netip.Prefix]rpc.NextHop
+	pods     map[netip.Addr]string // their interfaces
 	swept    bool
 
 	mu     sync.Mutex
@@ -87,6 +88,7 @@ func (d *dataplane) apply(ctx context.Context, cfg rpc.Config, want Desired, swe
 		}
 		d.instance, d.swept = st.Instance, false
 		d.config, d.nodes, d.routes = rpc.Config{}, map[netip.Addr]bool{}, map[netip.Prefix]rpc.NextHop{}
+		d.pods = map[netip.Addr]string{}
 	}
 	up, changed := d.difference(cfg, want)
 	if changed {
@@ -134,7 +136,20 @@ func (d *dataplane) difference(cfg rpc.Config, want Desired) (up rpc.Update, cha
 			up.Del = append(up.Del, p)
 		}
 	}
-	return up, changed || len(up.AddNodes)+len(up.DelNodes)+len(up.Set)+len(up.Del) > 0
+	here := make(map[netip.Addr]bool, len(want.Pods))
+	for _, p := range want.Pods {
+		here[p.Address] = true
+		if d.pods[p.Address] != p.Interface {
+			up.AddPods = append(up.AddPods, p)
+		}
+	}
+	for addr := range d.pods {
+		if !here[addr] {
+			up.DelPods = append(up.DelPods, addr)
+		}
+	}
+	changed = changed || len(up.AddNodes)+len(up.DelNodes)+len(up.Set)+len(up.Del)+len(up.AddPods)+len(up.DelPods) > 0
+	return up, changed
 }
 
 func (d *dataplane) remember(up rpc.Update) {
@@ -152,5 +167,11 @@ func (d *dataplane) remember(up rpc.Update) {
 	}
 	for _, p := range up.Del {
 		delete(d.routes, p)
+	}
+	for _, p := range up.AddPods {
+		d.pods[p.Address] = p.Interface
+	}
+	for _, addr := range up.DelPods {
+		delete(d.pods, addr)
 	}
 }

@@ -39,6 +39,7 @@ type Inputs struct {
 	Members  []Member
 	Blocks   []netip.Prefix // this node's confirmed blocks
 	Pods     []netip.Addr   // addresses of this node's pods, borrowed ones among them
+	PodLinks []rpc.Pod      // the same with their interfaces
 	Paths    map[netip.Prefix]bgp.Path
 	Blind    bool // something above may be missing because the datastore holds what cannot be read
 }
@@ -64,6 +65,7 @@ type Rejected struct {
 type Desired struct {
 	Nodes    []netip.Addr // who may tunnel to us
 	Routes   map[netip.Prefix]rpc.NextHop
+	Pods     []rpc.Pod // this node's
 	Kernel   []KernelRoute
 	Announce []netip.Prefix
 	NAT, All []netip.Prefix // masqueraded sources; destinations that never are
@@ -89,7 +91,7 @@ const ipipOverhead = 20
 
 // Compute derives the desired state. It is pure: the same inputs give the same result.
 func Compute(in Inputs) Desired {
-	d := Desired{Routes: make(map[netip.Prefix]rpc.NextHop)}
+	d := Desired{Routes: make(map[netip.Prefix]rpc.NextHop), Pods: in.PodLinks}
 	members := make(map[netip.Addr]bool, len(in.Members))
 	for _, m := range in.Members {
 		if m.Name != in.Node && m.Address.IsValid() && m.Address != in.Underlay.Prefix.Addr() {

@@ -245,8 +245,41 @@ func TestPods(t *testing.T) {
 		{true, "10.244.0.8", []netip.Addr{addr("10.244.0.8"), addr("10.244.0.9")}},
 		{false, "10.244.0.9", []netip.Addr{addr("10.244.0.8")}},
 	} {
-		if p.set(step.added, addr(step.addr)); !slices.Equal(p.all(), step.want) {
+		if p.set(step.added, addr(step.addr), "cali"+step.addr); !slices.Equal(p.all(), step.want) {
 			t.Errorf("%v %s: %v, expected %v", step.added, step.addr, p.all(), step.want)
+		}
+		for i, l := range p.links() {
+			if l.Address != step.want[i] || l.Interface != "cali"+step.want[i].String() {
+				t.Errorf("%v %s: link %d: %v", step.added, step.addr, i, l)
+			}
+		}
+	}
+}
+
+// TestDataplaneDifference: applying the differences one after the other leads to what was wanted.
+func TestDataplaneDifference(t *testing.T) {
+	pod := func(a, link string) rpc.Pod { return rpc.Pod{Address: addr(a), Interface: link} }
+	d := dataplane{nodes: map[netip.Addr]bool{}, routes: map[netip.Prefix]rpc.NextHop{}, pods: map[netip.Addr]string{}}
+	for i, want := range []Desired{
+		{Pods: []rpc.Pod{pod("10.244.0.1", "cali1"), pod("10.244.0.2", "cali2")}, Nodes: []netip.Addr{addr("198.18.0.2")}},
+		{Pods: []rpc.Pod{pod("10.244.0.1", "cali3")}, Routes: map[netip.Prefix]rpc.NextHop{pfx("10.244.1.0/26"): rpc.Tunnel(addr("198.18.0.2"))}},
+		{},
+	} {
+		up, changed := d.difference(d.config, want)
+		if !changed {
+			t.Errorf("step %d: nothing to do", i)
+		}
+		d.remember(up)
+		if len(d.pods) != len(want.Pods) || len(d.nodes) != len(want.Nodes) || len(d.routes) != len(want.Routes) {
+			t.Errorf("step %d: pods %v, nodes %v, routes %v", i, d.pods, d.nodes, d.routes)
+		}
+		for _, p := range want.Pods {
+			if d.pods[p.Address] != p.Interface {
+				t.Errorf("step %d: pod %s at %q, expected %q", i, p.Address, d.pods[p.Address], p.Interface)
+			}
+		}
+		if up, changed := d.difference(d.config, want); changed {
+			t.Errorf("step %d: still to do: %+v", i, up)
 		}
 	}
 }

@@ -72,7 +72,7 @@ func (p podIPAM) Assign(ctx context.Context, r server.AssignRequest) (netip.Addr
 	if r.Namespace != "" || r.Pod != "" {
 		attrs["namespace"], attrs["pod"] = r.Namespace, r.Pod
 	}
-	got, err := p.alloc.Assign(ctx, ipam.Request{Handle: r.Handle, Attrs: attrs, Use: datastore.UseWorkload, Pools: r.Pools, IP: r.IP})
+	got, err := p.alloc.Assign(ctx, ipam.Request{Handle: r.Handle, Attrs: attrs, Use: datastore.UseWorkload, IPv4: ipam.Ask{Pools: r.Pools, IP: r.IP}})
 	return got.Addr, err
 }
 

@@ -63,7 +63,7 @@ func ipamStore(t *testing.T) *datastore.Store {
 
 func assign(t *testing.T, s *datastore.Store, node, pod, ip string) {
 	t.Helper()
-	_, err := ipam.New(s, node, nil).Assign(t.Context(), ipam.Request{Handle: "net." + pod, IP: netip.MustParseAddr(ip),
+	_, err := ipam.New(s, node, nil).Assign(t.Context(), ipam.Request{Handle: "net." + pod, IPv4: ipam.Ask{IP: netip.MustParseAddr(ip)},
 		Attrs: map[string]string{"namespace": "default", "pod": pod, "timestamp": "then"}})
 	if err != nil {
 		t.Fatal(err)

@@ -7,6 +7,8 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+
+	"margay/datastore/selector"
 )
 
 // Values of an IPPool's ipipMode and vxlanMode.
@@ -119,6 +121,11 @@ func (p *IPPool) Validate() error {
 	}
 	if s.IPIPMode != Never && prefix.Addr().Is6() {
 		return fmt.Errorf("spec.ipipMode %q: expected Never for an IPv6 pool", s.IPIPMode)
+	}
+	for _, f := range []struct{ name, value string }{{"spec.nodeSelector", s.NodeSelector}, {"spec.namespaceSelector", s.NamespaceSelector}} {
+		if _, err := selector.Parse(f.value); err != nil {
+			return fmt.Errorf("%s %q: %w", f.name, f.value, err)
+		}
 	}
 	for _, use := range s.AllowedUses {
 		if use != UseWorkload && use != UseTunnel && use != UseLoadBalancer {

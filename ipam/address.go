@@ -47,10 +47,7 @@ func Lookup(ctx context.Context, s *datastore.Store, addr netip.Addr) (Holder, e
 // findBlock reads the block that an address is in, whatever its size: it asks for all sizes a block can have at once,
 // so that neither the pools nor the other blocks matter.
 func findBlock(ctx context.Context, s *datastore.Store, addr netip.Addr) (*stored, Config, error) {
-	smallest, largest := 32, 20
-	if addr.Is6() {
-		smallest, largest = 128, 116
-	}
+	largest, smallest := sizes(addr)
 	names := []string{configKey, configResource}
 	for bits := smallest; bits >= largest; bits-- {
 		cidr, err := addr.Prefix(bits)

@@ -40,6 +40,7 @@ type Allocator struct {
 
 	turn  chan struct{} // a mutex that can be waited for with a context
 	cache map[netip.Prefix]*stored
+	known *view // of the last assignment, if it may be used again
 	now   func() time.Time
 }
 
@@ -57,14 +58,32 @@ func New(s *datastore.Store, node string, log *slog.Logger) *Allocator {
 	return &Allocator{store: s, node: node, log: log, turn: make(chan struct{}, 1), cache: map[netip.Prefix]*stored{}, now: time.Now}
 }
 
-// Request says for whom an address is, and where from.
+// Request says for whom addresses are, and where from.
 type Request struct {
-	Handle string            // who holds it: "<network>.<containerID>", "ipip-tunnel-addr-<node>"
-	Attrs  map[string]string // written beside it for people to read; node and, for a workload, timestamp are added
+	Handle string            // who holds them: "<network>.<containerID>", "ipip-tunnel-addr-<node>"
+	Attrs  map[string]string // written beside them for people to read; node and, for a workload, timestamp are added
 	Use    string            // datastore.UseWorkload (the default) or datastore.UseTunnel
-	Pools  []string          // if not empty: only from these pools, by name or CIDR
-	IP     netip.Addr        // if valid: this address and no other
+	IPv4   Ask               // without any Want, IPv4 is required
+	IPv6   Ask
+	// Namespace is the pod's, for pools with a namespaceSelector; empty if there is none.
+	Namespace string
 }
+
+// Ask says what is wanted of one address family.
+type Ask struct {
+	Want  Want
+	Pools []string   // if not empty: only from these pools, by name or CIDR, whatever nodes they select
+	IP    netip.Addr // if valid: this address and no other; it is required then
+}
+
+// Want is how much an address is wanted.
+type Want int
+
+const (
+	No       Want = iota
+	IfPool        // one, if there is a pool that serves this node and use
+	Required      // one, or the assignment fails
+)
 
 // Assignment is an address that was given out.
 type Assignment struct {
@@ -73,21 +92,66 @@ type Assignment struct {
 	Pool  string
 }
 
-// Assign gives an IPv4 address to a handle that holds none (else ErrHandleInUse). When it fails with
-// datastore.ErrUnreachable, or because ctx was done, the address may have been assigned all the same: release the handle.
+// asks lists what a request asks of each family that it asks of, IPv4 first.
+func (r Request) asks() ([]familyAsk, error) {
+	four, six := familyAsk{4, r.IPv4}, familyAsk{6, r.IPv6}
+	var out []familyAsk
+	for _, f := range []*familyAsk{&four, &six} {
+		if f.IP.IsValid() {
+			f.Want = Required
+		}
+		if f.IP.IsValid() && (f.family == 4) != f.IP.Is4() || f.IP.Is4In6() || f.IP.Zone() != "" {
+			return nil, fmt.Errorf("address %s: expected IPv%d, without a zone", f.IP, f.family)
+		}
+	}
+	if four.Want == No && six.Want == No {
+		four.Want = Required
+	}
+	for _, f := range []familyAsk{four, six} {
+		if f.Want != No {
+			out = append(out, f)
+		}
+	}
+	return out, nil
+}
+
+type familyAsk struct {
+	family int // 4 or 6
+	Ask
+}
+
+// Assign gives one address; of a request for both families the IPv4 one is returned.
 func (a *Allocator) Assign(ctx context.Context, req Request) (Assignment, error) {
-	if err := validateHandle(req.Handle); err != nil {
+	out, err := a.AssignAll(ctx, req)
+	if err != nil {
 		return Assignment{}, err
 	}
-	if req.IP.IsValid() && !req.IP.Is4() {
-		return Assignment{}, fmt.Errorf("address %s: expected IPv4", req.IP)
+	if len(out) == 0 {
+		return Assignment{}, fmt.Errorf("%w: no pool serves this node, and none is required", ErrNoAddress)
+	}
+	return out[0], nil
+}
+
+// AssignAll gives an address of each family wanted to a handle that holds none (else ErrHandleInUse), IPv4 first: all of
+// them or, on an error, none. When it fails with datastore.ErrUnreachable, or because ctx was done, they may have been
+// assigned all the same: release the handle.
+//
+// Where the node's own blocks have room, and nothing that matters has changed since the last assignment, it costs one
+// transaction at etcd.
+func (a *Allocator) AssignAll(ctx context.Context, req Request) ([]Assignment, error) {
+	if err := validateHandle(req.Handle); err != nil {
+		return nil, err
+	}
+	asks, err := req.asks()
+	if err != nil {
+		return nil, err
 	}
 	if req.Use == "" {
 		req.Use = datastore.UseWorkload
 	}
-	var out Assignment
-	err := a.retry(ctx, func() (err error) {
-		out, err = a.assign(ctx, req)
+	var out []Assignment
+	err = a.retry(ctx, func() (err error) {
+		out, err = a.assign(ctx, req, asks)
 		return err
 	})
 	return out, err
@@ -107,6 +171,7 @@ func (a *Allocator) retry(ctx context.Context, operation func() error) error {
 			return nil
 		}
 		clear(a.cache) // whatever went wrong, what we remember may be out of date
+		a.known = nil
 		if !contended(err) || try == tries-1 {
 			return err
 		}
@@ -116,144 +181,124 @@ func (a *Allocator) retry(ctx context.Context, operation func() error) error {
 	}
 }
 
-// view is what an assignment needs to know, all of one revision.
-type view struct {
-	revision   int64
-	cluster    int64 // revision of clusterinformations/default, 0 without one
-	pools      []*datastore.IPPool
-	config     Config
-	reserved   []netip.Prefix // what an IPReservation keeps from being given out unasked
-	now        time.Time
-	affinities map[netip.Prefix]ownAffinity
-	handle     handle
-	handleRev  int64                 // 0 without one
-	done       map[netip.Prefix]bool // own blocks found unable to serve this request
-}
-
-type ownAffinity struct {
-	affinity
-	revision int64
-}
-
-func (a *Allocator) read(ctx context.Context, handleID string) (*view, error) {
-	lists, rev, err := a.store.ListMany(ctx, datastore.ClusterInformations.Key("default"), datastore.IPPools.Prefix(),
-		configKey, configResource, reservationPrefix, AffinityPrefix(a.node), handleKey(handleID))
+// assign is one attempt.
+func (a *Allocator) assign(ctx context.Context, req Request, asks []familyAsk) ([]Assignment, error) {
+	if v := a.known; v != nil {
+		v.now = a.now()
+		if picks, ok := a.remembered(v, req, asks); ok {
+			return a.commit(ctx, v, req, picks)
+		}
+	}
+	v, err := a.read(ctx, req.Handle)
 	if err != nil {
 		return nil, err
 	}
-	v := &view{revision: rev, now: a.now(), done: map[netip.Prefix]bool{}}
-	for _, kv := range lists[0] {
-		info, err := datastore.Decode[datastore.ClusterInformation](kv)
+	if len(v.handle.blocks) > 0 {
+		return nil, fmt.Errorf("handle %s: %w", req.Handle, ErrHandleInUse)
+	}
+	var picks []pick
+	for _, ask := range asks {
+		pools, err := v.choosePools(req, ask)
+		if err != nil && ask.Want == IfPool && errors.Is(err, ErrNoAddress) {
+			continue
+		}
 		if err != nil {
 			return nil, err
 		}
-		if !info.Ready() {
-			return nil, ErrLocked
-		}
-		v.cluster = kv.Revision
-	}
-	for _, kv := range lists[1] {
-		pool, err := datastore.Decode[datastore.IPPool](kv)
+		p, err := a.pick(ctx, v, pools, req, ask)
 		if err != nil {
-			a.log.Warn("pool ignored", "err", err)
-			continue
+			return nil, err
 		}
-		pool.Default()
-		v.pools = append(v.pools, pool)
+		picks = append(picks, p)
 	}
-	if v.config, err = decodeConfig(lists[2], lists[3]); err != nil {
-		return nil, err
-	}
-	v.reserved = a.decodeReservations(lists[4])
-	v.affinities = a.decodeAffinities(lists[5])
-	for _, kv := range lists[6] {
-		if v.handle, err = decodeHandle(kv.Value); err != nil {
-			return nil, fmt.Errorf("%s: %w", kv.Key, err)
-		}
-		v.handleRev = kv.Revision
-	}
-	return v, nil
+	return a.commit(ctx, v, req, picks)
 }
 
-// decodeAffinities reads this node's affinities; one that cannot be understood is left out, and so is its block.
-func (a *Allocator) decodeAffinities(kvs []datastore.KV) map[netip.Prefix]ownAffinity {
-	out := make(map[netip.Prefix]ownAffinity, len(kvs))
-	for _, kv := range kvs {
-		cidr, err := parseKeyCIDR(strings.TrimPrefix(kv.Key, AffinityPrefix(a.node)))
-		if err != nil {
-			a.log.Warn("affinity ignored", "err", err)
-			continue
-		}
-		value, err := decodeAffinity(kv.Value)
-		if err != nil {
-			a.log.Warn("affinity ignored", "key", kv.Key, "err", err)
-			continue
-		}
-		out[cidr] = ownAffinity{value, kv.Revision}
-	}
-	return out
+// pick is an address that was chosen, and the block as it will be. Nothing of it is written yet.
+type pick struct {
+	from *stored
+	next *block
+	addr netip.Addr
+	pool string
 }
 
-// assign is one attempt.
-func (a *Allocator) assign(ctx context.Context, req Request) (Assignment, error) {
-	v, err := a.read(ctx, req.Handle)
-	if err != nil {
-		return Assignment{}, err
+// remembered picks out of what is remembered; false if that does not do.
+func (a *Allocator) remembered(v *view, req Request, asks []familyAsk) ([]pick, bool) {
+	var picks []pick
+	for _, ask := range asks {
+		if ask.IP.IsValid() {
+			return nil, false
+		}
+		pools, err := v.choosePools(req, ask)
+		if err != nil && ask.Want == IfPool {
+			continue
+		}
+		if err != nil {
+			return nil, false
+		}
+		p, ok := pick{}, false
+		for _, pool := range pools {
+			if p, ok = a.fromCache(v, pool, req); ok {
+				break
+			}
+		}
+		if !ok {
+			return nil, false
+		}
+		picks = append(picks, p)
 	}
-	if len(v.handle.blocks) > 0 {
-		return Assignment{}, fmt.Errorf("handle %s: %w", req.Handle, ErrHandleInUse)
-	}
-	pools, err := choosePools(v.pools, req)
-	if err != nil {
-		return Assignment{}, err
-	}
-	if req.IP.IsValid() {
-		return a.assignFixed(ctx, v, pools, req)
+	return picks, true
+}
+
+// pick chooses an address of one family.
+func (a *Allocator) pick(ctx context.Context, v *view, pools []*poolView, req Request, ask familyAsk) (pick, error) {
+	if ask.IP.IsValid() {
+		return a.pickFixed(ctx, v, pools, req, ask.IP)
 	}
 	for _, pool := range pools {
-		if out, err := a.fromOwnBlocks(ctx, v, pool, req); err != errFull {
-			return out, err
+		if p, err := a.fromOwnBlocks(ctx, v, pool, req); err != errFull {
+			return p, err
 		}
 	}
 	// Only now claim: an address that is free in a block of any pool is better than one more block. And only when nothing
 	// can be claimed, borrow: a block of one's own is one route, each borrowed address another.
 	var why []string
 	for _, pool := range pools {
-		out, reasons, err := a.fromNewBlock(ctx, v, pool, req)
+		p, reasons, err := a.fromNewBlock(ctx, v, pool, req)
 		if err != errFull {
-			return out, err
+			return p, err
 		}
 		why = append(why, reasons...)
 	}
 	for _, pool := range pools {
-		out, reasons, err := a.fromOthers(ctx, v, pool, req)
+		p, reasons, err := a.fromOthers(ctx, v, pool, req)
 		if err != errFull {
-			return out, err
+			return p, err
 		}
 		why = append(why, reasons...)
 	}
-	return Assignment{}, fmt.Errorf("%w: %s", ErrNoAddress, strings.Join(why, "; "))
+	return pick{}, fmt.Errorf("%w: %s", ErrNoAddress, strings.Join(why, "; "))
 }
 
 // newBlocks bounds how many blocks one assignment may claim because the ones before had nothing to give.
 const newBlocks = 3
 
 // fromNewBlock claims a block of the pool and takes an address from it; errFull, and why, if that cannot be.
-func (a *Allocator) fromNewBlock(ctx context.Context, v *view, pool *datastore.IPPool, req Request) (Assignment, []string, error) {
+func (a *Allocator) fromNewBlock(ctx context.Context, v *view, pool *poolView, req Request) (pick, []string, error) {
 	for range newBlocks {
 		b, err := a.claimAny(ctx, v, pool)
 		if refusal := (*claimError)(nil); errors.As(err, &refusal) {
-			return Assignment{}, []string{refusal.Error()}, errFull
+			return pick{}, []string{refusal.Error()}, errFull
 		}
 		if err != nil {
-			return Assignment{}, nil, err
+			return pick{}, nil, err
 		}
-		if out, err := a.take(ctx, v, b, pool, req); err != errFull {
-			return out, nil, err
+		if p, err := a.take(v, b, pool, req); err != errFull {
+			return p, nil, err
 		}
 		v.done[b.cidr] = true
 	}
-	return Assignment{}, []string{fmt.Sprintf("pool %s: the blocks claimed are full", pool.Metadata.Name)}, errFull
+	return pick{}, []string{fmt.Sprintf("pool %s: the blocks claimed are full", pool.Metadata.Name)}, errFull
 }
 
 // errMalformed says that a stored block cannot be understood.
@@ -262,16 +307,24 @@ var errMalformed = errors.New("malformed block")
 // errFull says that a block (or all blocks looked at) had no free address.
 var errFull = errors.New("full")
 
-// fromOwnBlocks takes an address from a block that this node has in the pool: first from those remembered as having one,
-// then, as somebody may have released one behind our back, from the others, read afresh.
-func (a *Allocator) fromOwnBlocks(ctx context.Context, v *view, pool *datastore.IPPool, req Request) (Assignment, error) {
-	own := v.confirmedIn(pool)
-	for _, cidr := range own {
+// fromCache picks an address from a block that this node has in the pool and remembers; false if none has one.
+func (a *Allocator) fromCache(v *view, pool *poolView, req Request) (pick, bool) {
+	for _, cidr := range v.confirmedIn(pool) {
 		if b := a.cache[cidr]; b != nil && b.affinity == a.owner() && v.serves(b) {
-			return a.take(ctx, v, b, pool, req)
+			p, err := a.take(v, b, pool, req)
+			return p, err == nil
 		}
 	}
-	for _, cidr := range own {
+	return pick{}, false
+}
+
+// fromOwnBlocks picks an address from a block that this node has in the pool: first from those remembered as having one,
+// then, as somebody may have released one behind our back, from the others, read afresh.
+func (a *Allocator) fromOwnBlocks(ctx context.Context, v *view, pool *poolView, req Request) (pick, error) {
+	if p, ok := a.fromCache(v, pool, req); ok {
+		return p, nil
+	}
+	for _, cidr := range v.confirmedIn(pool) {
 		b, err := a.load(ctx, cidr)
 		switch {
 		case errors.Is(err, datastore.ErrNotFound):
@@ -282,7 +335,7 @@ func (a *Allocator) fromOwnBlocks(ctx context.Context, v *view, pool *datastore.
 			v.done[cidr] = true
 			continue
 		case err != nil:
-			return Assignment{}, err
+			return pick{}, err
 		case b.affinity != a.owner():
 			// Claiming it will find that out again, and then drop the affinity.
 			a.log.Warn("affinity ignored: the block is another's", "block", cidr, "affinity", b.affinity)
@@ -291,32 +344,9 @@ func (a *Allocator) fromOwnBlocks(ctx context.Context, v *view, pool *datastore.
 			v.done[cidr] = true
 			continue
 		}
-		return a.take(ctx, v, b, pool, req)
+		return a.take(v, b, pool, req)
 	}
-	return Assignment{}, errFull
-}
-
-// serves says whether a block has an address to give.
-func (v *view) serves(b *stored) bool { return b.spare(v.now, v.config.cooldown(), v.allowed) }
-
-// confirmedIn lists the node's confirmed blocks in a pool, in order.
-func (v *view) confirmedIn(pool *datastore.IPPool) []netip.Prefix {
-	return v.ownIn(pool, func(o ownAffinity) bool { return o.state == stateConfirmed && !o.deleted })
-}
-
-func (v *view) ownIn(pool *datastore.IPPool, want func(ownAffinity) bool) []netip.Prefix {
-	prefix, err := pool.Prefix()
-	if err != nil {
-		return nil
-	}
-	var out []netip.Prefix
-	for cidr, own := range v.affinities {
-		if want(own) && prefix.Contains(cidr.Addr()) {
-			out = append(out, cidr)
-		}
-	}
-	slices.SortFunc(out, netip.Prefix.Compare)
-	return out
+	return pick{}, errFull
 }
 
 func (a *Allocator) owner() string { return "host:" + a.node }
@@ -339,42 +369,58 @@ func (a *Allocator) load(ctx context.Context, cidr netip.Prefix) (*stored, error
 	return out, nil
 }
 
-// take assigns an address of b, and writes block and handle in one transaction.
-func (a *Allocator) take(ctx context.Context, v *view, b *stored, pool *datastore.IPPool, req Request) (Assignment, error) {
-	next, owner := b.clone(), a.attribute(req)
+// take picks an address of b: the longest-free one that no reservation holds back.
+func (a *Allocator) take(v *view, b *stored, pool *poolView, req Request) (pick, error) {
+	next := b.clone()
 	next.collect(v.now, v.config.cooldown())
-	addr := req.IP
-	if addr.IsValid() {
-		if !next.assignAddr(addr, owner) {
-			return Assignment{}, fmt.Errorf("address %s: %w: it is held already", addr, ErrAddressInUse)
+	addr, ok := next.assignAllowed(a.attribute(req), v.allowed)
+	if !ok {
+		return pick{}, errFull
+	}
+	return pick{b, next, addr, pool.name()}, nil
+}
+
+// commit writes the blocks and the handle in one transaction, if all that was read is still so.
+func (a *Allocator) commit(ctx context.Context, v *view, req Request, picks []pick) ([]Assignment, error) {
+	if len(picks) == 0 {
+		return nil, nil
+	}
+	h := handle{blocks: map[netip.Prefix]int{}, extra: v.handle.extra}
+	ops := slices.Clone(v.guards)
+	for _, p := range picks {
+		p.next.sequence++
+		value, err := p.next.encode()
+		if err != nil {
+			return nil, err
 		}
-	} else {
-		var ok bool
-		if addr, ok = next.assignAllowed(owner, v.allowed); !ok {
-			return Assignment{}, errFull
-		}
+		h.blocks[p.next.cidr] = 1
+		ops = append(ops, datastore.OpUpdate(blockKey(p.next.cidr), value, p.from.revision))
 	}
-	next.sequence++
-	value, err := next.encode()
+	value, err := h.encode()
 	if err != nil {
-		return Assignment{}, err
+		return nil, err
 	}
-	h := handle{blocks: map[netip.Prefix]int{b.cidr: 1}, extra: v.handle.extra}
-	handleValue, err := h.encode()
-	if err != nil {
-		return Assignment{}, err
-	}
-	handleOp := datastore.OpCreate(handleKey(req.Handle), handleValue)
 	if v.handleRev != 0 {
-		handleOp = datastore.OpUpdate(handleKey(req.Handle), handleValue, v.handleRev)
+		ops = append(ops, datastore.OpUpdate(handleKey(req.Handle), value, v.handleRev))
+	} else {
+		ops = append(ops, datastore.OpCreate(handleKey(req.Handle), value))
 	}
-	rev, err := a.store.Txn(ctx, datastore.OpUpdate(blockKey(b.cidr), value, b.revision), handleOp,
-		datastore.OpCheck(datastore.ClusterInformations.Key("default"), v.cluster))
+	rev, err := a.store.Txn(ctx, ops...)
 	if err != nil {
-		return Assignment{}, err
+		return nil, err
 	}
-	a.cache[b.cidr] = &stored{next, rev}
-	return Assignment{Addr: addr, Block: b.cidr, Pool: pool.Metadata.Name}, nil
+	var out []Assignment
+	for _, p := range picks {
+		if p.from.affinity == a.owner() {
+			a.cache[p.next.cidr] = &stored{p.next, rev}
+		} else {
+			delete(a.cache, p.next.cidr) // somebody else writes it
+			a.log.Info("address borrowed", "address", p.addr, "block", p.next.cidr, "affinity", p.from.affinity)
+		}
+		out = append(out, Assignment{Addr: p.addr, Block: p.next.cidr, Pool: p.pool})
+	}
+	a.remember(v)
+	return out, nil
 }
 
 // attribute is what the block says about the owner.

@@ -26,14 +26,14 @@ const (
 
 // fromOthers takes an address out of the pool's blocks that are not this node's, when it has none of its own and no
 // range is free: an empty block is taken over, else an address is borrowed; errFull, and why, if neither can be.
-func (a *Allocator) fromOthers(ctx context.Context, v *view, pool *datastore.IPPool, req Request) (Assignment, []string, error) {
+func (a *Allocator) fromOthers(ctx context.Context, v *view, pool *poolView, req Request) (pick, []string, error) {
 	mayClaim := a.claimRefusal(v) == ""
 	if v.config.StrictAffinity && !mayClaim {
-		return Assignment{}, nil, errFull // why, the claim has said
+		return pick{}, nil, errFull // why, the claim has said
 	}
 	blocks, err := a.othersIn(ctx, v, pool)
 	if err != nil {
-		return Assignment{}, nil, err
+		return pick{}, nil, err
 	}
 	var lender *stored
 	for n := 0; len(blocks) > 0 && (lender == nil || mayClaim && n < otherMany); n++ {
@@ -41,7 +41,7 @@ func (a *Allocator) fromOthers(ctx context.Context, v *view, pool *datastore.IPP
 		blocks = blocks[len(batch):]
 		read, err := a.readBlocks(ctx, batch)
 		if err != nil {
-			return Assignment{}, nil, err
+			return pick{}, nil, err
 		}
 		for _, b := range read {
 			switch {
@@ -51,44 +51,37 @@ func (a *Allocator) fromOthers(ctx context.Context, v *view, pool *datastore.IPP
 					continue
 				}
 				if err != nil {
-					return Assignment{}, nil, err
+					return pick{}, nil, err
 				}
-				out, err := a.take(ctx, v, b, pool, req)
-				return out, nil, err
+				p, err := a.take(v, b, pool, req)
+				return p, nil, err
 			case lender == nil && !v.config.StrictAffinity && v.serves(b):
 				lender = b
 			}
 		}
 	}
 	if lender != nil {
-		out, err := a.take(ctx, v, lender, pool, req)
-		if err == nil {
-			a.log.Info("address borrowed", "address", out.Addr, "block", out.Block, "affinity", lender.affinity)
-		}
-		delete(a.cache, lender.cidr) // somebody else writes it
-		return out, nil, err
+		p, err := a.take(v, lender, pool, req)
+		return p, nil, err
 	}
 	if v.config.StrictAffinity {
-		return Assignment{}, []string{fmt.Sprintf("pool %s: strict affinity forbids to borrow", pool.Metadata.Name)}, errFull
+		return pick{}, []string{fmt.Sprintf("pool %s: strict affinity forbids to borrow", pool.name())}, errFull
 	}
-	return Assignment{}, []string{fmt.Sprintf("pool %s: the other nodes' blocks are full too", pool.Metadata.Name)}, errFull
+	return pick{}, []string{fmt.Sprintf("pool %s: the other nodes' blocks are full too", pool.name())}, errFull
 }
 
 // othersIn lists the pool's blocks that are not this node's, in an order of this node's own: nodes in want do not all
 // turn to the same lender.
-func (a *Allocator) othersIn(ctx context.Context, v *view, pool *datastore.IPPool) ([]netip.Prefix, error) {
-	prefix, err := pool.Prefix()
-	if err != nil {
-		return nil, err
-	}
-	kvs, _, err := a.store.Keys(ctx, BlockPrefix)
+func (a *Allocator) othersIn(ctx context.Context, v *view, pool *poolView) ([]netip.Prefix, error) {
+	root := blockRoot(pool.family())
+	kvs, _, err := a.store.Keys(ctx, root)
 	if err != nil {
 		return nil, err
 	}
 	order := map[netip.Prefix]uint64{}
 	for _, kv := range kvs {
-		cidr, err := parseKeyCIDR(strings.TrimPrefix(kv.Key, BlockPrefix))
-		if err != nil || !prefix.Contains(cidr.Addr()) || v.affinities[cidr].state == stateConfirmed || v.whollyReserved(cidr) {
+		cidr, err := parseKeyCIDR(strings.TrimPrefix(kv.Key, root))
+		if err != nil || !pool.prefix.Contains(cidr.Addr()) || v.affinities[cidr].state == stateConfirmed || v.whollyReserved(cidr) {
 			continue
 		}
 		h := fnv.New64a()

@@ -46,14 +46,14 @@ func TestBorrow(t *testing.T) {
 	n1, n2 := New(s, "n1", nil), New(s, "n2", nil)
 	mustAssign(t, n1, Request{Handle: "a"})
 	put(t, s, configKey, `{"strict_affinity":true,"auto_allocate_blocks":true}`)
-	for _, req := range []Request{{Handle: "b"}, {Handle: "b", IP: addr("10.244.0.3")}} {
+	for _, req := range []Request{{Handle: "b"}, {Handle: "b", IPv4: Ask{IP: addr("10.244.0.3")}}} {
 		if _, err := n2.Assign(ctx, req); err == nil || !strings.Contains(err.Error(), "strict affinity forbids to borrow") {
 			t.Errorf("%+v: %v", req, err)
 		}
 	}
 	put(t, s, configKey, `{"strict_affinity":false,"auto_allocate_blocks":true}`)
 	got := mustAssign(t, n2, Request{Handle: "b"})
-	fixed := mustAssign(t, n2, Request{Handle: "c", IP: addr("10.244.0.3")})
+	fixed := mustAssign(t, n2, Request{Handle: "c", IPv4: Ask{IP: addr("10.244.0.3")}})
 	if got.Block != prefix("10.244.0.0/30") || fixed.Addr != addr("10.244.0.3") {
 		t.Errorf("%+v, %+v", got, fixed)
 	}
@@ -156,7 +156,7 @@ func TestReservations(t *testing.T) {
 		t.Errorf("a wholly reserved block was claimed: %v, %v", blocks, err)
 	}
 	// Whoever asks for it gets it.
-	if got := mustAssign(t, a, Request{Handle: "x", IP: addr("10.244.0.5")}); got.Addr != addr("10.244.0.5") {
+	if got := mustAssign(t, a, Request{Handle: "x", IPv4: Ask{IP: addr("10.244.0.5")}}); got.Addr != addr("10.244.0.5") {
 		t.Errorf("%+v", got)
 	}
 	sound(t, s)
@@ -182,7 +182,7 @@ func TestCooldown(t *testing.T) {
 	if _, err := a.Assign(ctx, Request{Handle: "c"}); !errors.Is(err, ErrNoAddress) {
 		t.Errorf("given out while cooling down: %v", err)
 	}
-	if _, err := a.Assign(ctx, Request{Handle: "c", IP: first.Addr}); !errors.Is(err, ErrAddressInUse) {
+	if _, err := a.Assign(ctx, Request{Handle: "c", IPv4: Ask{IP: first.Addr}}); !errors.Is(err, ErrAddressInUse) {
 		t.Errorf("given out by name while cooling down: %v", err)
 	}
 	sound(t, s)
@@ -268,8 +268,8 @@ func TestReleaseNode(t *testing.T) {
 	for i := range 70 {
 		mustAssign(t, n1, Request{Handle: fmt.Sprint("pod", i)})
 	}
-	borrowed := mustAssign(t, n3, Request{Handle: "borrower", IP: newBlock(lent.Block, "", 0).addr(100)})
-	mustAssign(t, n1, Request{Handle: "abroad", IP: otherHalf(lent.Block)})
+	borrowed := mustAssign(t, n3, Request{Handle: "borrower", IPv4: Ask{IP: newBlock(lent.Block, "", 0).addr(100)}})
+	mustAssign(t, n1, Request{Handle: "abroad", IPv4: Ask{IP: otherHalf(lent.Block)}})
 	put(t, s, affinityKey("n1", prefix("10.244.9.0/25")), `{"state":"pending","deleted":false}`)
 	released, err := n2.ReleaseNode(ctx, "n1")
 	if err != nil || len(released) != 72 {

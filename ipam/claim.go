@@ -7,6 +7,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"margay/datastore"
 )
@@ -20,9 +21,9 @@ type claimError struct{ pool, reason string }
 func (e *claimError) Error() string { return "pool " + e.pool + ": " + e.reason }
 
 // claimAny claims a block of the pool for this node: one whose claim was begun and not finished, or a new one.
-func (a *Allocator) claimAny(ctx context.Context, v *view, pool *datastore.IPPool) (*stored, error) {
+func (a *Allocator) claimAny(ctx context.Context, v *view, pool *poolView) (*stored, error) {
 	refuse := func(format string, args ...any) error {
-		return &claimError{pool.Metadata.Name, fmt.Sprintf(format, args...)}
+		return &claimError{pool.name(), fmt.Sprintf(format, args...)}
 	}
 	for _, cidr := range v.ownIn(pool, func(o ownAffinity) bool { return !o.deleted }) {
 		own := v.affinities[cidr]
@@ -40,14 +41,10 @@ func (a *Allocator) claimAny(ctx context.Context, v *view, pool *datastore.IPPoo
 	}
 	b, err := a.search(ctx, v, pool)
 	if err == errFull {
-		prefix, err := pool.Prefix()
-		if err != nil {
-			return nil, refuse("%s", err)
-		}
-		return nil, refuse("all %d blocks of %s are taken", 1<<(pool.Spec.BlockSize-prefix.Bits()), prefix)
+		return nil, refuse("all %d blocks of %s are taken", newWalk(pool.prefix, pool.Spec.BlockSize, a.node).total, pool.prefix)
 	}
 	if err == nil {
-		a.log.Info("block claimed", "block", b.cidr, "pool", pool.Metadata.Name)
+		a.log.Info("block claimed", "block", b.cidr, "pool", pool.name())
 	}
 	return b, err
 }
@@ -77,10 +74,12 @@ func (a *Allocator) claim(ctx context.Context, v *view, cidr netip.Prefix) (*sto
 		}
 		// Another allocator of this node (an old agent not yet gone) may have claimed a block since we looked; then start
 		// over and use that one.
-		ops := []datastore.Op{datastore.OpCreate(key, value), datastore.OpUnchanged(AffinityPrefix(a.node), v.revision)}
+		prefix := strings.TrimSuffix(key, keyCIDR(cidr))
+		ops := []datastore.Op{datastore.OpCreate(key, value), datastore.OpUnchanged(prefix, v.revision)}
 		if begun {
 			ops = []datastore.Op{datastore.OpUpdate(key, value, own.revision)}
 		}
+		ops = append(ops, datastore.OpCheck(datastore.ClusterInformations.Key("default"), v.cluster))
 		if own.revision, err = a.store.Txn(ctx, ops...); err != nil {
 			return nil, err
 		}
@@ -145,11 +144,7 @@ func (a *Allocator) ConfirmedBlocks(ctx context.Context) ([]netip.Prefix, error)
 	if err != nil {
 		return nil, err
 	}
-	return confirmed(a.decodeAffinities(kvs)), nil
-}
-
-// confirmed lists the blocks with a confirmed affinity, in order.
-func confirmed(own map[netip.Prefix]ownAffinity) []netip.Prefix {
+	own := a.decodeAffinities(kvs)
 	maps.DeleteFunc(own, func(_ netip.Prefix, o ownAffinity) bool { return o.state != stateConfirmed || o.deleted })
-	return slices.SortedFunc(maps.Keys(own), netip.Prefix.Compare)
+	return slices.SortedFunc(maps.Keys(own), netip.Prefix.Compare), nil
 }

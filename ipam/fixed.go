@@ -9,42 +9,37 @@ import (
 	"margay/datastore"
 )
 
-// assignFixed gives out the one address that was asked for.
-func (a *Allocator) assignFixed(ctx context.Context, v *view, pools []*datastore.IPPool, req Request) (Assignment, error) {
+// pickFixed picks the one address that was asked for.
+func (a *Allocator) pickFixed(ctx context.Context, v *view, pools []*poolView, req Request, want netip.Addr) (pick, error) {
 	for _, pool := range pools {
-		prefix, err := pool.Prefix()
-		if err != nil || !prefix.Contains(req.IP) {
+		if !pool.prefix.Contains(want) {
 			continue
 		}
-		cidr, err := req.IP.Prefix(pool.Spec.BlockSize)
+		cidr, err := want.Prefix(pool.Spec.BlockSize)
 		if err != nil {
-			return Assignment{}, fmt.Errorf("pool %s: spec.blockSize %d: %w", pool.Metadata.Name, pool.Spec.BlockSize, err)
+			return pick{}, fmt.Errorf("pool %s: spec.blockSize %d: %w", pool.name(), pool.Spec.BlockSize, err)
 		}
 		b, err := a.ownBlock(ctx, v, cidr)
 		if errors.Is(err, errTaken) {
-			return a.borrowFixed(ctx, v, cidr, pool, req)
+			// The block is another node's: borrow the address.
+			if v.config.StrictAffinity {
+				return pick{}, fmt.Errorf("address %s: %w: block %s belongs to another node, and strict affinity forbids to borrow",
+					want, ErrAddressInUse, cidr)
+			}
+			b, err = a.load(ctx, cidr)
 		}
 		if err != nil {
-			return Assignment{}, err
+			return pick{}, err
 		}
-		return a.take(ctx, v, b, pool, req)
+		next := b.clone()
+		next.collect(v.now, v.config.cooldown())
+		if !next.assignAddr(want, a.attribute(req)) {
+			delete(a.cache, cidr) // perhaps another's
+			return pick{}, fmt.Errorf("address %s: %w: it is held already", want, ErrAddressInUse)
+		}
+		return pick{b, next, want, pool.name()}, nil
 	}
-	return Assignment{}, fmt.Errorf("address %s: %w: it is in no pool that may be used", req.IP, ErrAddressInUse)
-}
-
-// borrowFixed gives out the address though its block is another node's, unless strict affinity forbids that.
-func (a *Allocator) borrowFixed(ctx context.Context, v *view, cidr netip.Prefix, pool *datastore.IPPool, req Request) (Assignment, error) {
-	if v.config.StrictAffinity {
-		return Assignment{}, fmt.Errorf("address %s: %w: block %s belongs to another node, and strict affinity forbids to borrow",
-			req.IP, ErrAddressInUse, cidr)
-	}
-	b, err := a.load(ctx, cidr)
-	if err != nil {
-		return Assignment{}, err
-	}
-	out, err := a.take(ctx, v, b, pool, req)
-	delete(a.cache, cidr) // somebody else writes it
-	return out, err
+	return pick{}, fmt.Errorf("address %s: %w: it is in no pool that may be used", want, ErrAddressInUse)
 }
 
 // ownBlock is that very block, claimed if this node may and it is not this node's yet; errTaken if it is another's.

@@ -234,19 +234,25 @@ func TestWhichPoolsServe(t *testing.T) {
 		want string // the pool, or part of the error
 	}{
 		{Request{}, "f-good"},
-		{Request{Use: datastore.UseTunnel, Pools: []string{"b-tunnels", "c-selector"}}, "b-tunnels"},
-		{Request{Pools: []string{"d-manual"}}, "d-manual"},
-		{Request{Pools: []string{"10.4.0.0/24"}}, "d-manual"},
-		{Request{IP: addr("10.4.0.9")}, "d-manual"},
-		{Request{IP: addr("10.6.0.200")}, "f-good"},
-		{Request{Pools: []string{"a-disabled"}}, "pool a-disabled: it is disabled"},
-		{Request{Pools: []string{"b-tunnels"}}, "pool b-tunnels: spec.allowedUses does not have Workload"},
-		{Request{Pools: []string{"c-selector"}}, `pool c-selector: spec.nodeSelector "rack == 'a'": expected all()`},
-		{Request{Pools: []string{"e-six"}}, "pool e-six: it is IPv6"},
-		{Request{Pools: []string{"nowhere"}}, "pool nowhere: there is no such pool"},
-		{Request{IP: addr("10.4.0.9")}, "address 10.4.0.9: address not available: it is held already"},
-		{Request{IP: addr("10.1.0.1")}, "address 10.1.0.1: address not available: it is in no pool"},
-		{Request{IP: addr("fd00::1")}, "expected IPv4"},
+		{Request{Use: datastore.UseTunnel, IPv4: Ask{Pools: []string{"b-tunnels", "c-selector"}}}, "b-tunnels"},
+		{Request{IPv4: Ask{Pools: []string{"d-manual"}}}, "d-manual"},
+		{Request{IPv4: Ask{Pools: []string{"10.4.0.0/24"}}}, "d-manual"},
+		{Request{IPv4: Ask{IP: addr("10.4.0.9")}}, "d-manual"},
+		{Request{IPv4: Ask{IP: addr("10.6.0.200")}}, "f-good"},
+		{Request{IPv4: Ask{Pools: []string{"a-disabled"}}}, "pool a-disabled: it is disabled"},
+		{Request{IPv4: Ask{Pools: []string{"b-tunnels"}}}, "pool b-tunnels: spec.allowedUses does not have Workload"},
+		{Request{IPv4: Ask{Pools: []string{"c-selector"}}}, "c-selector"},
+		{Request{IPv4: Ask{Pools: []string{"e-six"}}}, "pool e-six: it is IPv6"},
+		{Request{IPv4: Ask{Pools: []string{"nowhere"}}}, "pool nowhere: there is no such pool"},
+		{Request{IPv4: Ask{IP: addr("10.4.0.9")}}, "address 10.4.0.9: address not available: it is held already"},
+		{Request{IPv4: Ask{IP: addr("10.1.0.1")}}, "address 10.1.0.1: address not available: it is in no pool"},
+		{Request{IPv4: Ask{IP: addr("fd00::1")}}, "expected IPv4"},
+		{Request{IPv6: Ask{Want: Required}}, "e-six"},
+		{Request{IPv6: Ask{IP: addr("fd00::9")}}, "e-six"},
+		{Request{IPv6: Ask{IP: addr("10.6.0.1")}}, "expected IPv6"},
+		{Request{IPv4: Ask{IP: addr("::ffff:10.6.0.1")}}, "expected IPv4"},
+		{Request{IPv6: Ask{IP: addr("fd00::1%eth0")}}, "without a zone"},
+		{Request{IPv6: Ask{Want: Required, Pools: []string{"f-good"}}}, "pool f-good: it is IPv4"},
 		{Request{Handle: "a/b"}, "expected neither '/'"},
 	} {
 		if tt.req.Handle == "" {
@@ -258,12 +264,12 @@ func TestWhichPoolsServe(t *testing.T) {
 			t.Errorf("%+v: %v, expected %q", tt.req, err, tt.want)
 		case err == nil && got.Pool != tt.want:
 			t.Errorf("%+v: %+v, expected %q", tt.req, got, tt.want)
-		case err == nil && tt.req.IP.IsValid() && got.Addr != tt.req.IP:
+		case err == nil && (tt.req.IPv4.IP.IsValid() || tt.req.IPv6.IP.IsValid()) && got.Addr != tt.req.IPv4.IP && got.Addr != tt.req.IPv6.IP:
 			t.Errorf("%+v: %+v", tt.req, got)
 		}
 	}
 	put(t, s, configKey, `{"strict_affinity":true,"auto_allocate_blocks":true}`)
-	if _, err := New(s, "n2", nil).Assign(ctx, Request{Handle: "other", IP: addr("10.4.0.10")}); !errors.Is(err, ErrAddressInUse) {
+	if _, err := New(s, "n2", nil).Assign(ctx, Request{Handle: "other", IPv4: Ask{IP: addr("10.4.0.10")}}); !errors.Is(err, ErrAddressInUse) {
 		t.Errorf("an address in another node's block: %v", err)
 	}
 	if kvs, _, err := s.Keys(ctx, AffinityPrefix("n2")); err != nil || len(kvs) != 0 {

@@ -12,6 +12,7 @@ import (
 
 const (
 	root        = "/calico/ipam/v2/"
+	hostRoot    = root + "host/"
 	handleRoot  = root + "handle/"
 	configKey   = root + "config"
 	blockRootV4 = root + "assignment/ipv4/block/"
@@ -27,36 +28,43 @@ const (
 // HandlePrefix is the key prefix of all handles.
 const HandlePrefix = handleRoot
 
-// BlockPrefix is the key prefix of all IPv4 blocks.
-const BlockPrefix = blockRootV4
-
 // AffinityPrefix is the key prefix of a node's IPv4 block affinities: what to watch for ConfirmedBlocks to change.
-func AffinityPrefix(node string) string { return root + "host/" + node + "/ipv4/block/" }
+func AffinityPrefix(node string) string { return AffinityRoot(node) + "ipv4/block/" }
+
+// AffinityRoot is the key prefix of a node's block affinities, IPv4 and IPv6.
+func AffinityRoot(node string) string { return hostRoot + node + "/" }
+
+// blockRoot is the key prefix of all blocks of one family, 4 or 6.
+func blockRoot(family int) string {
+	if family == 6 {
+		return blockRootV6
+	}
+	return blockRootV4
+}
 
 // keyCIDR writes a prefix as keys do: "10.244.40.128-26", "fd00::40-122".
 func keyCIDR(p netip.Prefix) string { return strings.Replace(p.String(), "/", "-", 1) }
 
-// parseKeyCIDR reads an IPv4 prefix as keys write it.
+// parseKeyCIDR reads a prefix as keys write it.
 func parseKeyCIDR(text string) (netip.Prefix, error) {
 	p, err := netip.ParsePrefix(strings.Replace(text, "-", "/", 1))
-	if err != nil || p != p.Masked() || !p.Addr().Is4() {
-		return netip.Prefix{}, fmt.Errorf("key %q: expected a masked IPv4 prefix such as 10.244.40.128-26", text)
+	if err != nil || p != p.Masked() || keyCIDR(p) != text {
+		return netip.Prefix{}, fmt.Errorf("key %q: expected a masked prefix such as 10.244.40.128-26 or fd00::40-122", text)
 	}
 	return p, nil
 }
 
-func blockKey(p netip.Prefix) string {
-	if p.Addr().Is6() {
-		return blockRootV6 + keyCIDR(p)
-	}
-	return blockRootV4 + keyCIDR(p)
-}
+func blockKey(p netip.Prefix) string { return blockRoot(familyOf(p)) + keyCIDR(p) }
 
 func affinityKey(node string, p netip.Prefix) string {
+	return fmt.Sprintf("%sipv%d/block/%s", AffinityRoot(node), familyOf(p), keyCIDR(p))
+}
+
+func familyOf(p netip.Prefix) int {
 	if p.Addr().Is6() {
-		return root + "host/" + node + "/ipv6/block/" + keyCIDR(p)
+		return 6
 	}
-	return AffinityPrefix(node) + keyCIDR(p)
+	return 4
 }
 
 func handleKey(handle string) string { return handleRoot + handle }

@@ -5,10 +5,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"hash/fnv"
+	"math/bits"
 	"net/netip"
 	"strings"
-
-	"margay/datastore"
 )
 
 // A free block is found by asking for some, not by listing all: the walk visits the pool's blocks in an order that looks
@@ -19,7 +18,7 @@ import (
 // looks says how many blocks are asked for, one time after the other: few at first, as most pools have room.
 var looks = []int{8, 64, 64, 64, 64}
 
-// walk visits the blocks of a pool, each once.
+// walk visits the blocks of a pool, each once; of a pool with more than 2^48 blocks only so many.
 type walk struct {
 	pool               netip.Prefix
 	bits               int
@@ -31,7 +30,7 @@ func newWalk(pool netip.Prefix, bits int, node string) *walk {
 	h := fnv.New64a()
 	_, _ = h.Write([]byte(node)) // a hash takes everything
 	sum := h.Sum64()
-	return &walk{pool: pool, bits: bits, total: 1 << (bits - pool.Bits()), start: sum, step: (sum>>32)*2 + 1}
+	return &walk{pool: pool, bits: bits, total: 1 << min(48, bits-pool.Bits()), start: sum, step: (sum>>16)*2 + 1}
 }
 
 func (w *walk) next() (netip.Prefix, bool) {
@@ -40,19 +39,25 @@ func (w *walk) next() (netip.Prefix, bool) {
 	}
 	n := (w.start + w.taken*w.step) % w.total
 	w.taken++
-	base := w.pool.Addr().As4()
-	var raw [4]byte
-	binary.BigEndian.PutUint32(raw[:], binary.BigEndian.Uint32(base[:])+uint32(n<<(32-w.bits)))
-	return netip.PrefixFrom(netip.AddrFrom4(raw), w.bits), true
+	return netip.PrefixFrom(advance(w.pool.Addr(), n, w.pool.Addr().BitLen()-w.bits), w.bits), true
+}
+
+// advance is the address n << shift behind a.
+func advance(a netip.Addr, n uint64, shift int) netip.Addr {
+	raw := a.As16()
+	low := binary.BigEndian.Uint64(raw[8:])
+	sum, carry := bits.Add64(low, n<<shift, 0)
+	binary.BigEndian.PutUint64(raw[8:], sum)
+	binary.BigEndian.PutUint64(raw[:8], binary.BigEndian.Uint64(raw[:8])+n>>(64-shift)+carry)
+	if a.Is4() {
+		return netip.AddrFrom16(raw).Unmap()
+	}
+	return netip.AddrFrom16(raw)
 }
 
 // search claims a free block of the pool; errFull if there is none.
-func (a *Allocator) search(ctx context.Context, v *view, pool *datastore.IPPool) (*stored, error) {
-	prefix, err := pool.Prefix()
-	if err != nil {
-		return nil, err
-	}
-	w := newWalk(prefix, pool.Spec.BlockSize, a.node)
+func (a *Allocator) search(ctx context.Context, v *view, pool *poolView) (*stored, error) {
+	w := newWalk(pool.prefix, pool.Spec.BlockSize, a.node)
 	for _, size := range looks {
 		var ask []netip.Prefix
 		for len(ask) < size {
@@ -102,7 +107,7 @@ func (a *Allocator) claimOneOf(ctx context.Context, v *view, ask []netip.Prefix)
 
 // searchList is the last resort: it lists all blocks' keys, and claims what the rest of the walk finds to be free.
 func (a *Allocator) searchList(ctx context.Context, v *view, w *walk) (*stored, error) {
-	kvs, _, err := a.store.Keys(ctx, BlockPrefix)
+	kvs, _, err := a.store.Keys(ctx, blockRoot(familyOf(w.pool)))
 	if err != nil {
 		return nil, err
 	}
@@ -138,20 +143,24 @@ func (a *Allocator) claimFree(ctx context.Context, v *view, cidr netip.Prefix) (
 }
 
 // overlapped says whether a block of another size, left by an older pool, lies over or in a range. Blocks over it have
-// one of a few names; blocks in it share its first bytes, and there cannot be many.
+// one of a few names. IPv4 blocks in it share its first bytes, and there cannot be many; IPv6 addresses are written too
+// variously for that, so that each name they can have is asked for.
 func (a *Allocator) overlapped(ctx context.Context, cidr netip.Prefix) (bool, error) {
 	var names []string
-	for bits := largestBlock; bits < cidr.Bits(); bits++ {
+	largest, smallest := sizes(cidr.Addr())
+	for bits := largest; bits < cidr.Bits(); bits++ {
 		names = append(names, blockKey(netip.PrefixFrom(cidr.Addr(), bits).Masked()))
 	}
-	for at := cidr.Addr(); cidr.Bits() < 32 && cidr.Contains(at); {
-		raw := at.As4()
-		text := at.String()
-		names = append(names, BlockPrefix+text[:strings.LastIndexByte(text, '.')+1]+"*")
-		next := binary.BigEndian.Uint32(raw[:])&^0xff + 0x100
-		binary.BigEndian.PutUint32(raw[:], next)
-		if at = netip.AddrFrom4(raw); next == 0 {
-			break
+	if cidr.Addr().Is6() {
+		for bits := cidr.Bits() + 1; bits <= smallest; bits++ {
+			for n := range uint64(1) << (bits - cidr.Bits()) {
+				names = append(names, blockKey(netip.PrefixFrom(advance(cidr.Addr(), n, smallest-bits), bits)))
+			}
+		}
+	} else if cidr.Bits() < smallest {
+		for n := range uint64(1) << max(0, 24-cidr.Bits()) {
+			text := advance(cidr.Addr(), n, 8).String()
+			names = append(names, blockRootV4+text[:strings.LastIndexByte(text, '.')+1]+"*")
 		}
 	}
 	found, err := a.store.Existing(ctx, names...)
@@ -159,7 +168,7 @@ func (a *Allocator) overlapped(ctx context.Context, cidr netip.Prefix) (bool, er
 		return false, err
 	}
 	for _, key := range found {
-		p, err := parseKeyCIDR(strings.TrimPrefix(key, BlockPrefix))
+		p, err := parseKeyCIDR(strings.TrimPrefix(key, blockRoot(familyOf(cidr))))
 		if err == nil && p != cidr && p.Overlaps(cidr) {
 			return true, nil
 		}
@@ -167,5 +176,10 @@ func (a *Allocator) overlapped(ctx context.Context, cidr netip.Prefix) (bool, er
 	return false, nil
 }
 
-// largestBlock is the prefix length of the largest IPv4 block there can be.
-const largestBlock = 20
+// sizes are the prefix lengths of the largest and the smallest block that an address can be in.
+func sizes(a netip.Addr) (largest, smallest int) {
+	if a.Is6() {
+		return 116, 128
+	}
+	return 20, 32
+}

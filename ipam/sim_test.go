@@ -206,7 +206,7 @@ func (sim *simulation) step(t *testing.T, n *simNode) {
 func (sim *simulation) add(t *testing.T, ctx context.Context, n *simNode, alloc *Allocator) {
 	req := Request{Handle: fmt.Sprintf("net.%d", sim.handles.Add(1)), Attrs: map[string]string{"pod": "x"}}
 	if rand.IntN(10) == 0 {
-		req.IP = netip.AddrFrom4([4]byte{10, 240, byte(rand.IntN(16)), byte(rand.IntN(256))})
+		req.IPv4.IP = netip.AddrFrom4([4]byte{10, 240, byte(rand.IntN(16)), byte(rand.IntN(256))})
 	}
 	got, err := alloc.Assign(ctx, req)
 	if err != nil {

@@ -119,7 +119,7 @@ func TestCaptureNeverBlocks(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if got := w.tallies.forwarded.packets.Load(); got != n {
+	if got := w.tallies.forwarded[pathEncap].packets.Load(); got != n {
 		t.Errorf("forwarded %d of %d", got, n)
 	}
 	got := c.Drain()

@@ -21,29 +21,44 @@ func (t *tally) add(packets, bytes uint64) {
 	t.bytes.Add(bytes)
 }
 
+// path is the way of a forwarded packet. The first two are the Directions of the same names.
+type path uint8
+
+const (
+	pathEncap = path(Encap)
+	pathDecap = path(Decap)
+	pathLocal = path(Decap) + 1 // from one pod of this node to another
+	pathHost  = path(Decap) + 2 // from a pod to the node's kernel, which does what the vRouter does not
+	pathCount = path(Decap) + 3
+)
+
+var pathNames = [pathCount]string{pathEncap: "encap", pathDecap: "decap", pathLocal: "local", pathHost: "host"}
+
 // tallies are one worker's counters.
 type tallies struct {
-	forwarded tally
+	forwarded [pathCount]tally
 	dropped   [reasonCount]tally
 }
 
-// Counters returns every counter: what was forwarded by direction, what was dropped by reason, and the kernel's own
+// Counters returns every counter: what was forwarded by path, what was dropped by reason, and the kernel's own
 // losses around the ports. Those that are zero are there too, so that a reader knows their names.
 func (r *Router) Counters() []Counter {
 	r.mu.Lock()
 	workers := r.workers
 	r.mu.Unlock()
 
-	var forwarded [2]Counter
-	forwarded[Encap].Name = "forwarded_" + Encap.String()
-	forwarded[Decap].Name = "forwarded_" + Decap.String()
+	var forwarded [pathCount]Counter
+	for i, name := range pathNames {
+		forwarded[i].Name = "forwarded_" + name
+	}
 	var dropped [reasonCount]Counter
 	var kernel []Counter
 	seen := make(map[Port]bool)
 	for _, w := range workers {
-		f := &forwarded[w.direction]
-		f.Packets += w.tallies.forwarded.packets.Load()
-		f.Bytes += w.tallies.forwarded.bytes.Load()
+		for i := range w.tallies.forwarded {
+			forwarded[i].Packets += w.tallies.forwarded[i].packets.Load()
+			forwarded[i].Bytes += w.tallies.forwarded[i].bytes.Load()
+		}
 		for i := range w.tallies.dropped {
 			dropped[i].Packets += w.tallies.dropped[i].packets.Load()
 			dropped[i].Bytes += w.tallies.dropped[i].bytes.Load()

@@ -6,6 +6,7 @@
 //	port.go     the contract with the drivers, and who owns a buffer until when
 //	worker.go   Recv, the ladder for each packet, Send: one thread, run to completion
 //	ladder.go   the two ladders, encapsulation and decapsulation, rung by rung
+//	transit.go  the ladder among pods' own interfaces (the attachment direct), with pods.go and flows.go
 //	reason.go   every name under which a packet can be dropped
 //	router.go   what the control plane tells, in transactions; mark and sweep
 //	trace.go    a packet of ours up the same ladder, and the rungs it climbed

@@ -18,8 +18,8 @@ const (
 	// recentSamples is how many samples are kept.
 	recentSamples = 256
 	// The flows that a worker counts the drops of apart: what is beyond, is counted together.
-	flowSets = 64
-	flowWays = 4
+	dropSets = 64
+	dropWays = 4
 )
 
 // DropSample is one packet that was dropped.
@@ -44,7 +44,7 @@ type DropFlow struct {
 // dropNotes is what a worker writes down about its drops: one sample of each reason at a time, and counts by flow.
 type dropNotes struct {
 	slots   [reasonCount]sampleSlot
-	flows   [flowSets]flowSet
+	flows   [dropSets]dropSet
 	evicted tally
 }
 
@@ -56,14 +56,14 @@ type sampleSlot struct {
 	bytes  [SampleBytes]byte
 }
 
-// flowSet is one set of the table of flows. changing is odd while the worker replaces an entry.
-type flowSet struct {
+// dropSet is one set of the table of flows. changing is odd while the worker replaces an entry.
+type dropSet struct {
 	changing atomic.Uint32
-	ways     [flowWays]flowEntry
+	ways     [dropWays]dropEntry
 }
 
-// flowEntry counts one flow: pair is source and destination, kind the reason plus one; 0 is an empty entry.
-type flowEntry struct {
+// dropEntry counts one flow: pair is source and destination, kind the reason plus one; 0 is an empty entry.
+type dropEntry struct {
 	pair    atomic.Uint64
 	kind    atomic.Uint32
 	packets atomic.Uint64

@@ -6,8 +6,8 @@ import (
 	"testing"
 )
 
-// flowOf returns the counts of one flow, and whether it is counted apart.
-func flowOf(flows []DropFlow, reason Reason, src, dst netip.Addr) (packets uint64, ok bool) {
+// dropsOf returns the counts of one flow, and whether it is counted apart.
+func dropsOf(flows []DropFlow, reason Reason, src, dst netip.Addr) (packets uint64, ok bool) {
 	for _, f := range flows {
 		if f.Reason == reason && f.Src == src && f.Dst == dst {
 			packets, ok = packets+f.Packets, true
@@ -30,16 +30,16 @@ func TestDropsAreSampledAndCountedByFlow(t *testing.T) {
 	}
 
 	flows, samples := r.Drops(0)
-	if n, _ := flowOf(flows, ReasonNoRoute, ownPod, lost); n != 2 {
+	if n, _ := dropsOf(flows, ReasonNoRoute, ownPod, lost); n != 2 {
 		t.Errorf("no_route counts %d for the flow: %+v", n, flows)
 	}
-	if n, _ := flowOf(flows, ReasonDirectRoute, ownPod, pod3); n != 1 {
+	if n, _ := dropsOf(flows, ReasonDirectRoute, ownPod, pod3); n != 1 {
 		t.Errorf("direct_route counts %d for the flow: %+v", n, flows)
 	}
-	if n, _ := flowOf(flows, ReasonNotIPv4, netip.Addr{}, netip.Addr{}); n != 1 {
+	if n, _ := dropsOf(flows, ReasonNotIPv4, netip.Addr{}, netip.Addr{}); n != 1 {
 		t.Errorf("not_ipv4 counts %d without addresses: %+v", n, flows)
 	}
-	if n, _ := flowOf(flows, ReasonOuterSourceNode, pod2, ownPod); n != 1 {
+	if n, _ := dropsOf(flows, ReasonOuterSourceNode, pod2, ownPod); n != 1 {
 		t.Errorf("outer_source_not_node counts %d under the inner addresses: %+v", n, flows)
 	}
 	if len(samples) != 4 || samples[0].Seq != 1 || samples[3].Seq != 4 {
@@ -84,7 +84,7 @@ func TestManyFlowsLoseNoCount(t *testing.T) {
 			apart++
 		}
 	}
-	if sum != n || apart < flowSets*flowWays/2 || apart > flowSets*flowWays {
+	if sum != n || apart < dropSets*dropWays/2 || apart > dropSets*dropWays {
 		t.Errorf("%d drops counted, %d flows apart", sum, apart)
 	}
 }

@@ -21,17 +21,13 @@ type Direction uint8
 
 // The directions.
 const (
-	Encap Direction = iota // from vr0 to the underlay: push the outer header
-	Decap                  // from the underlay to vr0: pop it
+	Encap   Direction = iota // from vr0 to the underlay: push the outer header
+	Decap                    // from the underlay to vr0: pop it
+	Transit                  // among all interfaces of a SwitchPort: see transit.go
 )
 
-// String returns "encap" or "decap".
-func (d Direction) String() string {
-	if d == Decap {
-		return "decap"
-	}
-	return "encap"
-}
+// String returns "encap", "decap" or "transit".
+func (d Direction) String() string { return [...]string{"encap", "decap", "transit"}[d] }
 
 // outerTTL is the TTL of the outer header (RFC 2003, 3.1: enough to reach the tunnel's far end).
 const outerTTL = 64

@@ -63,6 +63,7 @@ func testUpdate() Update {
 	return Update{
 		Config:   &Config{NodeAddress: self, Underlay: "eth0", MTU: 1480},
 		AddNodes: []netip.Addr{self, node2, node3},
+		AddPods:  []Pod{{ownPod, "cali1"}},
 		Set: []Route{
 			{Prefix: pfx("10.244.1.0/26"), NextHop: NextHop{Kind: KindLocal}},
 			{Prefix: pfx("10.244.2.0/26"), NextHop: NextHop{Kind: KindTunnel, Gateway: node2}},
@@ -111,7 +112,7 @@ func walk(t *testing.T, r *Router, d Direction, b []byte, o Offload) ([]byte, Re
 		t.Fatal(err)
 	}
 	if len(out.out) == 1 {
-		if got := w.tallies.forwarded.packets.Load(); got != 1 {
+		if got := w.tallies.forwarded[d].packets.Load(); got != 1 {
 			t.Errorf("forwarded counts %d", got)
 		}
 		return out.out[0], ReasonNotSet
@@ -331,7 +332,7 @@ func TestNoAllocations(t *testing.T) {
 		}); n != 0 {
 			t.Errorf("%v: %v allocations a turn", d, n)
 		}
-		if got := w.tallies.forwarded.packets.Load(); got != 16*101 {
+		if got := w.tallies.forwarded[d].packets.Load(); got != 16*101 {
 			t.Errorf("%v: forwarded %d", d, got)
 		}
 	}

@@ -62,6 +62,9 @@ type Packet struct {
 	Off     int
 	Len     int
 	Offload Offload
+	// In is the interface by which a SwitchPort received the packet, and Out the one by which it is to send it. Other
+	// ports leave both alone.
+	In, Out Interface
 
 	// Drop is set by Port.Send on a packet that it could not send; Sent is the number of packets that it wrote for
 	// this one. A superpacket counts as the segments it stands for, whoever splits it.
@@ -80,6 +83,7 @@ func (p *Packet) Bytes() []byte { return p.Buf[p.Off : p.Off+p.Len] }
 // Reset empties the packet and gives it back its headroom; Buf's bytes stay as they are.
 func (p *Packet) Reset() {
 	p.Off, p.Len, p.Offload, p.Drop, p.Sent = Headroom, 0, Offload{}, ReasonNotSet, 0
+	p.In, p.Out = HostInterface, HostInterface
 }
 
 // Port is a driver: it receives and sends whole IP packets in batches.
@@ -105,4 +109,12 @@ type Port interface {
 	Stop()
 	// Close frees what the port holds. The caller has seen Recv and Send return for the last time.
 	Close() error
+}
+
+// SwitchPort is a port of many interfaces: the host's, the underlay's, and one for each pod. Pods' come and go while it
+// runs. Recv sets Packet.In, Send obeys Packet.Out. One goroutine calls Recv, Pods and Send.
+type SwitchPort interface {
+	Port
+	// Pods returns the pods' interfaces as they are until the next Recv.
+	Pods() *Pods
 }

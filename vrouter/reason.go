@@ -26,6 +26,9 @@ const (
 	ReasonGatewaySelf  // the route's gateway is this node
 	ReasonPacketTooBig // longer than vr0's MTU, or than an outer header can tell
 
+	// From a pod, where the vRouter reads its interface itself.
+	ReasonSpoofed // the source is not the pod's address
+
 	// Decapsulation: from another node to a pod of this node.
 	ReasonOuterMalformed   // outer header wrong, or not protocol 4
 	ReasonOuterNotForUs    // outer destination is not this node's address
@@ -56,6 +59,7 @@ var reasonNames = [reasonCount]string{
 	ReasonSendFailed:         "send_failed",
 	ReasonSendTooBig:         "send_emsgsize",
 	ReasonSendQueueFull:      "send_queue_full",
+	ReasonSpoofed:            "spoofed",
 	ReasonOuterMalformed:     "outer_malformed",
 	ReasonOuterNotForUs:      "outer_not_for_us",
 	ReasonOuterFragment:      "outer_fragment",

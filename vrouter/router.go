@@ -7,7 +7,6 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -36,7 +35,7 @@ func (c Config) Validate() error {
 	if !c.NodeAddress.Is4() || c.NodeAddress.IsUnspecified() || c.NodeAddress.IsMulticast() {
 		return fmt.Errorf("config: node address %q: expected a unicast IPv4 address", c.NodeAddress)
 	}
-	if n := len(c.Underlay); n == 0 || n > 15 || strings.ContainsAny(c.Underlay, "/ \t\n\x00") {
+	if !validInterfaceName(c.Underlay) {
 		return fmt.Errorf("config: underlay %q: expected an interface name of 1 to 15 characters", c.Underlay)
 	}
 	if c.MTU < MinMTU || c.MTU > MaxMTU {
@@ -55,6 +54,8 @@ type Update struct {
 	DelNodes []netip.Addr
 	Set      []Route
 	Del      []netip.Prefix
+	AddPods  []Pod // a pod whose address is known already has another interface now
+	DelPods  []netip.Addr
 }
 
 // RouteEntry is a route, and whether a synchronisation has yet to confirm it.
@@ -71,8 +72,9 @@ type Status struct {
 	// process or read from the snapshot of an earlier one.
 	Restored bool
 	Routes   int
-	Stale    int // routes and nodes that the synchronisation under way has not confirmed
+	Stale    int // routes, nodes and pods that the synchronisation under way has not confirmed
 	Nodes    int
+	Pods     int
 }
 
 // state is what workers read beside the routes; immutable once published.
@@ -98,8 +100,10 @@ type Router struct {
 
 	mu       sync.Mutex          // writers
 	nodes    map[netip.Addr]bool // true: stale
-	complete bool                // see Status.Restored
+	pods     podSet
+	complete bool // see Status.Restored
 	apply    func(Config) error
+	routesTo func(set []Route, del []netip.Prefix)
 	workers  []*Worker
 	captures []*Capture
 	drops    dropLog
@@ -108,7 +112,8 @@ type Router struct {
 
 // New returns a router that is not configured and has no routes: it drops everything.
 func New() *Router {
-	r := &Router{table: fib.New(), nodes: make(map[netip.Addr]bool), changed: make(chan struct{}, 1)}
+	r := &Router{table: fib.New(), nodes: make(map[netip.Addr]bool), pods: podSet{pods: make(map[netip.Addr]*knownPod)},
+		changed: make(chan struct{}, 1)}
 	r.state.Store(&state{})
 	return r
 }
@@ -124,7 +129,7 @@ func (r *Router) OnConfig(apply func(Config) error) {
 // Changed is signalled, never blocking and at most once until it is read, after each change of the state.
 func (r *Router) Changed() <-chan struct{} { return r.changed }
 
-// Begin opens a synchronisation: all routes and nodes become stale. Nothing is removed, and forwarding goes on.
+// Begin opens a synchronisation: all routes, nodes and pods become stale. Nothing is removed, and forwarding goes on.
 func (r *Router) Begin() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -136,6 +141,7 @@ func (r *Router) markStale() {
 	for a := range r.nodes {
 		r.nodes[a] = true
 	}
+	r.pods.markStale()
 }
 
 // Update makes one transaction, and un-marks what it sets. The error names the field and what was expected.
@@ -171,6 +177,9 @@ func (r *Router) update(u Update) error {
 			return fmt.Errorf("set[%d]: %w", i, err)
 		}
 	}
+	if err := r.pods.check(u.AddPods, u.DelPods); err != nil {
+		return err
+	}
 	if u.Config != nil && r.apply != nil && (!old.configured || old.config != next.config) {
 		if err := r.apply(next.config); err != nil {
 			return fmt.Errorf("%w: %w", ErrPort, err)
@@ -179,6 +188,8 @@ func (r *Router) update(u Update) error {
 	if err := r.table.Update(u.Set, u.Del); err != nil {
 		return err
 	}
+	r.tellRoutes(u.Set, u.Del)
+	r.pods.change(u.AddPods, u.DelPods)
 	for _, a := range u.DelNodes {
 		delete(r.nodes, a)
 	}
@@ -199,11 +210,18 @@ func (r *Router) publish(next *state) {
 	}
 }
 
-// End closes a synchronisation: what is still stale is removed. It returns how many routes and nodes that were.
+// End closes a synchronisation: what is still stale is removed. It returns how many routes, nodes and pods that
+// were.
 func (r *Router) End() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	swept := len(r.table.Sweep())
+	gone := r.table.Sweep()
+	del := make([]netip.Prefix, len(gone))
+	for i, route := range gone {
+		del[i] = route.Prefix
+	}
+	r.tellRoutes(nil, del)
+	swept := len(gone) + r.pods.sweep()
 	for a, stale := range r.nodes {
 		if stale {
 			delete(r.nodes, a)
@@ -227,8 +245,9 @@ func (r *Router) Status() Status {
 		Config:     s.config,
 		Restored:   r.complete,
 		Routes:     r.table.Len(),
-		Stale:      r.table.Stale(),
+		Stale:      r.table.Stale() + r.pods.stale(),
 		Nodes:      len(r.nodes),
+		Pods:       len(r.pods.pods),
 	}
 	for _, stale := range r.nodes {
 		if stale {
@@ -257,10 +276,10 @@ var errNotEmpty = errors.New("restore: the router has a state already")
 func (r *Router) Restore(s Saved) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.state.Load().configured || r.table.Len() > 0 || len(r.nodes) > 0 {
+	if r.state.Load().configured || r.table.Len() > 0 || len(r.nodes) > 0 || len(r.pods.pods) > 0 {
 		return errNotEmpty
 	}
-	if err := r.update(Update{Config: s.Config, AddNodes: s.Nodes, Set: s.Routes}); err != nil {
+	if err := r.update(Update{Config: s.Config, AddNodes: s.Nodes, Set: s.Routes, AddPods: s.Pods}); err != nil {
 		return err
 	}
 	r.complete = s.Complete && s.Config != nil
@@ -273,7 +292,7 @@ func (r *Router) Save() Saved {
 	r.mu.Lock()
 	s := r.state.Load()
 	routes := r.table.Load()
-	saved := Saved{Complete: r.complete, Nodes: s.nodes}
+	saved := Saved{Complete: r.complete, Nodes: s.nodes, Pods: r.pods.all()}
 	r.mu.Unlock()
 	if s.configured {
 		saved.Config = &s.config

@@ -94,7 +94,7 @@ func TestRestoredMeansCompleted(t *testing.T) {
 		t.Errorf("after End: swept %d, %+v", swept, r.Status())
 	}
 	r.Begin()
-	if s := r.Status(); !s.Restored || s.Stale != 8 || s.Routes != 5 {
+	if s := r.Status(); !s.Restored || s.Stale != 9 || s.Routes != 5 {
 		t.Errorf("after the second Begin: %+v", s)
 	}
 	u := testUpdate()

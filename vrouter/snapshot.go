@@ -18,6 +18,7 @@ type Saved struct {
 	Complete bool    // a synchronisation had been completed: see Status.Restored
 	Config   *Config // nil: not configured
 	Nodes    []netip.Addr
+	Pods     []Pod
 	Routes   []Route
 }
 
@@ -33,6 +34,12 @@ type savedHead struct {
 	Complete bool         `json:"complete"`
 	Config   *savedConfig `json:"config,omitempty"`
 	Nodes    []netip.Addr `json:"nodes"`
+	Pods     []savedPod   `json:"pods,omitempty"`
+}
+
+type savedPod struct {
+	Address   netip.Addr `json:"address"`
+	Interface string     `json:"interface"`
 }
 
 type savedConfig struct {
@@ -43,7 +50,11 @@ type savedConfig struct {
 
 // EncodeSaved writes s to w.
 func EncodeSaved(w io.Writer, s Saved) error {
-	head, err := json.Marshal(savedHead{Complete: s.Complete, Config: (*savedConfig)(s.Config), Nodes: s.Nodes})
+	h := savedHead{Complete: s.Complete, Config: (*savedConfig)(s.Config), Nodes: s.Nodes}
+	for _, p := range s.Pods {
+		h.Pods = append(h.Pods, savedPod(p))
+	}
+	head, err := json.Marshal(h)
 	if err != nil {
 		return fmt.Errorf("snapshot: %w", err)
 	}
@@ -89,5 +100,9 @@ func DecodeSaved(r io.Reader) (Saved, error) {
 	if err != nil {
 		return Saved{}, fmt.Errorf("snapshot: routes: %w", err)
 	}
-	return Saved{Complete: h.Complete, Config: (*Config)(h.Config), Nodes: h.Nodes, Routes: routes}, nil
+	saved := Saved{Complete: h.Complete, Config: (*Config)(h.Config), Nodes: h.Nodes, Routes: routes}
+	for _, p := range h.Pods {
+		saved.Pods = append(saved.Pods, Pod(p))
+	}
+	return saved, nil
 }

@@ -39,7 +39,7 @@ func TestSavedRoundTrip(t *testing.T) {
 		if d := cmp.Diff(encoded(t, s), encoded(t, r.Save())); d != "" {
 			t.Errorf("%s: %s", name, d)
 		}
-		if status := r.Status(); status.Restored != (name == "full") || status.Stale != status.Routes+status.Nodes {
+		if status := r.Status(); status.Restored != (name == "full") || status.Stale != status.Routes+status.Nodes+status.Pods {
 			t.Errorf("%s: %+v", name, status)
 		}
 	}

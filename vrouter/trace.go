@@ -1,6 +1,8 @@
 package vrouter
 
 import (
+	"encoding/binary"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -22,10 +24,26 @@ type Traced struct {
 	Reason  Reason // for VerdictDrop
 	Rungs   []Rung // as far as the packet came
 	Packet  []byte // for VerdictForward: as it is sent
+	Out     Out    // for VerdictForward: where to
+	// OutInterface is the host's side of the pod's interface, for OutPod.
+	OutInterface string
 	// Route is the longest match for the inner destination, Back that for the inner source; the zero Route where there is
 	// none, or nobody came to ask.
 	Route, Back Route
 }
+
+// Out is where a packet leaves the vRouter.
+type Out string
+
+// The ways out.
+const (
+	OutHost     Out = "host" // vr0: the node's kernel
+	OutUnderlay Out = "underlay"
+	OutPod      Out = "pod" // a pod's own interface
+)
+
+// ErrNoSwitch is returned for Transit where the vRouter does not have the pods' own interfaces.
+var ErrNoSwitch = errors.New("the pods' packets come by the kernel")
 
 // rung is a step of a ladder: the reasons that end there.
 type rung struct {
@@ -58,6 +76,15 @@ var ladders = map[Direction][]rung{
 			func(t *tracing) string { return routeText(t.Route) }},
 		{"take the outer header off", nil, nil},
 	},
+	Transit: {
+		{"this node is configured", []Reason{ReasonNotConfigured}, nil},
+		{"a valid IPv4 header", []Reason{ReasonNotIPv4, ReasonMalformed, ReasonBadChecksum}, nil},
+		{"the source is the pod's own address", []Reason{ReasonSpoofed}, nil},
+		{"route to the destination", []Reason{ReasonNoRoute, ReasonNoPod, ReasonDirectRoute, ReasonBlackhole, ReasonGatewaySelf},
+			func(t *tracing) string { return routeText(t.Route) }},
+		{"it fits", []Reason{ReasonOffloadUnsupported, ReasonPacketTooBig}, nil},
+		{"way out", nil, (*tracing).way},
+	},
 }
 
 // tracing is one trace under way.
@@ -77,6 +104,17 @@ func (t *tracing) outer() string {
 	return fmt.Sprintf("%s to %s, %d bytes, TTL %d, TOS %#02x", o.Src(), o.Dst(), o.TotalLen(), o.TTL(), o.TOS())
 }
 
+// way describes where a packet from a pod goes.
+func (t *tracing) way() string {
+	switch t.Out {
+	case OutUnderlay:
+		return "IP-in-IP, " + t.outer()
+	case OutPod:
+		return "the pod's interface " + t.OutInterface
+	}
+	return "to the kernel, by vr0: not plain forwarding between pods"
+}
+
 func routeText(r Route) string {
 	if !r.Prefix.IsValid() {
 		return "none"
@@ -84,12 +122,14 @@ func routeText(r Route) string {
 	return r.Prefix.String() + " " + r.NextHop.String()
 }
 
-// Trace walks the ladder of direction with the packet b, which begins with its IP header, and says what became of it. It
-// is the workers' own code that decides, on a worker that is connected to nothing: nothing is sent and nothing counted.
-// The error says that b cannot be a packet.
+// Trace walks a ladder with the packet b, which begins with its IP header, and says what became of it. Encap is for what
+// comes by vr0, Decap by the underlay, Transit from a pod by its own interface, with ErrNoSwitch where the vRouter has none.
+// It is the workers' own code that decides, on a worker that is connected to nothing: nothing is sent and nothing counted.
+// Other errors say that b cannot be a packet.
 func (r *Router) Trace(d Direction, b []byte) (Traced, error) {
-	if _, ok := ladders[d]; !ok {
-		return Traced{}, fmt.Errorf("direction %d: expected encap or decap", d)
+	ladder, ok := ladders[d]
+	if !ok {
+		return Traced{}, fmt.Errorf("direction %d: expected encap, decap or transit", d)
 	}
 	if len(b) == 0 || len(b) > MaxPacket {
 		return Traced{}, fmt.Errorf("packet: %d bytes: expected 1 to %d", len(b), MaxPacket)
@@ -101,20 +141,56 @@ func (r *Router) Trace(d Direction, b []byte) (Traced, error) {
 	if outer, fault := packet.ParseIPv4(inner); fault == 0 && d == Decap {
 		t.from, inner = outer.Src(), outer.Payload()
 	}
+	var src uint32
 	if v, fault := packet.ParseIPv4(inner); fault == 0 {
 		t.Route, _ = r.table.Match(v.Dst())
 		t.Back, _ = r.table.Match(v.Src())
+		src = v.SrcU32()
 	}
 	w := r.newScratch(d)
+	if w.switched != nil {
+		switch d {
+		case Encap:
+			p.In = HostInterface
+		case Decap:
+			p.In = UnderlayInterface
+		default:
+			if p.In = w.switched.Pods().find(src); p.In == noInterface {
+				return Traced{}, ErrNoSwitch
+			}
+		}
+	} else if d == Transit {
+		return Traced{}, ErrNoSwitch
+	}
 	v := view{routes: r.table.Forwarding(), state: t.state}
 	w.walk(&v, []*Packet{p})
-	if len(w.outgoing) > 0 {
-		t.Verdict, t.Packet = VerdictForward, slices.Clone(w.outgoing[0].Bytes())
+	if p.Drop == ReasonNotSet && slices.Contains(w.outgoing, p) {
+		t.Verdict, t.Packet = VerdictForward, slices.Clone(p.Bytes())
+		r.traceOut(w, p, &t.Traced)
 	} else {
 		t.Reason = p.Drop
 	}
-	t.climb(ladders[d])
+	t.climb(ladder)
 	return t.Traced, nil
+}
+
+// traceOut says where a forwarded packet leaves.
+func (r *Router) traceOut(w *Worker, p *Packet, t *Traced) {
+	switch {
+	case w.direction == Encap, w.direction == Transit && p.Out == UnderlayInterface:
+		t.Out = OutUnderlay
+	case w.direction == Decap, p.Out == HostInterface:
+		t.Out = OutHost
+	default:
+		var a [4]byte
+		binary.BigEndian.PutUint32(a[:], w.switched.Pods().address(p.Out))
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		t.Out = OutPod
+		if pod := r.pods.pods[netip.AddrFrom4(a)]; pod != nil {
+			t.OutInterface = pod.name
+		}
+	}
 }
 
 // climb lists the rungs up to the one at which the packet ended.
@@ -134,9 +210,10 @@ func (t *tracing) climb(ladder []rung) {
 	}
 }
 
-// newScratch returns a worker for one packet that no port feeds and whose counters nobody reads.
+// newScratch returns a worker for one packet that no port feeds and whose counters nobody reads: of direction d, or a Transit
+// worker where the router has one, because that one does it all.
 func (r *Router) newScratch(d Direction) *Worker {
-	return &Worker{
+	w := &Worker{
 		router:    r,
 		direction: d,
 		outgoing:  make([]*Packet, 0, 1),
@@ -144,4 +221,10 @@ func (r *Router) newScratch(d Direction) *Worker {
 		addresses: make([]uint32, 0, 2),
 		hops:      make([]fib.Hop, 2),
 	}
+	for _, real := range r.Workers() {
+		if real.switched != nil {
+			w.direction, w.switched, w.kernel = Transit, real.switched, newFlowSet()
+		}
+	}
+	return w
 }

@@ -1,6 +1,7 @@
 package vrouter
 
 import (
+	"errors"
 	"net/netip"
 	"slices"
 	"testing"
@@ -101,5 +102,38 @@ func TestTraceNamesTheRoutes(t *testing.T) {
 	}
 	if got.Route.Prefix.String() != "10.244.1.0/26" || got.Back.Prefix.String() != "10.244.2.0/26" || got.Back.NextHop.Gateway != node2 {
 		t.Errorf("%+v", got)
+	}
+}
+
+// TestTraceWithinASwitch: where the vRouter has the pods' interfaces, a packet from a pod is asked about there.
+func TestTraceWithinASwitch(t *testing.T) {
+	r := testRouter(t)
+	if _, err := r.Trace(Transit, ip(ownPod, neighbourPod, 17, nil)); !errors.Is(err, ErrNoSwitch) {
+		t.Errorf("without a switch: %v", err)
+	}
+	if err := r.Update(Update{AddPods: []Pod{{neighbourPod, "cali2"}}}); err != nil {
+		t.Fatal(err)
+	}
+	r.NewSwitch(&switched{pods: testPods()})
+	for _, tt := range []struct {
+		d    Direction
+		b    []byte
+		out  Out
+		name string
+	}{
+		{Transit, ip(ownPod, neighbourPod, 17, nil), OutPod, "cali2"},
+		{Transit, ip(ownPod, pod2, 17, nil), OutUnderlay, ""},
+		{Transit, ip(ownPod, netip.MustParseAddr("192.0.2.1"), 17, nil), OutHost, ""},
+		{Encap, ip(ownPod, pod2, 17, nil), OutUnderlay, ""},
+		{Decap, ip(node2, self, 4, ip(pod2, neighbourPod, 17, nil)), OutPod, "cali2"},
+		{Decap, ip(node2, self, 4, ip(pod2, netip.MustParseAddr("10.244.1.60"), 17, nil)), OutHost, ""},
+	} {
+		got, err := r.Trace(tt.d, tt.b)
+		if err != nil || got.Verdict != VerdictForward || got.Out != tt.out || got.OutInterface != tt.name {
+			t.Errorf("%v % x: %+v, %v: expected out by %s %s", tt.d, tt.b, got, err, tt.out, tt.name)
+		}
+	}
+	if _, err := r.Trace(Transit, ip(pod2, ownPod, 17, nil)); !errors.Is(err, ErrNoSwitch) {
+		t.Errorf("a source that is no pod's: %v", err)
 	}
 }

@@ -12,12 +12,15 @@ import (
 // batchSize is the number of packets a worker takes at once. A full batch of superpackets is 4 MiB of buffers.
 const batchSize = 64
 
-// Worker carries packets from one port to another, in one direction. It is locked to its thread and runs to
-// completion: between Recv and Send there is no channel, lock, allocation, map or log line.
+// Worker carries packets from one port to another, in one direction, or among the interfaces of one SwitchPort. It is
+// locked to its thread and runs to completion: between Recv and Send there is no channel, lock, allocation, map or log
+// line.
 type Worker struct {
 	router    *Router
 	direction Direction
 	in, out   Port
+	switched  SwitchPort // in and out of a Transit worker
+	kernel    flowSet    // see transit
 	packets   []*Packet
 	outgoing  []*Packet
 	asked     []asked
@@ -35,20 +38,25 @@ type asked struct {
 	inner packet.IPv4
 }
 
+// NewSwitch returns a worker that carries packets among the interfaces of port. It is the only one that receives and
+// sends on it.
+func (r *Router) NewSwitch(port SwitchPort) *Worker {
+	return r.newWorker(&Worker{direction: Transit, in: port, out: port, switched: port, kernel: newFlowSet()})
+}
+
 // NewWorker returns a worker that receives from in, walks the ladder of direction and sends on out. Its counters are
 // part of the router's from now on. The worker is the only one that receives from in and that sends on out.
 func (r *Router) NewWorker(direction Direction, in, out Port) *Worker {
-	w := &Worker{
-		router:    r,
-		direction: direction,
-		in:        in,
-		out:       out,
-		packets:   make([]*Packet, batchSize),
-		outgoing:  make([]*Packet, 0, batchSize),
-		asked:     make([]asked, 0, batchSize),
-		addresses: make([]uint32, 0, 2*batchSize),
-		hops:      make([]fib.Hop, 2*batchSize),
-	}
+	return r.newWorker(&Worker{direction: direction, in: in, out: out})
+}
+
+func (r *Router) newWorker(w *Worker) *Worker {
+	w.router = r
+	w.packets = make([]*Packet, batchSize)
+	w.outgoing = make([]*Packet, 0, batchSize)
+	w.asked = make([]asked, 0, batchSize)
+	w.addresses = make([]uint32, 0, 2*batchSize)
+	w.hops = make([]fib.Hop, 2*batchSize)
 	for i := range w.packets {
 		w.packets[i] = NewPacket()
 	}
@@ -101,10 +109,13 @@ func (w *Worker) turn() error {
 // walk takes a batch up the worker's ladder.
 func (w *Worker) walk(v *view, batch []*Packet) {
 	w.outgoing = w.outgoing[:0]
-	if w.direction == Encap {
+	switch w.direction {
+	case Encap:
 		w.encap(v, batch)
-	} else {
+	case Decap:
 		w.decap(v, batch)
+	default:
+		w.transit(&transit{*v, w.switched.Pods(), &w.kernel}, batch)
 	}
 }
 
@@ -114,16 +125,89 @@ func (w *Worker) send() {
 		return
 	}
 	w.out.Send(w.outgoing)
-	var packets, bytes uint64
+	var sums [pathCount]struct{ packets, bytes uint64 }
 	for _, p := range w.outgoing {
 		if p.Drop != ReasonNotSet {
 			w.drop(p, p.Drop)
 			continue
 		}
-		packets += uint64(p.Sent)
-		bytes += uint64(p.Len)
+		s := &sums[w.path(p)]
+		s.packets += uint64(p.Sent)
+		s.bytes += uint64(p.Len)
 	}
-	w.tallies.forwarded.add(packets, bytes)
+	for i := range sums {
+		if s := &sums[i]; s.packets > 0 {
+			w.tallies.forwarded[i].add(s.packets, s.bytes)
+		}
+	}
+}
+
+// path names the way that a packet has gone.
+func (w *Worker) path(p *Packet) path {
+	switch {
+	case w.direction != Transit:
+		return path(w.direction)
+	case p.Out == UnderlayInterface:
+		return pathEncap
+	case p.In == UnderlayInterface:
+		return pathDecap
+	case p.Out == HostInterface:
+		return pathHost
+	}
+	return pathLocal
+}
+
+// transit walks the ladders with a batch from any interfaces. What comes from the underlay asks
+// for two addresses.
+func (w *Worker) transit(t *transit, batch []*Packet) {
+	w.asked, w.addresses = w.asked[:0], w.addresses[:0]
+	for _, p := range batch {
+		var inner packet.IPv4
+		var reason Reason
+		switch p.In {
+		case HostInterface:
+			inner, reason = t.hostParse(p)
+		case UnderlayInterface:
+			inner, reason = t.decapParse(p)
+		default:
+			inner, reason = t.podParse(p)
+		}
+		if inner == nil {
+			w.drop(p, reason)
+			continue
+		}
+		w.asked = append(w.asked, asked{p, inner})
+		w.addresses = append(w.addresses, inner.DstU32())
+		if p.In == UnderlayInterface {
+			w.addresses = append(w.addresses, inner.SrcU32())
+		}
+	}
+	t.routes.LookupBatch(w.addresses, w.hops)
+	next := 0
+	for _, a := range w.asked {
+		var verdict Verdict
+		var reason Reason
+		hop := w.hops[next]
+		next++
+		switch a.p.In {
+		case HostInterface:
+			a.p.Out = UnderlayInterface
+			verdict, reason = t.encap(a.p, a.inner, hop, &w.outer)
+		case UnderlayInterface:
+			verdict, reason = t.decap(a.p, a.inner, w.hops[next], hop)
+			next++
+			if verdict == VerdictForward {
+				t.arrived(a.p, a.inner)
+			}
+		default:
+			verdict, reason = t.pod(a.p, a.inner, hop, &w.outer)
+		}
+		if verdict != VerdictForward {
+			w.drop(a.p, reason)
+			continue
+		}
+		w.outgoing = append(w.outgoing, a.p)
+	}
 }
 
 // encap walks the first ladder with a batch, and gathers what it lets through.

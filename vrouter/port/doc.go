@@ -8,6 +8,8 @@
 //	frames.go     sends by AF_PACKET instead: superpackets whole, or their segments without copying
 //	resolver.go   keeps the next hops' MAC addresses (hops.go) true to the kernel's tables
 //	retag.go      the BPF program that makes the kernel split IP-in-IP superpackets
+//	xsk.go        AF_XDP sockets with their memory and rings (xskring.go)
+//	xdp.go        the XDP program that gives packets to them
 //	mem.go        an in-memory port, for tests and benchmarks
 //
 // A driver opened in a network namespace belongs to it, whatever thread uses it later; only a TUN device that was

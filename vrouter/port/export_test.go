@@ -2,9 +2,12 @@ package port
 
 import (
 	"encoding/binary"
+	"errors"
 	"net/netip"
 
 	"golang.org/x/sys/unix"
+
+	"margay/vrouter"
 )
 
 // OpenSplitUnderlay is OpenOffloadUnderlay where the kernel allows no BPF.
@@ -21,3 +24,73 @@ func (u *Underlay) Resolved(to netip.Addr) (frames, whole bool) {
 
 // OpenPortsWith is OpenPorts with other drivers for the offloads.
 var OpenPortsWith = openPorts
+
+// XSK is an AF_XDP socket with its program, for tests of nothing else.
+type XSK struct {
+	socket  *xsk
+	program *xdp
+	waiter  *waiter
+}
+
+// OpenXSK opens a socket on the interface index for IP-in-IP to the address.
+func OpenXSK(index, mtu, slots int, address netip.Addr) (*XSK, error) {
+	wait, err := newWaiter()
+	if err != nil {
+		return nil, err
+	}
+	program, err := newXDP(1, matchIPIP(address.As4()))
+	if err != nil {
+		return nil, errors.Join(err, wait.close())
+	}
+	x := &XSK{program: program, waiter: wait}
+	if err = program.attach(index); err == nil {
+		x.socket, err = openXSK(xskOptions{index: index, mtu: mtu, slots: slots})
+	}
+	if err == nil {
+		err = program.set(0, x.socket)
+	}
+	if err != nil {
+		return nil, errors.Join(err, x.Close())
+	}
+	return x, nil
+}
+
+// Recv waits for packets.
+func (x *XSK) Recv(batch []*vrouter.Packet) int {
+	for {
+		if n := x.socket.receive(batch, ethernetHeader); n > 0 {
+			return n
+		}
+		if !x.waiter.wait(x.socket.fd, unix.POLLIN, 5000) {
+			return 0
+		}
+	}
+}
+
+// Send sends frames, and returns how many the socket took.
+func (x *XSK) Send(frames ...[]byte) int {
+	for i, b := range frames {
+		f := x.socket.next()
+		if f == nil {
+			return i
+		}
+		x.socket.queue(copy(f, b))
+	}
+	x.socket.flush(x.waiter)
+	return len(frames)
+}
+
+// Native reports whether the driver runs the program.
+func (x *XSK) Native() bool { return x.program.native }
+
+// Dropped returns the kernel's count of frames that it could not hand over.
+func (x *XSK) Dropped() uint64 { return x.socket.dropped() }
+
+// Close frees everything.
+func (x *XSK) Close() error {
+	err := errors.Join(x.program.close(), x.waiter.close())
+	if x.socket != nil {
+		err = errors.Join(err, x.socket.close())
+	}
+	return err
+}

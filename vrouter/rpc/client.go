@@ -59,7 +59,7 @@ func (c *Client) Status(ctx context.Context) (Status, error) {
 	return c.status(reply, err)
 }
 
-// Begin opens a synchronisation: all routes and nodes become stale, nothing is removed, forwarding goes on. The status
+// Begin opens a synchronisation: all routes, nodes and pods become stale, nothing is removed, forwarding goes on. The status
 // it returns is that of the moment before.
 func (c *Client) Begin(ctx context.Context) (Status, error) {
 	reply, err := c.api.Begin(ctx, &pb.BeginRequest{ApiVersion: APIVersion})
@@ -72,7 +72,8 @@ func (c *Client) Update(ctx context.Context, u Update) error {
 	return c.explain(err)
 }
 
-// End closes a synchronisation: what is still stale is removed. It returns how many routes and nodes that were.
+// End closes a synchronisation: what is still stale is removed. It returns how many routes, nodes and pods that
+// were.
 func (c *Client) End(ctx context.Context) (swept int, err error) {
 	reply, err := c.api.End(ctx, &pb.EndRequest{})
 	if err != nil {
@@ -134,6 +135,7 @@ func (c *Client) status(reply *pb.StatusReply, err error) (Status, error) {
 		Nodes:      int(reply.GetNodes()),
 		Started:    time.Unix(0, reply.GetStartedUnixNano()),
 		Port:       reply.GetPort(),
+		Pods:       int(reply.GetPods()),
 	}
 	if s.Configured {
 		if s.Config, err = configFromWire(reply.GetConfig()); err != nil {

@@ -120,7 +120,10 @@ func configFromWire(c *pb.Config) (Config, error) {
 }
 
 func updateToWire(u Update) *pb.UpdateRequest {
-	req := &pb.UpdateRequest{AddNodes: addrsToWire(u.AddNodes), DelNodes: addrsToWire(u.DelNodes)}
+	req := &pb.UpdateRequest{AddNodes: addrsToWire(u.AddNodes), DelNodes: addrsToWire(u.DelNodes), DelPods: addrsToWire(u.DelPods)}
+	for _, p := range u.AddPods {
+		req.AddPods = append(req.AddPods, &pb.Pod{Address: addrToWire(p.Address), Interface: p.Interface})
+	}
 	if u.Config != nil {
 		req.Config = configToWire(*u.Config)
 	}
@@ -146,6 +149,16 @@ func updateFromWire(req *pb.UpdateRequest) (u Update, err error) {
 	}
 	if u.DelNodes, err = addrsFromWire("del_nodes", req.GetDelNodes()); err != nil {
 		return Update{}, err
+	}
+	if u.DelPods, err = addrsFromWire("del_pods", req.GetDelPods()); err != nil {
+		return Update{}, err
+	}
+	for i, p := range req.GetAddPods() {
+		a, err := addrFromWire(fmt.Sprintf("add_pods[%d].address", i), p.GetAddress())
+		if err != nil {
+			return Update{}, err
+		}
+		u.AddPods = append(u.AddPods, Pod{Address: a, Interface: p.GetInterface()})
 	}
 	for i, r := range req.GetSet() {
 		route, err := routeFromWire(fmt.Sprintf("set[%d]", i), r)

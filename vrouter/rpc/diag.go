@@ -3,6 +3,7 @@ package rpc
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net/netip"
 	"slices"
@@ -29,8 +30,9 @@ type (
 
 // The directions.
 const (
-	Encap = vrouter.Encap
-	Decap = vrouter.Decap
+	Encap   = vrouter.Encap
+	Decap   = vrouter.Decap
+	Transit = vrouter.Transit
 )
 
 // CheckFilter returns what is wrong with the text of a capture's filter.
@@ -41,12 +43,17 @@ func CheckFilter(text string) error {
 
 // Traced is what a ladder does with a packet.
 type Traced struct {
-	Forwarded   bool
-	Reason      string // of the drop
-	Rungs       []Rung // as far as the packet came
-	Packet      []byte // as it would be sent
-	Route, Back Route  // longest match for the inner destination and source; the zero Route: none
+	Forwarded    bool
+	Reason       string // of the drop
+	Rungs        []Rung // as far as the packet came
+	Packet       []byte // as it would be sent
+	Route, Back  Route  // longest match for the inner destination and source; the zero Route: none
+	Out          string // host, underlay or pod
+	OutInterface string // of the pod: the host's side
 }
+
+// ErrNoSwitch is what Trace returns, wrapped, for Transit where the vRouter does not have the pods' own interfaces.
+var ErrNoSwitch = vrouter.ErrNoSwitch
 
 // DropFlow counts the drops of one pair of addresses. Reason is empty for the flows that had to make room for others.
 type DropFlow struct {
@@ -85,10 +92,14 @@ type CapturedPacket struct {
 // Trace walks a ladder with a packet, which begins with its IP header. Nothing is sent and nothing counted.
 func (c *Client) Trace(ctx context.Context, d Direction, packet []byte) (Traced, error) {
 	reply, err := c.api.Trace(ctx, &pb.TraceRequest{Direction: directionToWire[d], Packet: packet})
+	if status.Code(err) == codes.NotFound {
+		return Traced{}, fmt.Errorf("vrouter at %s: %w", c.socket, ErrNoSwitch)
+	}
 	if err != nil {
 		return Traced{}, c.explain(err)
 	}
-	t := Traced{Forwarded: reply.GetForwarded(), Reason: reply.GetReason(), Packet: reply.GetPacket()}
+	t := Traced{Forwarded: reply.GetForwarded(), Reason: reply.GetReason(), Packet: reply.GetPacket(), Out: reply.GetOut(),
+		OutInterface: reply.GetOutInterface()}
 	for _, r := range reply.GetRungs() {
 		t.Rungs = append(t.Rungs, Rung{Name: r.GetName(), Detail: r.GetDetail(), Passed: r.GetPassed()})
 	}
@@ -167,13 +178,16 @@ func (c *Client) Capture(ctx context.Context, o CaptureOptions, got func(packets
 func (s *Server) Trace(_ context.Context, req *pb.TraceRequest) (*pb.TraceReply, error) {
 	d, ok := directionFromWire[req.GetDirection()]
 	if !ok {
-		return nil, status.Errorf(codes.InvalidArgument, "direction: %s: expected encap or decap", req.GetDirection())
+		return nil, status.Errorf(codes.InvalidArgument, "direction: %s: expected encap, decap or transit", req.GetDirection())
 	}
 	t, err := s.router.Trace(d, req.GetPacket())
+	if errors.Is(err, vrouter.ErrNoSwitch) {
+		return nil, status.Error(codes.NotFound, err.Error())
+	}
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
-	reply := &pb.TraceReply{Forwarded: t.Verdict == vrouter.VerdictForward, Packet: t.Packet}
+	reply := &pb.TraceReply{Forwarded: t.Verdict == vrouter.VerdictForward, Packet: t.Packet, Out: string(t.Out), OutInterface: t.OutInterface}
 	if !reply.Forwarded {
 		reply.Reason = t.Reason.String()
 	}
@@ -266,8 +280,9 @@ func capturedToWire(p vrouter.Captured) *pb.CapturedPacket {
 // The two tables are each other's inverse.
 var (
 	directionToWire = map[vrouter.Direction]pb.Direction{
-		vrouter.Encap: pb.Direction_DIRECTION_ENCAP,
-		vrouter.Decap: pb.Direction_DIRECTION_DECAP,
+		vrouter.Encap:   pb.Direction_DIRECTION_ENCAP,
+		vrouter.Decap:   pb.Direction_DIRECTION_DECAP,
+		vrouter.Transit: pb.Direction_DIRECTION_TRANSIT,
 	}
 	directionFromWire = func() map[pb.Direction]vrouter.Direction {
 		m := make(map[pb.Direction]vrouter.Direction, len(directionToWire))

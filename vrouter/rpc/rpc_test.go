@@ -91,7 +91,8 @@ func TestSynchronisation(t *testing.T) {
 		before.Port != "vr0, eth0" || time.Since(before.Started) > time.Minute {
 		t.Errorf("first status %+v", before)
 	}
-	if err := c.Update(ctx, Update{Config: &config, AddNodes: []netip.Addr{config.NodeAddress, gateway}, Set: routes}); err != nil {
+	if err := c.Update(ctx, Update{Config: &config, AddNodes: []netip.Addr{config.NodeAddress, gateway}, Set: routes,
+		AddPods: []Pod{{Address: gateway, Interface: "cali1"}, {Address: config.NodeAddress, Interface: "cali2"}}}); err != nil {
 		t.Fatal(err)
 	}
 	if swept, err := c.End(ctx); err != nil || swept != 0 {
@@ -101,7 +102,7 @@ func TestSynchronisation(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !now.Restored || !now.Configured || now.Config != config || now.Routes != 5 || now.Nodes != 2 || now.Stale != 0 ||
+	if !now.Restored || !now.Configured || now.Config != config || now.Routes != 5 || now.Nodes != 2 || now.Pods != 2 || now.Stale != 0 ||
 		now.Instance != before.Instance || !now.Started.Equal(before.Started) {
 		t.Errorf("status %+v", now)
 	}
@@ -109,7 +110,8 @@ func TestSynchronisation(t *testing.T) {
 	if before, err = c.Begin(ctx); err != nil || !before.Restored || before.Stale != 0 {
 		t.Errorf("second Begin: %+v, %v", before, err)
 	}
-	if err := c.Update(ctx, Update{AddNodes: []netip.Addr{config.NodeAddress}, DelNodes: []netip.Addr{gateway}, Set: routes[:3], Del: []netip.Prefix{routes[3].Prefix}}); err != nil {
+	if err := c.Update(ctx, Update{AddNodes: []netip.Addr{config.NodeAddress}, DelNodes: []netip.Addr{gateway}, Set: routes[:3], Del: []netip.Prefix{routes[3].Prefix},
+		AddPods: []Pod{{Address: gateway, Interface: "cali3"}}, DelPods: []netip.Addr{config.NodeAddress}}); err != nil {
 		t.Fatal(err)
 	}
 	entries, nodes, err := c.Routes(ctx)
@@ -151,6 +153,8 @@ func TestRefused(t *testing.T) {
 		"kind":     {Set: []Route{{Prefix: routes[0].Prefix, NextHop: NextHop{Kind: 77}}}},
 		"del[0]":   {Del: []netip.Prefix{{}}, Set: routes},
 		"node \"i": {AddNodes: []netip.Addr{{}}, Set: routes},
+		"pod":      {AddPods: []Pod{{Address: gateway}}, Set: routes},
+		"del_pods": {DelPods: []netip.Addr{{}}, Set: routes},
 	} {
 		err := c.Update(ctx, u)
 		if !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), name) || !strings.Contains(err.Error(), socket) {
@@ -173,6 +177,8 @@ func TestMalformed(t *testing.T) {
 		"config.node_address": {Config: &pb.Config{NodeAddress: []byte{1}}},
 		"add_nodes[1]":        {AddNodes: [][]byte{{1, 2, 3, 4}, {1, 2, 3}}},
 		"del_nodes[0]":        {DelNodes: [][]byte{make([]byte, 17)}},
+		"del_pods[0]":         {DelPods: [][]byte{make([]byte, 3)}},
+		"add_pods[0].address": {AddPods: []*pb.Pod{{Address: make([]byte, 5), Interface: "cali1"}}},
 		"set[0].prefix":       {Set: []*pb.Route{nil}},
 		"set[0].gateway":      {Set: []*pb.Route{{Prefix: &pb.Prefix{Address: make([]byte, 4)}, Kind: pb.Kind_KIND_DROP, Gateway: []byte{1}}}},
 		"set[0].kind":         {Set: []*pb.Route{{Prefix: &pb.Prefix{Address: make([]byte, 4)}}}},

@@ -205,6 +205,7 @@ func (s *Server) reply() *pb.StatusReply {
 		Nodes:           uint32(now.Nodes),
 		StartedUnixNano: s.started.UnixNano(),
 		Port:            s.port(),
+		Pods:            uint32(now.Pods),
 	}
 	if now.Configured {
 		reply.Config = configToWire(now.Config)

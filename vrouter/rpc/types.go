@@ -33,6 +33,8 @@ type (
 	Kind = vrouter.Kind
 	// RouteEntry is a route, and whether a synchronisation has yet to confirm it.
 	RouteEntry = vrouter.RouteEntry
+	// Pod is a pod of this node, and the interface by which the vRouter may reach it.
+	Pod = vrouter.Pod
 	// Counter is one named count of packets and of bytes.
 	Counter = vrouter.Counter
 )
@@ -70,8 +72,9 @@ type Status struct {
 	Configured bool
 	Config     Config // zero unless Configured
 	Routes     int
-	Stale      int // routes and nodes that the synchronisation under way has not confirmed
+	Stale      int // routes, nodes and pods that the synchronisation under way has not confirmed
 	Nodes      int
+	Pods       int
 	Started    time.Time
 	Port       string // the ports in words, for people
 }

@@ -85,9 +85,9 @@ type Direction int32
 
 const (
 	Direction_DIRECTION_UNSPECIFIED Direction = 0
-	Direction_DIRECTION_ENCAP       Direction = 1 // from the pods to the underlay
-	Direction_DIRECTION_DECAP       Direction = 2 // from the underlay to the pods
-	Direction_DIRECTION_TRANSIT     Direction = 3 // among the interfaces of one port
+	Direction_DIRECTION_ENCAP       Direction = 1 // what comes by vr0
+	Direction_DIRECTION_DECAP       Direction = 2 // what comes by the underlay
+	Direction_DIRECTION_TRANSIT     Direction = 3 // what comes from a pod by its own interface; of a worker: all of it
 )
 
 // Enum value maps for Direction.
@@ -314,6 +314,59 @@ func (x *Config) GetMtu() uint32 {
 	return 0
 }
 
+// Pod is a pod of this node, and the host's side of its interface, which the vRouter may take over.
+type Pod struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Address       []byte                 `protobuf:"bytes,1,opt,name=address,proto3" json:"address,omitempty"`     // 4 or 16 bytes
+	Interface     string                 `protobuf:"bytes,2,opt,name=interface,proto3" json:"interface,omitempty"` // interface name
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Pod) Reset() {
+	*x = Pod{}
+	mi := &file_vrouter_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Pod) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Pod) ProtoMessage() {}
+
+func (x *Pod) ProtoReflect() protoreflect.Message {
+	mi := &file_vrouter_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Pod.ProtoReflect.Descriptor instead.
+func (*Pod) Descriptor() ([]byte, []int) {
+	return file_vrouter_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Pod) GetAddress() []byte {
+	if x != nil {
+		return x.Address
+	}
+	return nil
+}
+
+func (x *Pod) GetInterface() string {
+	if x != nil {
+		return x.Interface
+	}
+	return ""
+}
+
 type StatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	ApiVersion    uint32                 `protobuf:"varint,1,opt,name=api_version,json=apiVersion,proto3" json:"api_version,omitempty"` // the caller's
@@ -323,7 +376,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_vrouter_proto_msgTypes[3]
+	mi := &file_vrouter_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -335,7 +388,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[3]
+	mi := &file_vrouter_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -348,7 +401,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{3}
+	return file_vrouter_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *StatusRequest) GetApiVersion() uint32 {
@@ -367,17 +420,18 @@ type StatusReply struct {
 	Configured      bool                   `protobuf:"varint,5,opt,name=configured,proto3" json:"configured,omitempty"`
 	Config          *Config                `protobuf:"bytes,6,opt,name=config,proto3" json:"config,omitempty"`
 	Routes          uint32                 `protobuf:"varint,7,opt,name=routes,proto3" json:"routes,omitempty"`
-	Stale           uint32                 `protobuf:"varint,8,opt,name=stale,proto3" json:"stale,omitempty"` // routes and nodes
+	Stale           uint32                 `protobuf:"varint,8,opt,name=stale,proto3" json:"stale,omitempty"` // routes, nodes and pods
 	Nodes           uint32                 `protobuf:"varint,9,opt,name=nodes,proto3" json:"nodes,omitempty"`
 	StartedUnixNano int64                  `protobuf:"varint,10,opt,name=started_unix_nano,json=startedUnixNano,proto3" json:"started_unix_nano,omitempty"`
 	Port            string                 `protobuf:"bytes,11,opt,name=port,proto3" json:"port,omitempty"` // the ports in words
+	Pods            uint32                 `protobuf:"varint,12,opt,name=pods,proto3" json:"pods,omitempty"`
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
 
 func (x *StatusReply) Reset() {
 	*x = StatusReply{}
-	mi := &file_vrouter_proto_msgTypes[4]
+	mi := &file_vrouter_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -389,7 +443,7 @@ func (x *StatusReply) String() string {
 func (*StatusReply) ProtoMessage() {}
 
 func (x *StatusReply) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[4]
+	mi := &file_vrouter_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -402,7 +456,7 @@ func (x *StatusReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusReply.ProtoReflect.Descriptor instead.
 func (*StatusReply) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{4}
+	return file_vrouter_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *StatusReply) GetApiVersion() uint32 {
@@ -482,6 +536,13 @@ func (x *StatusReply) GetPort() string {
 	return ""
 }
 
+func (x *StatusReply) GetPods() uint32 {
+	if x != nil {
+		return x.Pods
+	}
+	return 0
+}
+
 type BeginRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	ApiVersion    uint32                 `protobuf:"varint,1,opt,name=api_version,json=apiVersion,proto3" json:"api_version,omitempty"`
@@ -491,7 +552,7 @@ type BeginRequest struct {
 
 func (x *BeginRequest) Reset() {
 	*x = BeginRequest{}
-	mi := &file_vrouter_proto_msgTypes[5]
+	mi := &file_vrouter_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -503,7 +564,7 @@ func (x *BeginRequest) String() string {
 func (*BeginRequest) ProtoMessage() {}
 
 func (x *BeginRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[5]
+	mi := &file_vrouter_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -516,7 +577,7 @@ func (x *BeginRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BeginRequest.ProtoReflect.Descriptor instead.
 func (*BeginRequest) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{5}
+	return file_vrouter_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *BeginRequest) GetApiVersion() uint32 {
@@ -533,13 +594,15 @@ type UpdateRequest struct {
 	DelNodes      [][]byte               `protobuf:"bytes,3,rep,name=del_nodes,json=delNodes,proto3" json:"del_nodes,omitempty"`
 	Set           []*Route               `protobuf:"bytes,4,rep,name=set,proto3" json:"set,omitempty"`
 	Del           []*Prefix              `protobuf:"bytes,5,rep,name=del,proto3" json:"del,omitempty"`
+	AddPods       []*Pod                 `protobuf:"bytes,6,rep,name=add_pods,json=addPods,proto3" json:"add_pods,omitempty"` // one whose address is known already has another interface now
+	DelPods       [][]byte               `protobuf:"bytes,7,rep,name=del_pods,json=delPods,proto3" json:"del_pods,omitempty"` // addresses
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *UpdateRequest) Reset() {
 	*x = UpdateRequest{}
-	mi := &file_vrouter_proto_msgTypes[6]
+	mi := &file_vrouter_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -551,7 +614,7 @@ func (x *UpdateRequest) String() string {
 func (*UpdateRequest) ProtoMessage() {}
 
 func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[6]
+	mi := &file_vrouter_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -564,7 +627,7 @@ func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateRequest.ProtoReflect.Descriptor instead.
 func (*UpdateRequest) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{6}
+	return file_vrouter_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *UpdateRequest) GetConfig() *Config {
@@ -602,6 +665,20 @@ func (x *UpdateRequest) GetDel() []*Prefix {
 	return nil
 }
 
+func (x *UpdateRequest) GetAddPods() []*Pod {
+	if x != nil {
+		return x.AddPods
+	}
+	return nil
+}
+
+func (x *UpdateRequest) GetDelPods() [][]byte {
+	if x != nil {
+		return x.DelPods
+	}
+	return nil
+}
+
 type UpdateReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -610,7 +687,7 @@ type UpdateReply struct {
 
 func (x *UpdateReply) Reset() {
 	*x = UpdateReply{}
-	mi := &file_vrouter_proto_msgTypes[7]
+	mi := &file_vrouter_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -622,7 +699,7 @@ func (x *UpdateReply) String() string {
 func (*UpdateReply) ProtoMessage() {}
 
 func (x *UpdateReply) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[7]
+	mi := &file_vrouter_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -635,7 +712,7 @@ func (x *UpdateReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateReply.ProtoReflect.Descriptor instead.
 func (*UpdateReply) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{7}
+	return file_vrouter_proto_rawDescGZIP(), []int{8}
 }
 
 type EndRequest struct {
@@ -646,7 +723,7 @@ type EndRequest struct {
 
 func (x *EndRequest) Reset() {
 	*x = EndRequest{}
-	mi := &file_vrouter_proto_msgTypes[8]
+	mi := &file_vrouter_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -658,7 +735,7 @@ func (x *EndRequest) String() string {
 func (*EndRequest) ProtoMessage() {}
 
 func (x *EndRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[8]
+	mi := &file_vrouter_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -671,19 +748,19 @@ func (x *EndRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndRequest.ProtoReflect.Descriptor instead.
 func (*EndRequest) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{8}
+	return file_vrouter_proto_rawDescGZIP(), []int{9}
 }
 
 type EndReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Swept         uint32                 `protobuf:"varint,1,opt,name=swept,proto3" json:"swept,omitempty"` // routes and nodes removed
+	Swept         uint32                 `protobuf:"varint,1,opt,name=swept,proto3" json:"swept,omitempty"` // routes, nodes and pods removed
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *EndReply) Reset() {
 	*x = EndReply{}
-	mi := &file_vrouter_proto_msgTypes[9]
+	mi := &file_vrouter_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -695,7 +772,7 @@ func (x *EndReply) String() string {
 func (*EndReply) ProtoMessage() {}
 
 func (x *EndReply) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[9]
+	mi := &file_vrouter_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -708,7 +785,7 @@ func (x *EndReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndReply.ProtoReflect.Descriptor instead.
 func (*EndReply) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{9}
+	return file_vrouter_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *EndReply) GetSwept() uint32 {
@@ -726,7 +803,7 @@ type ListRoutesRequest struct {
 
 func (x *ListRoutesRequest) Reset() {
 	*x = ListRoutesRequest{}
-	mi := &file_vrouter_proto_msgTypes[10]
+	mi := &file_vrouter_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -738,7 +815,7 @@ func (x *ListRoutesRequest) String() string {
 func (*ListRoutesRequest) ProtoMessage() {}
 
 func (x *ListRoutesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[10]
+	mi := &file_vrouter_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -751,7 +828,7 @@ func (x *ListRoutesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRoutesRequest.ProtoReflect.Descriptor instead.
 func (*ListRoutesRequest) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{10}
+	return file_vrouter_proto_rawDescGZIP(), []int{11}
 }
 
 type ListRoutesReply struct {
@@ -764,7 +841,7 @@ type ListRoutesReply struct {
 
 func (x *ListRoutesReply) Reset() {
 	*x = ListRoutesReply{}
-	mi := &file_vrouter_proto_msgTypes[11]
+	mi := &file_vrouter_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -776,7 +853,7 @@ func (x *ListRoutesReply) String() string {
 func (*ListRoutesReply) ProtoMessage() {}
 
 func (x *ListRoutesReply) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[11]
+	mi := &file_vrouter_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -789,7 +866,7 @@ func (x *ListRoutesReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRoutesReply.ProtoReflect.Descriptor instead.
 func (*ListRoutesReply) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{11}
+	return file_vrouter_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ListRoutesReply) GetRoutes() []*Route {
@@ -814,7 +891,7 @@ type ListCountersRequest struct {
 
 func (x *ListCountersRequest) Reset() {
 	*x = ListCountersRequest{}
-	mi := &file_vrouter_proto_msgTypes[12]
+	mi := &file_vrouter_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -826,7 +903,7 @@ func (x *ListCountersRequest) String() string {
 func (*ListCountersRequest) ProtoMessage() {}
 
 func (x *ListCountersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[12]
+	mi := &file_vrouter_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -839,7 +916,7 @@ func (x *ListCountersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListCountersRequest.ProtoReflect.Descriptor instead.
 func (*ListCountersRequest) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{12}
+	return file_vrouter_proto_rawDescGZIP(), []int{13}
 }
 
 type Counter struct {
@@ -853,7 +930,7 @@ type Counter struct {
 
 func (x *Counter) Reset() {
 	*x = Counter{}
-	mi := &file_vrouter_proto_msgTypes[13]
+	mi := &file_vrouter_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -865,7 +942,7 @@ func (x *Counter) String() string {
 func (*Counter) ProtoMessage() {}
 
 func (x *Counter) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[13]
+	mi := &file_vrouter_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -878,7 +955,7 @@ func (x *Counter) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Counter.ProtoReflect.Descriptor instead.
 func (*Counter) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{13}
+	return file_vrouter_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Counter) GetName() string {
@@ -911,7 +988,7 @@ type ListCountersReply struct {
 
 func (x *ListCountersReply) Reset() {
 	*x = ListCountersReply{}
-	mi := &file_vrouter_proto_msgTypes[14]
+	mi := &file_vrouter_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -923,7 +1000,7 @@ func (x *ListCountersReply) String() string {
 func (*ListCountersReply) ProtoMessage() {}
 
 func (x *ListCountersReply) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[14]
+	mi := &file_vrouter_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -936,7 +1013,7 @@ func (x *ListCountersReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListCountersReply.ProtoReflect.Descriptor instead.
 func (*ListCountersReply) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{14}
+	return file_vrouter_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ListCountersReply) GetCounters() []*Counter {
@@ -956,7 +1033,7 @@ type TraceRequest struct {
 
 func (x *TraceRequest) Reset() {
 	*x = TraceRequest{}
-	mi := &file_vrouter_proto_msgTypes[15]
+	mi := &file_vrouter_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -968,7 +1045,7 @@ func (x *TraceRequest) String() string {
 func (*TraceRequest) ProtoMessage() {}
 
 func (x *TraceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[15]
+	mi := &file_vrouter_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -981,7 +1058,7 @@ func (x *TraceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TraceRequest.ProtoReflect.Descriptor instead.
 func (*TraceRequest) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{15}
+	return file_vrouter_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *TraceRequest) GetDirection() Direction {
@@ -1009,7 +1086,7 @@ type Rung struct {
 
 func (x *Rung) Reset() {
 	*x = Rung{}
-	mi := &file_vrouter_proto_msgTypes[16]
+	mi := &file_vrouter_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1021,7 +1098,7 @@ func (x *Rung) String() string {
 func (*Rung) ProtoMessage() {}
 
 func (x *Rung) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[16]
+	mi := &file_vrouter_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1034,7 +1111,7 @@ func (x *Rung) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rung.ProtoReflect.Descriptor instead.
 func (*Rung) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{16}
+	return file_vrouter_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Rung) GetName() string {
@@ -1063,16 +1140,18 @@ type TraceReply struct {
 	Forwarded     bool                   `protobuf:"varint,1,opt,name=forwarded,proto3" json:"forwarded,omitempty"`
 	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"` // of the drop, as counters name it
 	Rungs         []*Rung                `protobuf:"bytes,3,rep,name=rungs,proto3" json:"rungs,omitempty"`
-	Packet        []byte                 `protobuf:"bytes,4,opt,name=packet,proto3" json:"packet,omitempty"` // as it would be sent
-	Route         *Route                 `protobuf:"bytes,5,opt,name=route,proto3" json:"route,omitempty"`   // longest match for the inner destination; absent: none
-	Back          *Route                 `protobuf:"bytes,6,opt,name=back,proto3" json:"back,omitempty"`     // longest match for the inner source; absent: none
+	Packet        []byte                 `protobuf:"bytes,4,opt,name=packet,proto3" json:"packet,omitempty"`                                 // as it would be sent
+	Route         *Route                 `protobuf:"bytes,5,opt,name=route,proto3" json:"route,omitempty"`                                   // longest match for the inner destination; absent: none
+	Back          *Route                 `protobuf:"bytes,6,opt,name=back,proto3" json:"back,omitempty"`                                     // longest match for the inner source; absent: none
+	Out           string                 `protobuf:"bytes,7,opt,name=out,proto3" json:"out,omitempty"`                                       // host, underlay or pod
+	OutInterface  string                 `protobuf:"bytes,8,opt,name=out_interface,json=outInterface,proto3" json:"out_interface,omitempty"` // for pod: the host's side of its interface
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *TraceReply) Reset() {
 	*x = TraceReply{}
-	mi := &file_vrouter_proto_msgTypes[17]
+	mi := &file_vrouter_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1084,7 +1163,7 @@ func (x *TraceReply) String() string {
 func (*TraceReply) ProtoMessage() {}
 
 func (x *TraceReply) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[17]
+	mi := &file_vrouter_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1097,7 +1176,7 @@ func (x *TraceReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TraceReply.ProtoReflect.Descriptor instead.
 func (*TraceReply) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{17}
+	return file_vrouter_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *TraceReply) GetForwarded() bool {
@@ -1142,6 +1221,20 @@ func (x *TraceReply) GetBack() *Route {
 	return nil
 }
 
+func (x *TraceReply) GetOut() string {
+	if x != nil {
+		return x.Out
+	}
+	return ""
+}
+
+func (x *TraceReply) GetOutInterface() string {
+	if x != nil {
+		return x.OutInterface
+	}
+	return ""
+}
+
 type ListDropsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Since         uint64                 `protobuf:"varint,1,opt,name=since,proto3" json:"since,omitempty"` // only samples with a greater number
@@ -1151,7 +1244,7 @@ type ListDropsRequest struct {
 
 func (x *ListDropsRequest) Reset() {
 	*x = ListDropsRequest{}
-	mi := &file_vrouter_proto_msgTypes[18]
+	mi := &file_vrouter_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1163,7 +1256,7 @@ func (x *ListDropsRequest) String() string {
 func (*ListDropsRequest) ProtoMessage() {}
 
 func (x *ListDropsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[18]
+	mi := &file_vrouter_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1176,7 +1269,7 @@ func (x *ListDropsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDropsRequest.ProtoReflect.Descriptor instead.
 func (*ListDropsRequest) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{18}
+	return file_vrouter_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ListDropsRequest) GetSince() uint64 {
@@ -1200,7 +1293,7 @@ type DropFlow struct {
 
 func (x *DropFlow) Reset() {
 	*x = DropFlow{}
-	mi := &file_vrouter_proto_msgTypes[19]
+	mi := &file_vrouter_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1212,7 +1305,7 @@ func (x *DropFlow) String() string {
 func (*DropFlow) ProtoMessage() {}
 
 func (x *DropFlow) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[19]
+	mi := &file_vrouter_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1225,7 +1318,7 @@ func (x *DropFlow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DropFlow.ProtoReflect.Descriptor instead.
 func (*DropFlow) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{19}
+	return file_vrouter_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *DropFlow) GetDirection() Direction {
@@ -1284,7 +1377,7 @@ type DropSample struct {
 
 func (x *DropSample) Reset() {
 	*x = DropSample{}
-	mi := &file_vrouter_proto_msgTypes[20]
+	mi := &file_vrouter_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1296,7 +1389,7 @@ func (x *DropSample) String() string {
 func (*DropSample) ProtoMessage() {}
 
 func (x *DropSample) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[20]
+	mi := &file_vrouter_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1309,7 +1402,7 @@ func (x *DropSample) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DropSample.ProtoReflect.Descriptor instead.
 func (*DropSample) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{20}
+	return file_vrouter_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *DropSample) GetNumber() uint64 {
@@ -1364,7 +1457,7 @@ type ListDropsReply struct {
 
 func (x *ListDropsReply) Reset() {
 	*x = ListDropsReply{}
-	mi := &file_vrouter_proto_msgTypes[21]
+	mi := &file_vrouter_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1376,7 +1469,7 @@ func (x *ListDropsReply) String() string {
 func (*ListDropsReply) ProtoMessage() {}
 
 func (x *ListDropsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[21]
+	mi := &file_vrouter_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1389,7 +1482,7 @@ func (x *ListDropsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDropsReply.ProtoReflect.Descriptor instead.
 func (*ListDropsReply) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{21}
+	return file_vrouter_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ListDropsReply) GetFlows() []*DropFlow {
@@ -1417,7 +1510,7 @@ type CaptureRequest struct {
 
 func (x *CaptureRequest) Reset() {
 	*x = CaptureRequest{}
-	mi := &file_vrouter_proto_msgTypes[22]
+	mi := &file_vrouter_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1429,7 +1522,7 @@ func (x *CaptureRequest) String() string {
 func (*CaptureRequest) ProtoMessage() {}
 
 func (x *CaptureRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[22]
+	mi := &file_vrouter_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1442,7 +1535,7 @@ func (x *CaptureRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CaptureRequest.ProtoReflect.Descriptor instead.
 func (*CaptureRequest) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{22}
+	return file_vrouter_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *CaptureRequest) GetFilter() string {
@@ -1485,7 +1578,7 @@ type CapturedPacket struct {
 
 func (x *CapturedPacket) Reset() {
 	*x = CapturedPacket{}
-	mi := &file_vrouter_proto_msgTypes[23]
+	mi := &file_vrouter_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1497,7 +1590,7 @@ func (x *CapturedPacket) String() string {
 func (*CapturedPacket) ProtoMessage() {}
 
 func (x *CapturedPacket) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[23]
+	mi := &file_vrouter_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1510,7 +1603,7 @@ func (x *CapturedPacket) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CapturedPacket.ProtoReflect.Descriptor instead.
 func (*CapturedPacket) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{23}
+	return file_vrouter_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *CapturedPacket) GetUnixNano() int64 {
@@ -1601,7 +1694,7 @@ type CaptureReply struct {
 
 func (x *CaptureReply) Reset() {
 	*x = CaptureReply{}
-	mi := &file_vrouter_proto_msgTypes[24]
+	mi := &file_vrouter_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1613,7 +1706,7 @@ func (x *CaptureReply) String() string {
 func (*CaptureReply) ProtoMessage() {}
 
 func (x *CaptureReply) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[24]
+	mi := &file_vrouter_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1626,7 +1719,7 @@ func (x *CaptureReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CaptureReply.ProtoReflect.Descriptor instead.
 func (*CaptureReply) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{24}
+	return file_vrouter_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *CaptureReply) GetPackets() []*CapturedPacket {
@@ -1659,10 +1752,13 @@ const file_vrouter_proto_rawDesc = "" +
 	"\x06Config\x12!\n" +
 	"\fnode_address\x18\x01 \x01(\fR\vnodeAddress\x12\x1a\n" +
 	"\bunderlay\x18\x02 \x01(\tR\bunderlay\x12\x10\n" +
-	"\x03mtu\x18\x03 \x01(\rR\x03mtu\"0\n" +
+	"\x03mtu\x18\x03 \x01(\rR\x03mtu\"=\n" +
+	"\x03Pod\x12\x18\n" +
+	"\aaddress\x18\x01 \x01(\fR\aaddress\x12\x1c\n" +
+	"\tinterface\x18\x02 \x01(\tR\tinterface\"0\n" +
 	"\rStatusRequest\x12\x1f\n" +
 	"\vapi_version\x18\x01 \x01(\rR\n" +
-	"apiVersion\"\xd7\x02\n" +
+	"apiVersion\"\xeb\x02\n" +
 	"\vStatusReply\x12\x1f\n" +
 	"\vapi_version\x18\x01 \x01(\rR\n" +
 	"apiVersion\x12\x18\n" +
@@ -1678,16 +1774,19 @@ const file_vrouter_proto_rawDesc = "" +
 	"\x05nodes\x18\t \x01(\rR\x05nodes\x12*\n" +
 	"\x11started_unix_nano\x18\n" +
 	" \x01(\x03R\x0fstartedUnixNano\x12\x12\n" +
-	"\x04port\x18\v \x01(\tR\x04port\"/\n" +
+	"\x04port\x18\v \x01(\tR\x04port\x12\x12\n" +
+	"\x04pods\x18\f \x01(\rR\x04pods\"/\n" +
 	"\fBeginRequest\x12\x1f\n" +
 	"\vapi_version\x18\x01 \x01(\rR\n" +
-	"apiVersion\"\xd5\x01\n" +
+	"apiVersion\"\xa3\x02\n" +
 	"\rUpdateRequest\x121\n" +
 	"\x06config\x18\x01 \x01(\v2\x19.margay.vrouter.v1.ConfigR\x06config\x12\x1b\n" +
 	"\tadd_nodes\x18\x02 \x03(\fR\baddNodes\x12\x1b\n" +
 	"\tdel_nodes\x18\x03 \x03(\fR\bdelNodes\x12*\n" +
 	"\x03set\x18\x04 \x03(\v2\x18.margay.vrouter.v1.RouteR\x03set\x12+\n" +
-	"\x03del\x18\x05 \x03(\v2\x19.margay.vrouter.v1.PrefixR\x03del\"\r\n" +
+	"\x03del\x18\x05 \x03(\v2\x19.margay.vrouter.v1.PrefixR\x03del\x121\n" +
+	"\badd_pods\x18\x06 \x03(\v2\x16.margay.vrouter.v1.PodR\aaddPods\x12\x19\n" +
+	"\bdel_pods\x18\a \x03(\fR\adelPods\"\r\n" +
 	"\vUpdateReply\"\f\n" +
 	"\n" +
 	"EndRequest\" \n" +
@@ -1710,7 +1809,7 @@ const file_vrouter_proto_rawDesc = "" +
 	"\x04Rung\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x16\n" +
-	"\x06passed\x18\x03 \x01(\bR\x06passed\"\xe7\x01\n" +
+	"\x06passed\x18\x03 \x01(\bR\x06passed\"\x9e\x02\n" +
 	"\n" +
 	"TraceReply\x12\x1c\n" +
 	"\tforwarded\x18\x01 \x01(\bR\tforwarded\x12\x16\n" +
@@ -1718,7 +1817,9 @@ const file_vrouter_proto_rawDesc = "" +
 	"\x05rungs\x18\x03 \x03(\v2\x17.margay.vrouter.v1.RungR\x05rungs\x12\x16\n" +
 	"\x06packet\x18\x04 \x01(\fR\x06packet\x12.\n" +
 	"\x05route\x18\x05 \x01(\v2\x18.margay.vrouter.v1.RouteR\x05route\x12,\n" +
-	"\x04back\x18\x06 \x01(\v2\x18.margay.vrouter.v1.RouteR\x04back\"(\n" +
+	"\x04back\x18\x06 \x01(\v2\x18.margay.vrouter.v1.RouteR\x04back\x12\x10\n" +
+	"\x03out\x18\a \x01(\tR\x03out\x12#\n" +
+	"\rout_interface\x18\b \x01(\tR\foutInterface\"(\n" +
 	"\x10ListDropsRequest\x12\x14\n" +
 	"\x05since\x18\x01 \x01(\x04R\x05since\"\xc8\x01\n" +
 	"\bDropFlow\x12:\n" +
@@ -1796,35 +1897,36 @@ func file_vrouter_proto_rawDescGZIP() []byte {
 }
 
 var file_vrouter_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_vrouter_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
+var file_vrouter_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_vrouter_proto_goTypes = []any{
 	(Kind)(0),                   // 0: margay.vrouter.v1.Kind
 	(Direction)(0),              // 1: margay.vrouter.v1.Direction
 	(*Prefix)(nil),              // 2: margay.vrouter.v1.Prefix
 	(*Route)(nil),               // 3: margay.vrouter.v1.Route
 	(*Config)(nil),              // 4: margay.vrouter.v1.Config
-	(*StatusRequest)(nil),       // 5: margay.vrouter.v1.StatusRequest
-	(*StatusReply)(nil),         // 6: margay.vrouter.v1.StatusReply
-	(*BeginRequest)(nil),        // 7: margay.vrouter.v1.BeginRequest
-	(*UpdateRequest)(nil),       // 8: margay.vrouter.v1.UpdateRequest
-	(*UpdateReply)(nil),         // 9: margay.vrouter.v1.UpdateReply
-	(*EndRequest)(nil),          // 10: margay.vrouter.v1.EndRequest
-	(*EndReply)(nil),            // 11: margay.vrouter.v1.EndReply
-	(*ListRoutesRequest)(nil),   // 12: margay.vrouter.v1.ListRoutesRequest
-	(*ListRoutesReply)(nil),     // 13: margay.vrouter.v1.ListRoutesReply
-	(*ListCountersRequest)(nil), // 14: margay.vrouter.v1.ListCountersRequest
-	(*Counter)(nil),             // 15: margay.vrouter.v1.Counter
-	(*ListCountersReply)(nil),   // 16: margay.vrouter.v1.ListCountersReply
-	(*TraceRequest)(nil),        // 17: margay.vrouter.v1.TraceRequest
-	(*Rung)(nil),                // 18: margay.vrouter.v1.Rung
-	(*TraceReply)(nil),          // 19: margay.vrouter.v1.TraceReply
-	(*ListDropsRequest)(nil),    // 20: margay.vrouter.v1.ListDropsRequest
-	(*DropFlow)(nil),            // 21: margay.vrouter.v1.DropFlow
-	(*DropSample)(nil),          // 22: margay.vrouter.v1.DropSample
-	(*ListDropsReply)(nil),      // 23: margay.vrouter.v1.ListDropsReply
-	(*CaptureRequest)(nil),      // 24: margay.vrouter.v1.CaptureRequest
-	(*CapturedPacket)(nil),      // 25: margay.vrouter.v1.CapturedPacket
-	(*CaptureReply)(nil),        // 26: margay.vrouter.v1.CaptureReply
+	(*Pod)(nil),                 // 5: margay.vrouter.v1.Pod
+	(*StatusRequest)(nil),       // 6: margay.vrouter.v1.StatusRequest
+	(*StatusReply)(nil),         // 7: margay.vrouter.v1.StatusReply
+	(*BeginRequest)(nil),        // 8: margay.vrouter.v1.BeginRequest
+	(*UpdateRequest)(nil),       // 9: margay.vrouter.v1.UpdateRequest
+	(*UpdateReply)(nil),         // 10: margay.vrouter.v1.UpdateReply
+	(*EndRequest)(nil),          // 11: margay.vrouter.v1.EndRequest
+	(*EndReply)(nil),            // 12: margay.vrouter.v1.EndReply
+	(*ListRoutesRequest)(nil),   // 13: margay.vrouter.v1.ListRoutesRequest
+	(*ListRoutesReply)(nil),     // 14: margay.vrouter.v1.ListRoutesReply
+	(*ListCountersRequest)(nil), // 15: margay.vrouter.v1.ListCountersRequest
+	(*Counter)(nil),             // 16: margay.vrouter.v1.Counter
+	(*ListCountersReply)(nil),   // 17: margay.vrouter.v1.ListCountersReply
+	(*TraceRequest)(nil),        // 18: margay.vrouter.v1.TraceRequest
+	(*Rung)(nil),                // 19: margay.vrouter.v1.Rung
+	(*TraceReply)(nil),          // 20: margay.vrouter.v1.TraceReply
+	(*ListDropsRequest)(nil),    // 21: margay.vrouter.v1.ListDropsRequest
+	(*DropFlow)(nil),            // 22: margay.vrouter.v1.DropFlow
+	(*DropSample)(nil),          // 23: margay.vrouter.v1.DropSample
+	(*ListDropsReply)(nil),      // 24: margay.vrouter.v1.ListDropsReply
+	(*CaptureRequest)(nil),      // 25: margay.vrouter.v1.CaptureRequest
+	(*CapturedPacket)(nil),      // 26: margay.vrouter.v1.CapturedPacket
+	(*CaptureReply)(nil),        // 27: margay.vrouter.v1.CaptureReply
 }
 var file_vrouter_proto_depIdxs = []int32{
 	2,  // 0: margay.vrouter.v1.Route.prefix:type_name -> margay.vrouter.v1.Prefix
@@ -1833,41 +1935,42 @@ var file_vrouter_proto_depIdxs = []int32{
 	4,  // 3: margay.vrouter.v1.UpdateRequest.config:type_name -> margay.vrouter.v1.Config
 	3,  // 4: margay.vrouter.v1.UpdateRequest.set:type_name -> margay.vrouter.v1.Route
 	2,  // 5: margay.vrouter.v1.UpdateRequest.del:type_name -> margay.vrouter.v1.Prefix
-	3,  // 6: margay.vrouter.v1.ListRoutesReply.routes:type_name -> margay.vrouter.v1.Route
-	15, // 7: margay.vrouter.v1.ListCountersReply.counters:type_name -> margay.vrouter.v1.Counter
-	1,  // 8: margay.vrouter.v1.TraceRequest.direction:type_name -> margay.vrouter.v1.Direction
-	18, // 9: margay.vrouter.v1.TraceReply.rungs:type_name -> margay.vrouter.v1.Rung
-	3,  // 10: margay.vrouter.v1.TraceReply.route:type_name -> margay.vrouter.v1.Route
-	3,  // 11: margay.vrouter.v1.TraceReply.back:type_name -> margay.vrouter.v1.Route
-	1,  // 12: margay.vrouter.v1.DropFlow.direction:type_name -> margay.vrouter.v1.Direction
-	1,  // 13: margay.vrouter.v1.DropSample.direction:type_name -> margay.vrouter.v1.Direction
-	21, // 14: margay.vrouter.v1.ListDropsReply.flows:type_name -> margay.vrouter.v1.DropFlow
-	22, // 15: margay.vrouter.v1.ListDropsReply.samples:type_name -> margay.vrouter.v1.DropSample
-	1,  // 16: margay.vrouter.v1.CapturedPacket.direction:type_name -> margay.vrouter.v1.Direction
-	25, // 17: margay.vrouter.v1.CaptureReply.packets:type_name -> margay.vrouter.v1.CapturedPacket
-	5,  // 18: margay.vrouter.v1.VRouter.GetStatus:input_type -> margay.vrouter.v1.StatusRequest
-	7,  // 19: margay.vrouter.v1.VRouter.Begin:input_type -> margay.vrouter.v1.BeginRequest
-	8,  // 20: margay.vrouter.v1.VRouter.Update:input_type -> margay.vrouter.v1.UpdateRequest
-	10, // 21: margay.vrouter.v1.VRouter.End:input_type -> margay.vrouter.v1.EndRequest
-	12, // 22: margay.vrouter.v1.VRouter.ListRoutes:input_type -> margay.vrouter.v1.ListRoutesRequest
-	14, // 23: margay.vrouter.v1.VRouter.ListCounters:input_type -> margay.vrouter.v1.ListCountersRequest
-	17, // 24: margay.vrouter.v1.VRouter.Trace:input_type -> margay.vrouter.v1.TraceRequest
-	20, // 25: margay.vrouter.v1.VRouter.ListDrops:input_type -> margay.vrouter.v1.ListDropsRequest
-	24, // 26: margay.vrouter.v1.VRouter.Capture:input_type -> margay.vrouter.v1.CaptureRequest
-	6,  // 27: margay.vrouter.v1.VRouter.GetStatus:output_type -> margay.vrouter.v1.StatusReply
-	6,  // 28: margay.vrouter.v1.VRouter.Begin:output_type -> margay.vrouter.v1.StatusReply
-	9,  // 29: margay.vrouter.v1.VRouter.Update:output_type -> margay.vrouter.v1.UpdateReply
-	11, // 30: margay.vrouter.v1.VRouter.End:output_type -> margay.vrouter.v1.EndReply
-	13, // 31: margay.vrouter.v1.VRouter.ListRoutes:output_type -> margay.vrouter.v1.ListRoutesReply
-	16, // 32: margay.vrouter.v1.VRouter.ListCounters:output_type -> margay.vrouter.v1.ListCountersReply
-	19, // 33: margay.vrouter.v1.VRouter.Trace:output_type -> margay.vrouter.v1.TraceReply
-	23, // 34: margay.vrouter.v1.VRouter.ListDrops:output_type -> margay.vrouter.v1.ListDropsReply
-	26, // 35: margay.vrouter.v1.VRouter.Capture:output_type -> margay.vrouter.v1.CaptureReply
-	27, // [27:36] is the sub-list for method output_type
-	18, // [18:27] is the sub-list for method input_type
-	18, // [18:18] is the sub-list for extension type_name
-	18, // [18:18] is the sub-list for extension extendee
-	0,  // [0:18] is the sub-list for field type_name
+	5,  // 6: margay.vrouter.v1.UpdateRequest.add_pods:type_name -> margay.vrouter.v1.Pod
+	3,  // 7: margay.vrouter.v1.ListRoutesReply.routes:type_name -> margay.vrouter.v1.Route
+	16, // 8: margay.vrouter.v1.ListCountersReply.counters:type_name -> margay.vrouter.v1.Counter
+	1,  // 9: margay.vrouter.v1.TraceRequest.direction:type_name -> margay.vrouter.v1.Direction
+	19, // 10: margay.vrouter.v1.TraceReply.rungs:type_name -> margay.vrouter.v1.Rung
+	3,  // 11: margay.vrouter.v1.TraceReply.route:type_name -> margay.vrouter.v1.Route
+	3,  // 12: margay.vrouter.v1.TraceReply.back:type_name -> margay.vrouter.v1.Route
+	1,  // 13: margay.vrouter.v1.DropFlow.direction:type_name -> margay.vrouter.v1.Direction
+	1,  // 14: margay.vrouter.v1.DropSample.direction:type_name -> margay.vrouter.v1.Direction
+	22, // 15: margay.vrouter.v1.ListDropsReply.flows:type_name -> margay.vrouter.v1.DropFlow
+	23, // 16: margay.vrouter.v1.ListDropsReply.samples:type_name -> margay.vrouter.v1.DropSample
+	1,  // 17: margay.vrouter.v1.CapturedPacket.direction:type_name -> margay.vrouter.v1.Direction
+	26, // 18: margay.vrouter.v1.CaptureReply.packets:type_name -> margay.vrouter.v1.CapturedPacket
+	6,  // 19: margay.vrouter.v1.VRouter.GetStatus:input_type -> margay.vrouter.v1.StatusRequest
+	8,  // 20: margay.vrouter.v1.VRouter.Begin:input_type -> margay.vrouter.v1.BeginRequest
+	9,  // 21: margay.vrouter.v1.VRouter.Update:input_type -> margay.vrouter.v1.UpdateRequest
+	11, // 22: margay.vrouter.v1.VRouter.End:input_type -> margay.vrouter.v1.EndRequest
+	13, // 23: margay.vrouter.v1.VRouter.ListRoutes:input_type -> margay.vrouter.v1.ListRoutesRequest
+	15, // 24: margay.vrouter.v1.VRouter.ListCounters:input_type -> margay.vrouter.v1.ListCountersRequest
+	18, // 25: margay.vrouter.v1.VRouter.Trace:input_type -> margay.vrouter.v1.TraceRequest
+	21, // 26: margay.vrouter.v1.VRouter.ListDrops:input_type -> margay.vrouter.v1.ListDropsRequest
+	25, // 27: margay.vrouter.v1.VRouter.Capture:input_type -> margay.vrouter.v1.CaptureRequest
+	7,  // 28: margay.vrouter.v1.VRouter.GetStatus:output_type -> margay.vrouter.v1.StatusReply
+	7,  // 29: margay.vrouter.v1.VRouter.Begin:output_type -> margay.vrouter.v1.StatusReply
+	10, // 30: margay.vrouter.v1.VRouter.Update:output_type -> margay.vrouter.v1.UpdateReply
+	12, // 31: margay.vrouter.v1.VRouter.End:output_type -> margay.vrouter.v1.EndReply
+	14, // 32: margay.vrouter.v1.VRouter.ListRoutes:output_type -> margay.vrouter.v1.ListRoutesReply
+	17, // 33: margay.vrouter.v1.VRouter.ListCounters:output_type -> margay.vrouter.v1.ListCountersReply
+	20, // 34: margay.vrouter.v1.VRouter.Trace:output_type -> margay.vrouter.v1.TraceReply
+	24, // 35: margay.vrouter.v1.VRouter.ListDrops:output_type -> margay.vrouter.v1.ListDropsReply
+	27, // 36: margay.vrouter.v1.VRouter.Capture:output_type -> margay.vrouter.v1.CaptureReply
+	28, // [28:37] is the sub-list for method output_type
+	19, // [19:28] is the sub-list for method input_type
+	19, // [19:19] is the sub-list for extension type_name
+	19, // [19:19] is the sub-list for extension extendee
+	0,  // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_vrouter_proto_init() }
@@ -1881,7 +1984,7 @@ func file_vrouter_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vrouter_proto_rawDesc), len(file_vrouter_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   25,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -43,7 +43,7 @@ const (
 type VRouterClient interface {
 	// GetStatus tells what runs, since when, and what it forwards by.
 	GetStatus(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*StatusReply, error)
-	// Begin opens a synchronisation: every route and node becomes stale; nothing is removed, forwarding goes on.
+	// Begin opens a synchronisation: every route, node and pod becomes stale; nothing is removed, forwarding goes on.
 	Begin(ctx context.Context, in *BeginRequest, opts ...grpc.CallOption) (*StatusReply, error)
 	// Update is one transaction, all or nothing. What it sets is no longer stale.
 	Update(ctx context.Context, in *UpdateRequest, opts ...grpc.CallOption) (*UpdateReply, error)
@@ -176,7 +176,7 @@ type VRouter_CaptureClient = grpc.ServerStreamingClient[CaptureReply]
 type VRouterServer interface {
 	// GetStatus tells what runs, since when, and what it forwards by.
 	GetStatus(context.Context, *StatusRequest) (*StatusReply, error)
-	// Begin opens a synchronisation: every route and node becomes stale; nothing is removed, forwarding goes on.
+	// Begin opens a synchronisation: every route, node and pod becomes stale; nothing is removed, forwarding goes on.
 	Begin(context.Context, *BeginRequest) (*StatusReply, error)
 	// Update is one transaction, all or nothing. What it sets is no longer stale.
 	Update(context.Context, *UpdateRequest) (*UpdateReply, error)

@@ -1,0 +1,94 @@
+package vrouter
+
+import (
+	"encoding/binary"
+
+	"margay/vrouter/packet"
+)
+
+// flow is one direction of a transport connection, as a word for the addresses and one for the rest. The zero flow is
+// none.
+type flow struct {
+	addresses uint64 // source, destination
+	rest      uint64 // protocol, source port, destination port
+}
+
+// The protocols, beside TCP and UDP, whose ports a connection tracker may rewrite: all have them in their first four
+// bytes (RFC 9260, RFC 4340, RFC 3828).
+const (
+	protoICMP    = 1
+	protoDCCP    = 33
+	protoSCTP    = 132
+	protoUDPLite = 136
+)
+
+// flowOf returns the flow of a packet. ok is false for a protocol without ports, and for a fragment that is not the
+// first.
+func flowOf(p packet.IPv4) (f flow, ok bool) {
+	switch p.Protocol() {
+	case packet.ProtocolTCP, packet.ProtocolUDP, protoSCTP, protoDCCP, protoUDPLite:
+	default:
+		return flow{}, false
+	}
+	hl := p.HeaderLen()
+	if p.FragOffset() != 0 || len(p) < hl+4 {
+		return flow{}, false
+	}
+	return flow{
+		addresses: binary.BigEndian.Uint64(p[12:]),
+		rest:      uint64(p.Protocol())<<32 | uint64(binary.BigEndian.Uint32(p[hl:])),
+	}, true
+}
+
+// reverse returns the other direction.
+func (f flow) reverse() flow {
+	ports := uint32(f.rest)
+	return flow{
+		addresses: f.addresses<<32 | f.addresses>>32,
+		rest:      f.rest&^0xffffffff | uint64(ports<<16|ports>>16),
+	}
+}
+
+// The size of a flowSet: 64 Ki flows in 1 MiB, four of them in a cache line.
+const (
+	flowWays  = 4
+	flowShift = 64 - 14
+)
+
+// flowSet is a set of flows of bounded size: what has not been seen for longest makes room. It is one worker's own.
+type flowSet struct {
+	lines [][flowWays]flow
+	some  bool // it is not empty
+}
+
+func newFlowSet() flowSet { return flowSet{lines: make([][flowWays]flow, 1<<(64-flowShift))} }
+
+func (s *flowSet) line(f flow) *[flowWays]flow {
+	const multiplier = 0x9e3779b97f4a7c15 // 2^64 divided by the golden ratio
+	return &s.lines[(f.addresses^f.rest*multiplier)*multiplier>>flowShift]
+}
+
+// add puts f in.
+func (s *flowSet) add(f flow) {
+	s.some = true
+	line := s.line(f)
+	last := 0
+	for last < flowWays-1 && line[last] != f {
+		last++
+	}
+	copy(line[1:last+1], line[:last])
+	line[0] = f
+}
+
+// has reports whether f is in the set.
+func (s *flowSet) has(f flow) bool {
+	if !s.some {
+		return false
+	}
+	for _, g := range s.line(f) {
+		if g == f {
+			return true
+		}
+	}
+	return false
+}
