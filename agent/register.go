@@ -11,9 +11,12 @@ import (
 	"margay/ipam"
 )
 
-// registerNode makes this node's Node resource say its address. Two nodes of one address would take each other's
+// registerNode makes this node's Node resource say its address, in a datastore that it initializes where it is new. Two nodes of one address would take each other's
 // packets: that is an error to be mended by a person.
 func registerNode(ctx context.Context, s *datastore.Store, name string, u Underlay) error {
+	if err := datastore.Initialize(ctx, s); err != nil {
+		return fmt.Errorf("initialize the datastore: %w", err)
+	}
 	nodes, _, err := datastore.ListResources[datastore.Node](ctx, s)
 	if err != nil && len(nodes) == 0 {
 		return fmt.Errorf("list the nodes: %w", err)

@@ -66,7 +66,11 @@ func (o *outcome) report(w io.Writer) error {
 		return nil
 	case o.handled > 0:
 		fmt.Fprintf(w, "Partial success: %s the first %d out of %d %sresources:\n", o.past, o.handled, o.total, o.quoted())
-		return fmt.Errorf("hit error: %v", o.errs)
+		hit := "hit error"
+		if o.verb == "apply" {
+			hit = "hit error(s)" // calicoctl's two ways
+		}
+		return fmt.Errorf("%s: %v", hit, o.errs)
 	case o.total == 1:
 		return fmt.Errorf("failed to %s '%s' resource: %v", o.verb, o.kind, o.errs)
 	}
@@ -133,6 +137,9 @@ func newWriteFunc(verb, past, short string, do func(context.Context, *datastore.
 						return invalid{err}
 					}
 				}
+				if err := datastore.Initialize(ctx, s); err != nil {
+					return calicosWords(err)
+				}
 				result := newOutcome(verb, past, objs)
 				for _, obj := range objs {
 					if !result.did(do(ctx, s, obj)) {
@@ -190,7 +197,7 @@ func newDeleteCommand() *cobra.Command {
 			return withStoreFor(cmd, manyTimeout, func(ctx context.Context, s *datastore.Store) error {
 				result := newOutcome("delete", "deleted", objs)
 				for _, obj := range objs {
-					err := datastore.DeleteObject(ctx, s, datastore.KindOf(obj), obj.Head().Path())
+					err := deleteObject(ctx, s, datastore.KindOf(obj), obj.Head().Path())
 					if skipNotExists && errors.Is(err, datastore.ErrNotFound) {
 						err = nil
 					}

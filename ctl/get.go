@@ -1,9 +1,13 @@
 package ctl
 
 import (
+	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -115,6 +119,9 @@ func (q query) answer(ctx context.Context, s *datastore.Store) ([]found, error) 
 		if err != nil && len(a.objs) == 0 {
 			return nil, err
 		}
+		if q.kind == datastore.Tiers {
+			sortByOrder(a.objs)
+		}
 		return []found{a}, err
 	}
 	var (
@@ -131,6 +138,23 @@ func (q query) answer(ctx context.Context, s *datastore.Store) ([]found, error) 
 		answers = append(answers, found{kind: kind, objs: []datastore.Object{obj}})
 	}
 	return answers, errors.Join(errs...)
+}
+
+// sortByOrder sorts tiers in the order in which they apply.
+func sortByOrder(tiers []datastore.Object) {
+	order := func(o datastore.Object) float64 {
+		doc, err := datastore.Document(o)
+		if err != nil {
+			return math.Inf(1)
+		}
+		n, ok := lookup(doc, "spec.order").(json.Number)
+		if !ok {
+			return math.Inf(1)
+		}
+		f, _ := n.Float64() // out of range: infinite
+		return f
+	}
+	slices.SortStableFunc(tiers, func(a, b datastore.Object) int { return cmp.Compare(order(a), order(b)) })
 }
 
 // clusterAS is the AS number of nodes that have none of their own.

@@ -152,9 +152,21 @@ func calicosWords(err error) error {
 	case errors.Is(err, datastore.ErrNotFound):
 		return fmt.Errorf("resource does not exist: %s with error: %w", id, re.Err)
 	case errors.Is(err, datastore.ErrExists):
-		return fmt.Errorf("resource already exists: %s with error: %w", id, re.Err)
+		return said{fmt.Sprintf("resource already exists: %s", id), err}
+	case errors.As(err, new(datastore.UnsupportedError)):
+		return re.Err
 	case errors.Is(err, datastore.ErrConflict):
-		return fmt.Errorf("update conflict: %s: %w", id, re.Err)
+		return said{fmt.Sprintf("update conflict: %s: %v", id, re.Err), err}
 	}
 	return err
 }
+
+// said is an error in calicoctl's words.
+type said struct {
+	text string
+	err  error
+}
+
+func (e said) Error() string { return e.text }
+
+func (e said) Unwrap() error { return e.err }

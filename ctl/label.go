@@ -71,7 +71,7 @@ func newLabelCommand() *cobra.Command {
 			})
 			switch {
 			case errors.Is(err, datastore.ErrNotFound):
-				return fmt.Errorf("failed to get %s %s, error %w", args[0], args[1], calicosWords(err))
+				return fmt.Errorf("%s %s not found", args[0], args[1])
 			case errors.Is(err, datastore.ErrConflict):
 				return fmt.Errorf("failed to update %s %s, label not changed: %w", args[0], args[1], calicosWords(err))
 			case err != nil:

@@ -86,7 +86,10 @@ ClusterInformation is left out: a cluster has its own. Addresses in use are IPAM
 // exportResources prints a document for each resource but ClusterInformation. A stored value that cannot be understood
 // is an error: an export that lacks something is none.
 func exportResources(ctx context.Context, s *datastore.Store, w io.Writer) error {
-	for _, kind := range datastore.Kinds() {
+	// What others stand on comes first.
+	kinds := datastore.Kinds()
+	slices.SortStableFunc(kinds, func(a, b *datastore.Kind) int { return rankOf(a) - rankOf(b) })
+	for _, kind := range kinds {
 		if kind == datastore.ClusterInformations {
 			continue
 		}
@@ -111,9 +114,17 @@ func exportResources(ctx context.Context, s *datastore.Store, w io.Writer) error
 	return nil
 }
 
+// rankOf is 0 for tiers, which policies name.
+func rankOf(kind *datastore.Kind) int {
+	if kind == datastore.Tiers {
+		return 0
+	}
+	return 1
+}
+
 // exported is the resource without what belongs to the datastore it lies in.
 func exported(obj datastore.Object) (map[string]any, error) {
-	doc, err := datastore.Document(obj)
+	doc, err := datastore.ExportDocument(obj)
 	if err != nil {
 		return nil, err
 	}
@@ -230,15 +241,7 @@ func empty(ctx context.Context, s *datastore.Store) error {
 }
 
 func (m *migration) store(ctx context.Context, s *datastore.Store, w io.Writer) error {
-	result := newOutcome("import", "imported", m.objs)
-	for _, obj := range m.objs {
-		if !result.did(datastore.RestoreResource(ctx, s, obj)) {
-			break
-		}
-	}
-	if err := result.report(w); err != nil {
-		return fmt.Errorf("failed to import v3 resources: %w", err)
-	}
+	// First, because it says which Calico's layout the policies have.
 	err := datastore.ModifyResource(ctx, s, "default", func(info *datastore.ClusterInformation) error {
 		ready := info.Spec.DatastoreReady
 		info.Spec = m.info.Spec
@@ -247,6 +250,15 @@ func (m *migration) store(ctx context.Context, s *datastore.Store, w io.Writer) 
 	})
 	if err != nil {
 		return fmt.Errorf("failed to update cluster information: %w", calicosWords(err))
+	}
+	result := newOutcome("import", "imported", m.objs)
+	for _, obj := range m.objs {
+		if !result.did(datastore.RestoreResource(ctx, s, obj)) {
+			break
+		}
+	}
+	if err := result.report(w); err != nil {
+		return fmt.Errorf("failed to import v3 resources: %w", err)
 	}
 	for i, key := range slices.Sorted(maps.Keys(m.ipam)) {
 		var value bytes.Buffer

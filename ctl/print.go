@@ -2,6 +2,7 @@ package ctl
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -104,11 +105,21 @@ func (p *printer) print(w io.Writer, answers []found) error {
 	return nil
 }
 
+// jsonList is the list of a kind, with calicoctl's order of fields.
+type jsonList struct {
+	Kind       string `json:"kind"`
+	APIVersion string `json:"apiVersion"`
+	Metadata   struct {
+		ResourceVersion string `json:"resourceVersion"`
+	} `json:"metadata"`
+	Items []json.RawMessage `json:"items"`
+}
+
 // printDocuments prints what is stored, unknown fields included, in a form that apply takes back.
 func (p *printer) printDocuments(w io.Writer, answers []found) error {
 	var docs []any
 	for _, a := range answers {
-		items := []any{}
+		items := []json.RawMessage{}
 		for _, o := range a.objs {
 			doc, err := datastore.Document(o)
 			if err != nil {
@@ -118,14 +129,22 @@ func (p *printer) printDocuments(w io.Writer, answers []found) error {
 				for _, key := range []string{"namespace", "uid", "resourceVersion", "creationTimestamp"} {
 					delete(meta, key)
 				}
+				meta["creationTimestamp"] = nil // as calicoctl shows it
 			}
-			items = append(items, doc)
+			raw, err := datastore.OrderedJSON(o, doc)
+			if err != nil {
+				return err
+			}
+			items = append(items, raw)
 		}
 		if a.list {
-			docs = append(docs, map[string]any{"kind": a.kind.Kind + "List", "apiVersion": datastore.APIVersion,
-				"metadata": map[string]any{"resourceVersion": fmt.Sprint(a.version)}, "items": items})
-		} else {
-			docs = append(docs, items...)
+			list := jsonList{Kind: a.kind.Kind + "List", APIVersion: datastore.APIVersion, Items: items}
+			list.Metadata.ResourceVersion = fmt.Sprint(a.version)
+			docs = append(docs, list)
+			continue
+		}
+		for _, item := range items {
+			docs = append(docs, item)
 		}
 	}
 	var v any = docs

@@ -18,6 +18,9 @@ const DefaultASNumber ASNumber = 64512
 // or dotted ("1.10", RFC 5396).
 type ASNumber uint32
 
+// String is the number.
+func (n ASNumber) String() string { return strconv.FormatUint(uint64(n), 10) }
+
 // UnmarshalJSON reads a number, or text in plain or dotted form.
 func (n *ASNumber) UnmarshalJSON(raw []byte) error {
 	text := string(raw)
@@ -112,8 +115,11 @@ func NewBGPPeer(name string) *BGPPeer { return &BGPPeer{Header: BGPPeers.header(
 
 func (p *BGPPeer) kind() *Kind { return BGPPeers }
 
-// Default fills nothing: a peer without node and nodeSelector is for all nodes.
-func (p *BGPPeer) Default() {}
+// Default writes durations as Calico does. A peer without node and nodeSelector is for all nodes.
+func (p *BGPPeer) Default() {
+	p.Spec.MaxRestartTime = normalDuration(p.Spec.MaxRestartTime)
+	p.Spec.KeepaliveTime = normalDuration(p.Spec.KeepaliveTime)
+}
 
 // Peer is the parsed spec.peerIP; port 0 where it names none.
 func (p *BGPPeer) Peer() (netip.AddrPort, error) {
@@ -208,8 +214,10 @@ func NewBGPConfiguration(name string) *BGPConfiguration {
 
 func (c *BGPConfiguration) kind() *Kind { return BGPConfigurations }
 
-// Default fills nothing: absent fields have their meaning in the readers.
-func (c *BGPConfiguration) Default() {}
+// Default writes durations as Calico does. Absent fields have their meaning in the readers.
+func (c *BGPConfiguration) Default() {
+	c.Spec.NodeMeshMaxRestartTime = normalDuration(c.Spec.NodeMeshMaxRestartTime)
+}
 
 // Validate checks the spec.
 func (c *BGPConfiguration) Validate() error {

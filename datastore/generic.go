@@ -15,6 +15,8 @@ type Resource struct {
 	Status json.RawMessage `json:"status,omitempty"`
 
 	of *Kind
+
+	noTier, noTierLabel bool // Default filled in the tier, and the label of the default one: neither is stored
 }
 
 // noKind is the kind of a Resource that was not made by a Kind: there is nothing under its prefix.
@@ -25,37 +27,6 @@ func (r *Resource) kind() *Kind {
 		return noKind
 	}
 	return r.of
-}
-
-// Default fills what Calico fills: the types of a policy, by the rules that it has.
-func (r *Resource) Default() {
-	switch r.of {
-	case NetworkPolicies, GlobalNetworkPolicies, StagedNetworkPolicies, StagedGlobalNetworkPolicies:
-	default:
-		return
-	}
-	spec, err := r.spec()
-	if err != nil {
-		return // Validate says so
-	}
-	if types, there := spec["types"]; there && types != nil {
-		if list, ok := types.([]any); !ok || len(list) > 0 {
-			return
-		}
-	}
-	in, _ := spec["ingress"].([]any)
-	out, _ := spec["egress"].([]any)
-	switch {
-	case len(out) == 0:
-		spec["types"] = []any{"Ingress"}
-	case len(in) == 0:
-		spec["types"] = []any{"Egress"}
-	default:
-		spec["types"] = []any{"Ingress", "Egress"}
-	}
-	if raw, err := json.Marshal(spec); err == nil {
-		r.Spec = raw
-	}
 }
 
 // Validate checks the shape of spec and status, and the fields that are known for the kind.

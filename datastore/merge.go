@@ -14,15 +14,16 @@ import (
 // a whole.)
 func encode(obj Object) ([]byte, error) {
 	h := obj.Head()
-	version := h.Metadata.ResourceVersion
-	h.Metadata.ResourceVersion = ""
-	defer func() { h.Metadata.ResourceVersion = version }()
+	defer h.storedForm()()
 	after, err := toMap(obj)
 	if err != nil {
 		return nil, err
 	}
 	if h.raw == nil {
-		return json.Marshal(after)
+		if r, ok := obj.(*Resource); ok {
+			r.hideTier(after)
+		}
+		return marshalNew(obj, after)
 	}
 	known := obj.kind().New()
 	if err := json.Unmarshal(h.raw, known); err != nil {
@@ -38,8 +39,28 @@ func encode(obj Object) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("stored value: %w", err)
 	}
+	if r, ok := known.(*Resource); ok {
+		r.hideTier(before, after)
+	}
 	overlay(stored, before, after)
-	return json.Marshal(stored)
+	return marshalLike(stored, h.raw)
+}
+
+// hideTier takes out of documents of a policy what Default filled in for the eye only, where they say no more than that.
+func (r *Resource) hideTier(docs ...map[string]any) {
+	shown := tierOfName(r.Metadata.Name)
+	for _, doc := range docs {
+		if spec, ok := doc["spec"].(map[string]any); ok && r.noTier && spec["tier"] == shown {
+			delete(spec, "tier")
+		}
+		meta, _ := doc["metadata"].(map[string]any)
+		if labels, ok := meta["labels"].(map[string]any); ok && r.noTierLabel && labels[tierLabel] == shown {
+			delete(labels, tierLabel)
+			if len(labels) == 0 {
+				delete(meta, "labels")
+			}
+		}
+	}
 }
 
 // overlay applies to stored what changed between before and after.
@@ -121,6 +142,18 @@ func equal(a, b any) bool {
 // Document is the resource as it is stored, fields that this version does not know included, with its resourceVersion;
 // where it was not read from the store, what would be stored.
 func Document(obj Object) (map[string]any, error) {
+	doc, err := ExportDocument(obj)
+	if meta, ok := doc["metadata"].(map[string]any); ok && obj.Head().raw != nil {
+		meta["resourceVersion"] = obj.Head().Metadata.ResourceVersion
+		if obj.kind().tiered() {
+			showTier(obj, doc, meta)
+		}
+	}
+	return doc, err
+}
+
+// ExportDocument is the resource as it is stored, but for a policy's name, which is that by which users know it.
+func ExportDocument(obj Object) (map[string]any, error) {
 	h := obj.Head()
 	if h.raw == nil {
 		return toMap(obj)
@@ -129,8 +162,34 @@ func Document(obj Object) (map[string]any, error) {
 	if err != nil {
 		return nil, &ResourceError{Kind: obj.kind().Kind, Name: h.Path(), Err: fmt.Errorf("stored value: %w", err)}
 	}
-	if meta, ok := doc["metadata"].(map[string]any); ok {
-		meta["resourceVersion"] = h.Metadata.ResourceVersion
+	meta, ok := doc["metadata"].(map[string]any)
+	if !ok || h.stored == "" {
+		return doc, nil
+	}
+	meta["name"] = h.Metadata.Name
+	if annotations, ok := meta["annotations"].(map[string]any); ok {
+		delete(annotations, nameAnnotation)
+		if len(annotations) == 0 {
+			delete(meta, "annotations")
+		}
 	}
 	return doc, nil
+}
+
+// showTier shows a policy's tier, as Calico's client does.
+func showTier(obj Object, doc, meta map[string]any) {
+	spec, ok := doc["spec"].(map[string]any)
+	if !ok {
+		spec = map[string]any{}
+		doc["spec"] = spec
+	}
+	if spec["tier"] == nil || spec["tier"] == "" {
+		spec["tier"] = tierOfName(obj.Head().Metadata.Name)
+	}
+	labels, ok := meta["labels"].(map[string]any)
+	if !ok {
+		labels = map[string]any{}
+		meta["labels"] = labels
+	}
+	absent(labels, tierLabel, spec["tier"])
 }

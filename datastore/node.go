@@ -8,8 +8,8 @@ import (
 // Node is a machine of the cluster.
 type Node struct {
 	Header
-	Spec   NodeSpec    `json:"spec"`
-	Status *NodeStatus `json:"status,omitempty"`
+	Spec   NodeSpec   `json:"spec"`
+	Status NodeStatus `json:"status"` // stored also where there is nothing in it, as Calico does
 }
 
 // NodeSpec is Calico's, field for field.

@@ -41,6 +41,7 @@ type Header struct {
 	APIVersion string   `json:"apiVersion"`
 	Metadata   Metadata `json:"metadata"`
 
+	stored  string         // a policy's name in the older layout, with its namespace; empty: Path
 	raw     []byte         // as stored, nil if never read: holds the fields that this version does not know
 	unknown []unknownField // of a manifest read by DecodeManifestFor
 	source  []byte         // that manifest, as JSON
@@ -118,6 +119,9 @@ func decode(k *Kind, kv KV) (Object, error) {
 	if h.Path() != name {
 		return fail(fmt.Errorf("metadata.name %q: expected the key's %s", h.Path(), name))
 	}
+	if k.tiered() {
+		h.giveName()
+	}
 	h.Metadata.ResourceVersion = strconv.FormatInt(kv.Revision, 10)
 	h.raw = kv.Value
 	return obj, nil
@@ -131,7 +135,7 @@ func GetObject(ctx context.Context, s *Store, k *Kind, name string) (Object, err
 	if err := k.validateName(name); err != nil {
 		return nil, &ResourceError{Kind: k.Kind, Name: name, Err: err}
 	}
-	kv, err := s.Get(ctx, k.Key(name))
+	kv, err := k.locate(ctx, s, name)
 	if err != nil {
 		return nil, resourceError(k, name, err)
 	}
@@ -210,7 +214,7 @@ func Backoff(ctx context.Context, try int) error {
 
 func resourceError(k *Kind, name string, err error) error {
 	var txn *TxnError
-	if errors.As(err, &txn) && txn.Key == k.Key(name) {
+	if errors.As(err, &txn) && (txn.Key == k.Key(name) || k.tiered() && txn.Key == k.Key(tieredName(name))) {
 		err = txn.Err // the key says nothing that kind and name do not
 	}
 	for _, plain := range []error{ErrNotFound, ErrExists, ErrConflict} {

@@ -36,12 +36,18 @@ func create(ctx context.Context, s *Store, obj Object, base []byte) error {
 	now := time.Now().UTC().Truncate(time.Second)
 	h.Metadata.CreationTimestamp = &now
 	h.raw = base
+	if err := checkReferences(ctx, s, obj); err != nil {
+		return resourceError(k, h.Path(), err)
+	}
+	if err := layOut(ctx, s, obj); err != nil {
+		return resourceError(k, h.Path(), err)
+	}
 	value, err := encode(obj)
 	if err != nil {
 		return resourceError(k, h.Path(), err)
 	}
 	for try := range modifyTries {
-		ops := []Op{OpCreate(k.Key(h.Path()), value)}
+		ops := []Op{OpCreate(k.Key(h.storedPath()), value)}
 		if pool, ok := obj.(*IPPool); ok {
 			guard, err := overlapGuard(ctx, s, pool)
 			if err != nil {
@@ -74,10 +80,11 @@ func UpdateResource(ctx context.Context, s *Store, obj Object) error {
 	}
 	if h.raw == nil {
 		// Built from a manifest: what is stored, at that very version, lends its unknown fields.
-		kv, err := s.Get(ctx, k.Key(h.Path()))
+		kv, err := k.locate(ctx, s, h.Path())
 		if err != nil {
 			return resourceError(k, h.Path(), err)
 		}
+		h.stored = storedAs(k, kv, h.Path())
 		if kv.Revision != rev {
 			return resourceError(k, h.Path(), ErrConflict)
 		}
@@ -89,16 +96,19 @@ func UpdateResource(ctx context.Context, s *Store, obj Object) error {
 	if err := checkImmutable(obj); err != nil {
 		return resourceError(k, h.Path(), err)
 	}
+	if err := checkReferences(ctx, s, obj); err != nil {
+		return resourceError(k, h.Path(), err)
+	}
 	value, err := encode(obj)
 	if err != nil {
 		return resourceError(k, h.Path(), err)
 	}
 	if sameJSON(value, h.raw) {
 		// Nothing to write; that the caller saw the latest is still to be answered.
-		_, err := s.Txn(ctx, OpCheck(k.Key(h.Path()), rev))
+		_, err := s.Txn(ctx, OpCheck(k.Key(h.storedPath()), rev))
 		return resourceError(k, h.Path(), err)
 	}
-	return write(ctx, s, obj, value, OpUpdate(k.Key(h.Path()), value, rev))
+	return write(ctx, s, obj, value, OpUpdate(k.Key(h.storedPath()), value, rev))
 }
 
 // ApplyResource creates the resource, or replaces the one of that name: its known fields become obj's, those this version
@@ -135,7 +145,7 @@ func apply(ctx context.Context, s *Store, obj Object, mayCreate bool) (created b
 			h.Metadata.UID, h.Metadata.CreationTimestamp = meta.UID, meta.CreationTimestamp
 			h.Metadata.Generation, h.Metadata.Finalizers = meta.Generation, meta.Finalizers
 			h.Metadata.ResourceVersion = meta.ResourceVersion
-			h.raw = old.Head().raw
+			h.raw, h.stored = old.Head().raw, old.Head().stored
 			created, err = false, UpdateResource(ctx, s, obj)
 		}
 		if wanted != "" || !contended(err) || try == modifyTries-1 {
@@ -185,7 +195,18 @@ func DeleteObject(ctx context.Context, s *Store, k *Kind, name string) error {
 	if err := k.validateName(name); err != nil {
 		return &ResourceError{Kind: k.Kind, Name: name, Err: err}
 	}
-	return resourceError(k, name, s.Delete(ctx, k.Key(name), 0))
+	key := k.Key(name)
+	if k.tiered() {
+		kv, err := k.locate(ctx, s, name)
+		if err != nil {
+			return resourceError(k, name, err)
+		}
+		key = kv.Key
+	}
+	if err := checkDelete(ctx, s, k, name); err != nil {
+		return resourceError(k, name, err)
+	}
+	return resourceError(k, name, s.Delete(ctx, key, 0))
 }
 
 // DeleteResource removes a resource: DeleteResource[BGPPeer](ctx, s, name); ErrNotFound if there is none.
@@ -232,7 +253,7 @@ func CheckFields(ctx context.Context, s *Store, objs ...Object) error {
 			continue
 		}
 		var stored []byte
-		switch kv, err := s.Get(ctx, k.Key(h.Path())); {
+		switch kv, err := k.locate(ctx, s, h.Path()); {
 		case err == nil:
 			stored = kv.Value
 		case !errors.Is(err, ErrNotFound):

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"margay/vrouter/filter"
+	"margay/vrouter/packet"
 )
 
 const (
@@ -229,7 +230,7 @@ func (t *tap) before(batch []*Packet, now int64) {
 
 // wants asks the filter, about the inner packet unless told otherwise.
 func (t *tap) wants(b []byte) bool {
-	if !t.capture.outer && len(b) >= 20 && b[0]>>4 == 4 && b[9] == protoIPIP {
+	if !t.capture.outer && len(b) >= 20 && b[0]>>4 == 4 && b[9] == packet.ProtocolIPIP {
 		b = b[min(max(int(b[0]&0x0f)<<2, 20), len(b)):]
 	}
 	return t.capture.filter.Match(b, len(b))
@@ -265,7 +266,7 @@ func (t *tap) after(batch []*Packet) {
 		switch b := p.Bytes(); {
 		case p.Drop != ReasonNotSet || p.Sent == 0:
 			r[32] |= recordDropped
-		case p.Off < Headroom && len(b) >= 20 && b[9] == protoIPIP: // it has got an outer header
+		case p.Off < Headroom && len(b) >= 20 && b[9] == packet.ProtocolIPIP: // it has got an outer header
 			r[32] |= recordGateway
 			copy(r[24:28], b[16:20])
 		}

@@ -8,6 +8,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"margay/vrouter/packet"
 )
 
 const (
@@ -108,7 +110,7 @@ func pairOf(b []byte) uint64 {
 	if len(b) < 20 || b[0]>>4 != 4 {
 		return 0
 	}
-	if b[9] == protoIPIP {
+	if b[9] == packet.ProtocolIPIP {
 		if inner := b[min(int(b[0]&0x0f)<<2, len(b)):]; len(inner) >= 20 && inner[0]>>4 == 4 {
 			b = inner
 		}

@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"slices"
 
-	"margay/vrouter/fib"
 	"margay/vrouter/packet"
 )
 
@@ -25,6 +24,10 @@ type Traced struct {
 	Rungs   []Rung // as far as the packet came
 	Packet  []byte // for VerdictForward: as it is sent
 	Out     Out    // for VerdictForward: where to
+	// Pieces is how many packets leave, if it had to be split: Packet is the first.
+	Pieces int
+	// Answer is the ICMP error that the sender is told by; nil: none. Its source is 0.0.0.0 where the kernel chooses it.
+	Answer []byte
 	// OutInterface is the host's side of the pod's interface, for OutPod.
 	OutInterface string
 	// Route is the longest match for the inner destination, Back that for the inner source; the zero Route where there is
@@ -60,8 +63,8 @@ var ladders = map[Direction][]rung{
 		{"a valid IPv4 header", []Reason{ReasonNotIPv4, ReasonMalformed, ReasonBadChecksum}, nil},
 		{"route to the destination", []Reason{ReasonNoRoute, ReasonNoPod, ReasonDirectRoute, ReasonBlackhole, ReasonGatewaySelf},
 			func(t *tracing) string { return routeText(t.Route) }},
-		{"it fits", []Reason{ReasonOffloadUnsupported, ReasonPacketTooBig},
-			func(t *tracing) string { return fmt.Sprintf("%d bytes, MTU %d", t.length, t.state.config.MTU) }},
+		{"no tunnel in the tunnel", []Reason{ReasonNestedTunnel}, nil},
+		{"it fits, or may be split", []Reason{ReasonOffloadUnsupported, ReasonPacketTooBig}, (*tracing).room},
 		{"encapsulate (IP-in-IP)", nil, (*tracing).outer},
 	},
 	Decap: {
@@ -82,7 +85,9 @@ var ladders = map[Direction][]rung{
 		{"the source is the pod's own address", []Reason{ReasonSpoofed}, nil},
 		{"route to the destination", []Reason{ReasonNoRoute, ReasonNoPod, ReasonDirectRoute, ReasonBlackhole, ReasonGatewaySelf},
 			func(t *tracing) string { return routeText(t.Route) }},
-		{"it fits", []Reason{ReasonOffloadUnsupported, ReasonPacketTooBig}, nil},
+		{"no tunnel in the tunnel", []Reason{ReasonNestedTunnel}, nil},
+		{"time to live", []Reason{ReasonTTLExpired}, nil},
+		{"it fits, or may be split", []Reason{ReasonOffloadUnsupported, ReasonPacketTooBig}, (*tracing).room},
 		{"way out", nil, (*tracing).way},
 	},
 }
@@ -98,10 +103,24 @@ type tracing struct {
 // outer describes the outer header that the packet has got.
 func (t *tracing) outer() string {
 	o, fault := packet.ParseIPv4(t.Packet)
-	if fault != 0 || o.Protocol() != protoIPIP {
+	if fault != 0 || o.Protocol() != packet.ProtocolIPIP {
 		return ""
 	}
 	return fmt.Sprintf("%s to %s, %d bytes, TTL %d, TOS %#02x", o.Src(), o.Dst(), o.TotalLen(), o.TTL(), o.TOS())
+}
+
+// room compares the packet with the way to its next hop.
+func (t *tracing) room() string {
+	mtu := t.state.config.MTU
+	if g := t.Route.NextHop.Gateway; g.Is4() {
+		b := g.As4()
+		mtu = t.state.mtuTo(binary.BigEndian.Uint32(b[:]))
+	}
+	text := fmt.Sprintf("%d bytes, MTU %d", t.length, mtu)
+	if t.Pieces > 1 {
+		text += fmt.Sprintf(": %d pieces", t.Pieces)
+	}
+	return text
 }
 
 // way describes where a packet from a pod goes.
@@ -162,13 +181,21 @@ func (r *Router) Trace(d Direction, b []byte) (Traced, error) {
 	} else if d == Transit {
 		return Traced{}, ErrNoSwitch
 	}
-	v := view{routes: r.table.Forwarding(), state: t.state}
-	w.walk(&v, []*Packet{p})
-	if p.Drop == ReasonNotSet && slices.Contains(w.outgoing, p) {
-		t.Verdict, t.Packet = VerdictForward, slices.Clone(p.Bytes())
-		r.traceOut(w, p, &t.Traced)
-	} else {
+	w.view = view{routes: r.table.Forwarding(), state: t.state}
+	w.walk([]*Packet{p})
+	first := w.out.(*nowhere).first
+	if len(w.outgoing) > 0 && first == nil {
+		first = w.outgoing[0]
+	}
+	switch answers := append(w.replies, w.podReplies...); {
+	case p.Drop != ReasonNotSet || first == nil:
 		t.Reason = p.Drop
+		if len(answers) > 0 {
+			t.Answer = slices.Clone(answers[0].Bytes())
+		}
+	default:
+		t.Verdict, t.Packet, t.Pieces = VerdictForward, slices.Clone(first.Bytes()), p.Sent
+		r.traceOut(w, first, &t.Traced)
 	}
 	t.climb(ladder)
 	return t.Traced, nil
@@ -213,18 +240,31 @@ func (t *tracing) climb(ladder []rung) {
 // newScratch returns a worker for one packet that no port feeds and whose counters nobody reads: of direction d, or a Transit
 // worker where the router has one, because that one does it all.
 func (r *Router) newScratch(d Direction) *Worker {
-	w := &Worker{
-		router:    r,
-		direction: d,
-		outgoing:  make([]*Packet, 0, 1),
-		asked:     make([]asked, 0, 1),
-		addresses: make([]uint32, 0, 2),
-		hops:      make([]fib.Hop, 2),
-	}
+	w := &Worker{router: r, direction: d, out: &nowhere{}}
 	for _, real := range r.Workers() {
 		if real.switched != nil {
 			w.direction, w.switched, w.kernel = Transit, real.switched, newFlowSet()
 		}
+		if real.reply != nil && real.direction == w.direction {
+			w.reply = w.out
+		}
 	}
+	w.makeRoom(1)
 	return w
+}
+
+// nowhere is the port of a scratch worker. What is sent on it before the trace is over, the pieces of a very long packet, it
+// forgets but for the first.
+type nowhere struct {
+	Port
+	first *Packet
+}
+
+func (n *nowhere) Send(batch []*Packet) {
+	for _, p := range batch {
+		if n.first == nil {
+			n.first = &Packet{Buf: slices.Clone(p.Buf), Off: p.Off, Len: p.Len, In: p.In, Out: p.Out}
+		}
+		p.Sent = 1
+	}
 }

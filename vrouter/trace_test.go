@@ -1,6 +1,7 @@
 package vrouter
 
 import (
+	"encoding/binary"
 	"errors"
 	"net/netip"
 	"slices"
@@ -12,7 +13,7 @@ func TestTraceIsTheLadder(t *testing.T) {
 	big := make([]byte, 1500)
 	packets := map[Direction][][]byte{
 		Encap: {
-			ip(ownPod, pod2, 17, []byte("x")), ip(ownPod, pod3, 17, nil), ip(ownPod, ownPod.Next(), 17, nil), ip(ownPod, pod2, 17, big),
+			ip(ownPod, pod2, 17, []byte("x")), ip(ownPod, pod3, 17, nil), ip(ownPod, ownPod.Next(), 17, nil), ip(ownPod, pod2, 17, big, dontFragment),
 			ip(ownPod, netip.MustParseAddr("10.244.4.1"), 17, nil), ip(ownPod, netip.MustParseAddr("10.244.5.1"), 17, nil),
 			ip(ownPod, netip.MustParseAddr("192.0.2.1"), 17, nil), {0x60}, {0x45, 0}, corrupt(ip(ownPod, pod2, 17, nil)),
 		},
@@ -65,7 +66,7 @@ func TestRungsAreInTheLaddersOrder(t *testing.T) {
 		over Reason // would follow
 	}{
 		{Encap, corrupt(ip(ownPod, stranger, 17, nil)), ReasonBadChecksum, ReasonNoRoute},
-		{Encap, ip(ownPod, stranger, 17, make([]byte, 2000)), ReasonNoRoute, ReasonPacketTooBig},
+		{Encap, ip(ownPod, stranger, 17, make([]byte, 2000), dontFragment), ReasonNoRoute, ReasonPacketTooBig},
 		{Decap, corrupt(ip(stranger, node3, 4, nil)), ReasonOuterMalformed, ReasonOuterNotForUs},
 		{Decap, ip(stranger, node3, 4, nil), ReasonOuterNotForUs, ReasonOuterSourceNode},
 		{Decap, ip(stranger, self, 4, []byte{1}), ReasonOuterSourceNode, ReasonInnerMalformed},
@@ -135,5 +136,23 @@ func TestTraceWithinASwitch(t *testing.T) {
 	}
 	if _, err := r.Trace(Transit, ip(pod2, ownPod, 17, nil)); !errors.Is(err, ErrNoSwitch) {
 		t.Errorf("a source that is no pod's: %v", err)
+	}
+}
+
+func dontFragment(b []byte) { b[6] |= 0x40 }
+
+// TestTraceOfWhatIsTooLong: in pieces, or answered.
+func TestTraceOfWhatIsTooLong(t *testing.T) {
+	r := testRouter(t)
+	r.NewWorker(Encap, &queue{}, &queue{}).SetReply(&queue{})
+	long := ip(ownPod, pod2, 17, make([]byte, 65000))
+	got, err := r.Trace(Encap, long)
+	if err != nil || got.Verdict != VerdictForward || got.Pieces != 45 || len(got.Packet) > 1500 || got.Packet[9] != 4 {
+		t.Errorf("%v, %v: %d pieces, the first of %d bytes", got.Verdict, err, got.Pieces, len(got.Packet))
+	}
+	got, err = r.Trace(Encap, ip(ownPod, pod2, 17, make([]byte, 1500), dontFragment))
+	if err != nil || got.Reason != ReasonPacketTooBig || len(got.Answer) < 28 || got.Answer[20] != 3 || got.Answer[21] != 4 ||
+		binary.BigEndian.Uint16(got.Answer[26:]) != 1480 {
+		t.Errorf("%v, %v: answer % x: expected fragmentation needed, MTU 1480", got.Reason, err, got.Answer)
 	}
 }

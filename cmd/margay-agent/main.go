@@ -105,7 +105,10 @@ that no agent's death takes it along. A real cluster brings its own etcd.`,
 		},
 	}
 	cmd.Flags().StringVar(&cfg.Dir, "data-dir", "/var/lib/margay/etcd", "where etcd keeps its data")
-	cmd.Flags().StringSliceVar(&cfg.ClientURLs, "listen-client", []string{"http://127.0.0.1:2379"}, "client URLs to listen on")
+	cmd.Flags().StringSliceVar(&cfg.ClientURLs, "listen-client", nil, "client URLs to listen on (default http://127.0.0.1:2379, or https where there is a certificate)")
+	cmd.Flags().StringVar(&cfg.CertFile, "cert-file", "", "the server's certificate (PEM): clients speak TLS")
+	cmd.Flags().StringVar(&cfg.KeyFile, "key-file", "", "the server's key (PEM)")
+	cmd.Flags().StringVar(&cfg.ClientCAFile, "client-ca-file", "", "CA (PEM) that has to have signed a client's certificate; empty: clients need none")
 	return cmd
 }
 

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"time"
 
+	"go.etcd.io/etcd/client/pkg/v3/transport"
 	"go.etcd.io/etcd/server/v3/embed"
 )
 
@@ -23,10 +24,13 @@ const startTimeout = 60 * time.Second
 // Config says where the server keeps its data and where it listens.
 type Config struct {
 	Dir        string                    // data directory; made if it is not there
-	ClientURLs []string                  // http://address:port to listen on; port 0 picks a free one; default http://127.0.0.1:2379
+	ClientURLs []string                  // http://address:port (or https) to listen on; port 0 picks a free one; default http://127.0.0.1:2379
 	Log        *slog.Logger              // the server's own log; its routine messages arrive at debug level; nil: nowhere
 	Ready      func(clientURLs []string) // called once the server answers, with the addresses it really listens on; may be nil
-	NoSync     bool                      // never fsync: for tests and labs, data may be lost when the machine (not the process) dies
+	// CertFile and KeyFile are the server's certificate and key (PEM), for client URLs of https. With ClientCAFile a client
+	// has to show a certificate that this CA signed.
+	CertFile, KeyFile, ClientCAFile string
+	NoSync                          bool // never fsync: for tests and labs, data may be lost when the machine (not the process) dies
 }
 
 // Serve runs a single-member server until ctx is done, and then stops it cleanly. It opens no peer port.
@@ -61,7 +65,7 @@ func Serve(ctx context.Context, cfg Config) error {
 	if cfg.Ready != nil {
 		urls := make([]string, len(server.Clients))
 		for i, l := range server.Clients {
-			urls[i] = "http://" + l.Addr().String()
+			urls[i] = ec.ListenClientUrls[0].Scheme + "://" + l.Addr().String()
 		}
 		cfg.Ready(urls)
 	}
@@ -82,12 +86,25 @@ func (c Config) embed() (*embed.Config, error) {
 	}
 	if len(c.ClientURLs) == 0 {
 		c.ClientURLs = []string{"http://127.0.0.1:2379"}
+		if c.CertFile != "" {
+			c.ClientURLs = []string{"https://127.0.0.1:2379"}
+		}
+	}
+	scheme := "http"
+	if c.CertFile != "" {
+		scheme = "https"
+	}
+	switch {
+	case (c.CertFile == "") != (c.KeyFile == ""):
+		return nil, errors.New("etcd server certificate: expected both a certificate and a key, or neither")
+	case c.CertFile == "" && c.ClientCAFile != "":
+		return nil, errors.New("etcd client CA: expected a server certificate and key beside it")
 	}
 	var urls []url.URL
 	for _, text := range c.ClientURLs {
 		u, err := url.Parse(text)
-		if err != nil || u.Scheme != "http" || u.Port() == "" || strings.Trim(u.Path, "/") != "" {
-			return nil, fmt.Errorf("etcd client URL %q: expected http://address:port", text)
+		if err != nil || u.Scheme != scheme || u.Port() == "" || strings.Trim(u.Path, "/") != "" {
+			return nil, fmt.Errorf("etcd client URL %q: expected %s://address:port", text, scheme)
 		}
 		if net.ParseIP(u.Hostname()) == nil {
 			return nil, fmt.Errorf("etcd client URL %q: expected an IP address, not a name", text)
@@ -111,6 +128,8 @@ func (c Config) embed() (*embed.Config, error) {
 	ec.TickMs, ec.ElectionMs = 20, 100
 	ec.AutoCompactionMode, ec.AutoCompactionRetention = embed.CompactorModePeriodic, "1h"
 	ec.UnsafeNoFsync = c.NoSync
+	ec.ClientTLSInfo = transport.TLSInfo{CertFile: c.CertFile, KeyFile: c.KeyFile, TrustedCAFile: c.ClientCAFile,
+		ClientCertAuth: c.ClientCAFile != ""}
 	ec.ZapLoggerBuilder = embed.NewZapLoggerBuilder(newZap(log))
 	return ec, nil
 }

@@ -65,6 +65,7 @@ const v3 = `- apiVersion: projectcalico.org/v3
     orchRefs:
     - nodeName: n1
       orchestrator: k8s
+  status: {}
 `
 
 func TestConvert(t *testing.T) {
@@ -76,7 +77,7 @@ func TestConvert(t *testing.T) {
 	play(t, t.TempDir(), []step{
 		{args: "convert -f -", stdin: v1, out: v3},
 		{args: "apply -f -", stdin: v3, out: "Successfully applied 4 resource(s)\n"},
-		{args: "convert -f - -o json", stdin: doc("node", "{name: n1}", "{}"), out: "{\n  \"apiVersion\": \"projectcalico.org/v3\",\n  \"kind\": \"Node\",\n  \"metadata\": {\n    \"name\": \"n1\"\n  },\n  \"spec\": {}\n}\n"},
+		{args: "convert -f - -o json", stdin: doc("node", "{name: n1}", "{}"), out: "{\n  \"kind\": \"Node\",\n  \"apiVersion\": \"projectcalico.org/v3\",\n  \"metadata\": {\n    \"name\": \"n1\"\n  },\n  \"spec\": {},\n  \"status\": {}\n}\n"},
 		{args: "convert -f -", stdin: doc("ipPool", "{cidr: 10.1.0.0}", "{}"), err: failed + `ipPool: metadata.cidr "10.1.0.0": expected a prefix such as 10.244.0.0/16`},
 		{args: "convert -f -", stdin: doc("ipPool", "{cidr: 10.1.0.0/16}", "{ipip: {mode: never}}"), err: failed + `ipPool: spec.ipip.mode "never": expected always or cross-subnet`},
 		{args: "convert -f -", stdin: doc("ipPool", "{cidr: 10.1.0.0/16}", "{natOutgoing: true}"), err: failed + `ipPool: unknown field "natOutgoing"`},

@@ -83,7 +83,8 @@ func TestGetTables(t *testing.T) {
 		{args: "get bgpfilters", out: "NAME   NUMEXPORTV4   NUMIMPORTV4   NUMEXPORTV6   NUMIMPORTV6   \nf      2             0             0             0             \n\n"},
 		{args: "get globalnetworksets -o wide", out: "NAME   NETS                                                                               \n" +
 			"s      10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,198.18.0.0/15,198.51.100.0/24,203.0.1...   \n\n"},
-		{args: "get tier", out: "NAME   ORDER   \nt      1e+06   \n\n"},
+		{args: "get tier", out: "NAME                         ORDER   \nadminnetworkpolicy           1000    \ndefault                      1e+06   \n" +
+			"t                            1e+06   \nbaselineadminnetworkpolicy   1e+07   \n\n"},
 		{args: "get profile -o wide", out: "NAME   LABELS    \np      a=1,b=2   \n\n"},
 		{args: "get wep -n a", out: "NAMESPACE   WORKLOAD   NODE   NETWORKS                  INTERFACE   \na           web-0      n1     10.1.0.1/32,fd00::1/128   cali1       \n\n"},
 		{args: "get wep -A -o wide", out: "NAMESPACE   NAME   WORKLOAD   NODE   NETWORKS                  INTERFACE   PROFILES   NATS                   \n" +
@@ -145,6 +146,7 @@ func TestGetDocuments(t *testing.T) {
 	const want = `apiVersion: projectcalico.org/v3
 kind: IPPool
 metadata:
+  creationTimestamp: null
   name: a
 spec:
   allowedUses:
@@ -176,7 +178,7 @@ func TestLabelAndPatch(t *testing.T) {
 		{args: "label nodes n1 rack", err: "invalid label rack: expected KEY=VALUE, or KEY with --remove"},
 		{args: "label nodes n1 rank --remove", err: "cannot remove label of nodes n1, key rank does not exist"},
 		{args: "label nodes n1 rack --remove", out: "Successfully removed label rack from nodes n1\n"},
-		{args: "label nodes n2 rack=r1", err: "failed to get nodes n2, error resource does not exist: Node(n2) with error: not found"},
+		{args: "label nodes n2 rack=r1", err: "nodes n2 not found"},
 		{args: "label ippool n2 rack=r1 -n x", err: "IPPool is not namespaced"},
 		{args: `patch node n1 -p {"spec":{"bgp":{"asNumber":64513}}}`, out: "Successfully patched 1 'Node' resource\n"},
 		{args: `patch node n1 --type merge -p {"spec":{"bgp":{"ipv4Address":null,"ipv6Address":"2001:db8::1/64"}}}`, out: "Successfully patched 1 'Node' resource\n"},
@@ -189,21 +191,22 @@ func TestLabelAndPatch(t *testing.T) {
 		{args: `patch node n1 -p {"spec":{"bpg":{}}}`, err: `hit error: Node "n1": spec.bpg: unknown field: expected one of addresses, bgp, interfaces, ipv4VXLANTunnelAddr, ipv6VXLANTunnelAddr, orchRefs, vxlanTunnelMACAddr, vxlanTunnelMACAddrV6, wireguard`},
 		{args: `patch node n2 -p {}`, err: "hit error: resource does not exist: Node(n2) with error: not found"},
 		{args: "get node n1 -o json --export", out: `{
-  "apiVersion": "projectcalico.org/v3",
   "kind": "Node",
+  "apiVersion": "projectcalico.org/v3",
   "metadata": {
+    "name": "n1",
+    "creationTimestamp": null,
     "annotations": {
       "a": "b"
-    },
-    "name": "n1"
+    }
   },
   "spec": {
     "bgp": {
-      "asNumber": 64513,
-      "ipv6Address": "2001:db8::1/64",
       "newer": [
         9007199254740993
-      ]
+      ],
+      "asNumber": 64513,
+      "ipv6Address": "2001:db8::1/64"
     }
   }
 }

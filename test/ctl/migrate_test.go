@@ -35,6 +35,8 @@ func everything(t *testing.T, s *datastore.Store) map[string]any {
 	return out
 }
 
+const resources = "/calico/resources/v3/projectcalico.org/"
+
 var ipamKeys = map[string]string{
 	"assignment/ipv4/block/10.1.40.128-26": `{"cidr":"10.1.40.128/26","sequenceNumber":1795425093042315661,"newer":[1]}`,
 	"host/n1/ipv4/block/10.1.40.128-26":    `{"state":"confirmed","deleted":false}`,
@@ -75,8 +77,24 @@ func TestExportAppliesElsewhere(t *testing.T) {
 		{args: "import -f - --skip-exists", stdin: out, out: fmt.Sprintf("Successfully imported %d resource(s)\n", n)},
 		{args: "apply -f -", stdin: out, out: fmt.Sprintf("Successfully applied %d resource(s)\n", n)},
 	})
-	delete(want, "/calico/resources/v3/projectcalico.org/clusterinformations/default")
-	if d := cmp.Diff(asYAML(want), everything(t, s)); d != "" {
+	// Elsewhere is a cluster of its own, with a ClusterInformation, the three tiers, and the layout of policies that the
+	// store of an unknown Calico has.
+	got := everything(t, s)
+	for _, key := range []string{"clusterinformations/default", "tiers/default", "tiers/adminnetworkpolicy", "tiers/baselineadminnetworkpolicy"} {
+		if _, there := got[resources+key]; !there {
+			t.Errorf("%s is missing", key)
+		}
+		delete(want, resources+key)
+		delete(got, resources+key)
+	}
+	for _, namespace := range []string{"a", "b"} {
+		policy := want[resources+"networkpolicies/"+namespace+"/p"].(map[string]any)
+		policy["metadata"] = map[string]any{"name": "default.p", "namespace": namespace,
+			"annotations": map[string]any{"projectcalico.org/metadata": `{"name":"p"}`}}
+		want[resources+"networkpolicies/"+namespace+"/default.p"] = policy
+		delete(want, resources+"networkpolicies/"+namespace+"/p")
+	}
+	if d := cmp.Diff(asYAML(want), got); d != "" {
 		t.Errorf("elsewhere:\n%s", d)
 	}
 	// A value that cannot be understood is no reason to print less and say nothing.

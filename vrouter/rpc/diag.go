@@ -50,6 +50,8 @@ type Traced struct {
 	Route, Back  Route  // longest match for the inner destination and source; the zero Route: none
 	Out          string // host, underlay or pod
 	OutInterface string // of the pod: the host's side
+	Pieces       int    // more than 1 when it has to be split; Packet is the first then
+	Answer       []byte // the ICMP error that its sender is told by
 }
 
 // ErrNoSwitch is what Trace returns, wrapped, for Transit where the vRouter does not have the pods' own interfaces.
@@ -99,7 +101,8 @@ func (c *Client) Trace(ctx context.Context, d Direction, packet []byte) (Traced,
 		return Traced{}, c.explain(err)
 	}
 	t := Traced{Forwarded: reply.GetForwarded(), Reason: reply.GetReason(), Packet: reply.GetPacket(), Out: reply.GetOut(),
-		OutInterface: reply.GetOutInterface()}
+		OutInterface: reply.GetOutInterface(),
+		Pieces:       int(reply.GetPieces()), Answer: reply.GetAnswer()}
 	for _, r := range reply.GetRungs() {
 		t.Rungs = append(t.Rungs, Rung{Name: r.GetName(), Detail: r.GetDetail(), Passed: r.GetPassed()})
 	}
@@ -187,7 +190,8 @@ func (s *Server) Trace(_ context.Context, req *pb.TraceRequest) (*pb.TraceReply,
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
-	reply := &pb.TraceReply{Forwarded: t.Verdict == vrouter.VerdictForward, Packet: t.Packet, Out: string(t.Out), OutInterface: t.OutInterface}
+	reply := &pb.TraceReply{Forwarded: t.Verdict == vrouter.VerdictForward, Packet: t.Packet, Out: string(t.Out), OutInterface: t.OutInterface,
+		Pieces: uint32(t.Pieces), Answer: t.Answer}
 	if !reply.Forwarded {
 		reply.Reason = t.Reason.String()
 	}

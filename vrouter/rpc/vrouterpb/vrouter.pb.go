@@ -256,9 +256,10 @@ func (x *Route) GetStale() bool {
 
 type Config struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	NodeAddress   []byte                 `protobuf:"bytes,1,opt,name=node_address,json=nodeAddress,proto3" json:"node_address,omitempty"` // source of the outer header, and the only destination accepted
-	Underlay      string                 `protobuf:"bytes,2,opt,name=underlay,proto3" json:"underlay,omitempty"`                          // interface name
-	Mtu           uint32                 `protobuf:"varint,3,opt,name=mtu,proto3" json:"mtu,omitempty"`                                   // bytes, of the TUN device: the underlay's less 20
+	NodeAddress   []byte                 `protobuf:"bytes,1,opt,name=node_address,json=nodeAddress,proto3" json:"node_address,omitempty"`       // source of the outer header, and the only destination accepted
+	Underlay      string                 `protobuf:"bytes,2,opt,name=underlay,proto3" json:"underlay,omitempty"`                                // interface name
+	Mtu           uint32                 `protobuf:"varint,3,opt,name=mtu,proto3" json:"mtu,omitempty"`                                         // bytes, of the TUN device: the underlay's less 20
+	TunnelAddress []byte                 `protobuf:"bytes,4,opt,name=tunnel_address,json=tunnelAddress,proto3" json:"tunnel_address,omitempty"` // the TUN device's own, source of ICMP errors; absent: node_address
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -312,6 +313,13 @@ func (x *Config) GetMtu() uint32 {
 		return x.Mtu
 	}
 	return 0
+}
+
+func (x *Config) GetTunnelAddress() []byte {
+	if x != nil {
+		return x.TunnelAddress
+	}
+	return nil
 }
 
 // Pod is a pod of this node, and the host's side of its interface, which the vRouter may take over.
@@ -1145,6 +1153,8 @@ type TraceReply struct {
 	Back          *Route                 `protobuf:"bytes,6,opt,name=back,proto3" json:"back,omitempty"`                                     // longest match for the inner source; absent: none
 	Out           string                 `protobuf:"bytes,7,opt,name=out,proto3" json:"out,omitempty"`                                       // host, underlay or pod
 	OutInterface  string                 `protobuf:"bytes,8,opt,name=out_interface,json=outInterface,proto3" json:"out_interface,omitempty"` // for pod: the host's side of its interface
+	Pieces        uint32                 `protobuf:"varint,9,opt,name=pieces,proto3" json:"pieces,omitempty"`                                // more than 1 when it has to be split; packet is the first then
+	Answer        []byte                 `protobuf:"bytes,10,opt,name=answer,proto3" json:"answer,omitempty"`                                // the ICMP error that its sender is told by
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1233,6 +1243,20 @@ func (x *TraceReply) GetOutInterface() string {
 		return x.OutInterface
 	}
 	return ""
+}
+
+func (x *TraceReply) GetPieces() uint32 {
+	if x != nil {
+		return x.Pieces
+	}
+	return 0
+}
+
+func (x *TraceReply) GetAnswer() []byte {
+	if x != nil {
+		return x.Answer
+	}
+	return nil
 }
 
 type ListDropsRequest struct {
@@ -1748,11 +1772,12 @@ const file_vrouter_proto_rawDesc = "" +
 	"\x06prefix\x18\x01 \x01(\v2\x19.margay.vrouter.v1.PrefixR\x06prefix\x12+\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x17.margay.vrouter.v1.KindR\x04kind\x12\x18\n" +
 	"\agateway\x18\x03 \x01(\fR\agateway\x12\x14\n" +
-	"\x05stale\x18\x04 \x01(\bR\x05stale\"Y\n" +
+	"\x05stale\x18\x04 \x01(\bR\x05stale\"\x80\x01\n" +
 	"\x06Config\x12!\n" +
 	"\fnode_address\x18\x01 \x01(\fR\vnodeAddress\x12\x1a\n" +
 	"\bunderlay\x18\x02 \x01(\tR\bunderlay\x12\x10\n" +
-	"\x03mtu\x18\x03 \x01(\rR\x03mtu\"=\n" +
+	"\x03mtu\x18\x03 \x01(\rR\x03mtu\x12%\n" +
+	"\x0etunnel_address\x18\x04 \x01(\fR\rtunnelAddress\"=\n" +
 	"\x03Pod\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\fR\aaddress\x12\x1c\n" +
 	"\tinterface\x18\x02 \x01(\tR\tinterface\"0\n" +
@@ -1809,7 +1834,7 @@ const file_vrouter_proto_rawDesc = "" +
 	"\x04Rung\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x16\n" +
-	"\x06passed\x18\x03 \x01(\bR\x06passed\"\x9e\x02\n" +
+	"\x06passed\x18\x03 \x01(\bR\x06passed\"\xce\x02\n" +
 	"\n" +
 	"TraceReply\x12\x1c\n" +
 	"\tforwarded\x18\x01 \x01(\bR\tforwarded\x12\x16\n" +
@@ -1819,7 +1844,10 @@ const file_vrouter_proto_rawDesc = "" +
 	"\x05route\x18\x05 \x01(\v2\x18.margay.vrouter.v1.RouteR\x05route\x12,\n" +
 	"\x04back\x18\x06 \x01(\v2\x18.margay.vrouter.v1.RouteR\x04back\x12\x10\n" +
 	"\x03out\x18\a \x01(\tR\x03out\x12#\n" +
-	"\rout_interface\x18\b \x01(\tR\foutInterface\"(\n" +
+	"\rout_interface\x18\b \x01(\tR\foutInterface\x12\x16\n" +
+	"\x06pieces\x18\t \x01(\rR\x06pieces\x12\x16\n" +
+	"\x06answer\x18\n" +
+	" \x01(\fR\x06answer\"(\n" +
 	"\x10ListDropsRequest\x12\x14\n" +
 	"\x05since\x18\x01 \x01(\x04R\x05since\"\xc8\x01\n" +
 	"\bDropFlow\x12:\n" +
