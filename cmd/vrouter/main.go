@@ -141,6 +141,7 @@ func (o *options) run(ctx context.Context) (err error) {
 	defer cancel()
 	var wg sync.WaitGroup
 	wg.Go(func() { keeper.Run(ctx) })
+	wg.Go(func() { router.CollectDrops(ctx) })
 	workers[0].SetReply(side.reply)
 	var sideErr error
 	wg.Go(func() {
