@@ -71,8 +71,8 @@ var (
 	gateway = netip.MustParseAddr("198.18.0.2")
 	routes  = []Route{
 		{Prefix: netip.MustParsePrefix("10.244.1.0/26"), NextHop: Local()},
-		{Prefix: netip.MustParsePrefix("10.244.2.0/26"), NextHop: Multipath(KindTunnel, gateway, netip.MustParseAddr("198.18.0.200"), netip.MustParseAddr("198.18.0.201"))},
-		{Prefix: netip.MustParsePrefix("10.244.3.0/26"), NextHop: Direct(gateway)},
+		{Prefix: netip.MustParsePrefix("10.244.2.0/26"), NextHop: Tunnel(gateway)},
+		{Prefix: netip.MustParsePrefix("10.244.3.0/26"), NextHop: Multipath(KindDirect, gateway, netip.MustParseAddr("198.18.0.200"), netip.MustParseAddr("198.18.0.201"))},
 		{Prefix: netip.MustParsePrefix("10.244.4.0/26"), NextHop: Blackhole()},
 		{Prefix: netip.MustParsePrefix("fd00:1::/64"), NextHop: Tunnel(netip.MustParseAddr("fd00::2"))},
 	}
