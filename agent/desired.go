@@ -136,11 +136,8 @@ func (d *Desired) pools(in Inputs) {
 		if p.NATOutgoing {
 			d.NAT = append(d.NAT, p.CIDR)
 		}
-		if !p.CIDR.Addr().Is4() {
-			continue
-		}
 		d.Kernel = append(d.Kernel, KernelRoute{Prefix: p.CIDR, Blackhole: true, Metric: blackholeMetric})
-		if p.Unsupported == "" && encapsulates(p.IPIPMode) {
+		if p.CIDR.Addr().Is4() && p.Unsupported == "" && encapsulates(p.IPIPMode) {
 			d.Encap = true
 			d.Kernel = append(d.Kernel, KernelRoute{Prefix: p.CIDR, Device: tunnelDevice, Source: in.Tunnel})
 		}

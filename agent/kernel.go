@@ -52,6 +52,9 @@ func (k *kernelTable) Apply(want []KernelRoute, sweep bool) error {
 			// Not replace: the kernel would take anybody's route of that destination and metric for it.
 			err = k.nl.RouteAdd(&route)
 		}
+		if w.Prefix.Addr().Is6() && (errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EACCES)) {
+			continue // IPv6 is off: nothing can leave by it
+		}
 		if errors.Is(err, unix.EEXIST) {
 			err = errors.New("somebody else's route is there already: remove one of the two")
 		}
@@ -72,10 +75,14 @@ func (k *kernelTable) Apply(want []KernelRoute, sweep bool) error {
 }
 
 func (k *kernelTable) list() (map[kernelKey]netlink.Route, error) {
-	routes, err := k.nl.RouteListFiltered(unix.AF_INET, &netlink.Route{Protocol: routeProtocol, Table: unix.RT_TABLE_MAIN},
-		netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
-	if err != nil {
-		return nil, fmt.Errorf("list kernel routes: %w", err)
+	var routes []netlink.Route
+	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
+		list, err := k.nl.RouteListFiltered(family, &netlink.Route{Protocol: routeProtocol, Table: unix.RT_TABLE_MAIN},
+			netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
+		if err != nil && !errors.Is(err, unix.EAFNOSUPPORT) && !errors.Is(err, unix.EOPNOTSUPP) { // a kernel without IPv6 has none
+			return nil, fmt.Errorf("list kernel routes: %w", err)
+		}
+		routes = append(routes, list...)
 	}
 	out := make(map[kernelKey]netlink.Route, len(routes))
 	for _, r := range routes {
@@ -96,7 +103,10 @@ func (k *kernelTable) toNetlink(w KernelRoute, links map[string]int) (netlink.Ro
 	r := netlink.Route{Dst: ipNet(w.Prefix), Protocol: routeProtocol, Table: unix.RT_TABLE_MAIN, Priority: w.Metric,
 		Type: unix.RTN_UNICAST}
 	if w.Blackhole {
-		r.Type = unix.RTN_BLACKHOLE
+		if r.Type = unix.RTN_BLACKHOLE; w.Prefix.Addr().Is6() {
+			// No other node's IPv6 pods can be reached yet: who tries is told at once, and can go by IPv4.
+			r.Type = unix.RTN_UNREACHABLE
+		}
 		return r, nil
 	}
 	index, ok := links[w.Device]
@@ -133,11 +143,14 @@ func sameRoute(a, b netlink.Route) bool {
 	if a.Type != b.Type {
 		return false
 	}
-	return a.Type == unix.RTN_BLACKHOLE || a.LinkIndex == b.LinkIndex && a.Gw.Equal(b.Gw) && a.Src.Equal(b.Src)
+	return a.Type != unix.RTN_UNICAST || a.LinkIndex == b.LinkIndex && a.Gw.Equal(b.Gw) && a.Src.Equal(b.Src)
 }
 
 // String is how `ip route` would write it.
 func (w KernelRoute) String() string {
+	if w.Blackhole && w.Prefix.Addr().Is6() {
+		return fmt.Sprintf("unreachable %s metric %d", w.Prefix, w.Metric)
+	}
 	if w.Blackhole {
 		return fmt.Sprintf("blackhole %s metric %d", w.Prefix, w.Metric)
 	}

@@ -38,6 +38,7 @@ type options struct {
 	socket   string
 	stateDir string
 	logLevel string
+	router   routerFlags
 }
 
 func newCommand() *cobra.Command {
@@ -58,10 +59,13 @@ restart, from the snapshot in the state directory. vr0 stays when vrouter ends.
 
 --attach says how: tun carries superpackets (TSO, USO) whole, from vr0 to the other
 nodes and back; tun-plain hands over finished packets one by one; auto is tun where
-the kernel has what it needs, and tun-plain elsewhere.
+the kernel has what it needs, and tun-plain elsewhere. direct is tun, and the vRouter
+reads the pods' own interfaces besides: what one pod sends to another, here or on
+another node, passes by the kernel's stack, and all else is the kernel's as with tun.
 
 It needs the capabilities NET_ADMIN and NET_RAW, and /dev/net/tun. With BPF as well,
-and Linux 6.6, superpackets leave whole; without, the vRouter splits them.`,
+and Linux 6.6, superpackets leave whole; without, the vRouter splits them, and direct
+cannot be had.`,
 		Example:       "  vrouter\n  vrouter --socket /run/margay/vrouter.sock --log-level debug",
 		Args:          cobra.NoArgs,
 		Version:       version.String(),
@@ -73,11 +77,12 @@ and Linux 6.6, superpackets leave whole; without, the vRouter splits them.`,
 	}
 	cmd.SetVersionTemplate(version.Line("vrouter") + "\n")
 	f := cmd.Flags()
-	f.StringVar(&o.attach, "attach", port.AttachAuto, "how packets come and go: tun, tun-plain or auto")
+	f.StringVar(&o.attach, "attach", port.AttachAuto, "how packets come and go: tun, tun-plain, direct or auto")
 	f.StringVar(&o.tun, "tun", "vr0", "name of the TUN `device`; made if it is not there")
 	f.StringVar(&o.socket, "socket", "/run/margay/vrouter.sock", "unix socket `path` on which the agent programs the vRouter")
 	f.StringVar(&o.stateDir, "state-dir", "/var/lib/margay", "`directory` of the snapshot file, fib.snapshot")
 	f.StringVar(&o.logLevel, "log-level", "info", "least `level` of log lines: debug, info, warn or error")
+	o.router.add(f)
 	return cmd
 }
 
@@ -93,10 +98,19 @@ func (o *options) run(ctx context.Context) (err error) {
 	if err := port.CheckAttach(o.attach); err != nil {
 		return err
 	}
+	routing, err := o.router.options()
+	if err != nil {
+		return err
+	}
 	var listener net.Listener
+	var side *sideways
+	defer func() { err = errors.Join(err, side.close()) }()
 	ports, err := port.OpenPorts(o.attach, o.tun, func() (err error) {
 		if err := os.MkdirAll(o.stateDir, 0o755); err != nil {
 			return fmt.Errorf("--state-dir: %w", err)
+		}
+		if side, err = openSideways(); err != nil {
+			return err
 		}
 		listener, err = rpc.Listen(o.socket)
 		return err
@@ -112,10 +126,14 @@ func (o *options) run(ctx context.Context) (err error) {
 	log.Info("attached", "attach", ports.Attach, "why", ports.Why, "device offloads", tun.Offloads(), "sending", underlay.Sending())
 
 	router := vrouter.New()
+	if err := router.SetOptions(routing); err != nil {
+		return err
+	}
 	router.OnConfig(func(c vrouter.Config) error {
 		log.Info("configured", "address", c.NodeAddress, "underlay", c.Underlay, "mtu", c.MTU)
 		return errors.Join(underlay.SetInterface(c.Underlay), tun.SetMTU(c.MTU))
 	})
+	workers := ports.Workers(router)
 	keeper := vrouter.NewKeeper(router, filepath.Join(o.stateDir, "fib.snapshot"), log)
 	keeper.Load()
 
@@ -123,10 +141,13 @@ func (o *options) run(ctx context.Context) (err error) {
 	defer cancel()
 	var wg sync.WaitGroup
 	wg.Go(func() { keeper.Run(ctx) })
-	workers := []*vrouter.Worker{
-		router.NewWorker(vrouter.Encap, tun, underlay),
-		router.NewWorker(vrouter.Decap, underlay, tun),
-	}
+	wg.Go(func() { router.CollectDrops(ctx) })
+	workers[0].SetReply(side.reply)
+	var sideErr error
+	wg.Go(func() {
+		sideErr = side.listen(router, log)
+		cancel()
+	})
 	workerErrs := make([]error, len(workers))
 	for i, w := range workers {
 		wg.Go(func() {
@@ -140,9 +161,10 @@ func (o *options) run(ctx context.Context) (err error) {
 	serveErr := server.Serve(ctx, listener)
 	cancel()
 	ports.Stop()
+	side.stop()
 	wg.Wait()
 	log.Info("vrouter stops", "device left in place", tun.Name())
-	return errors.Join(append(workerErrs, serveErr)...)
+	return errors.Join(append(workerErrs, serveErr, sideErr)...)
 }
 
 func (o *options) logger() (*slog.Logger, error) {

@@ -108,7 +108,8 @@ func routeFromWire(field string, r *pb.Route) (Route, error) {
 }
 
 func configToWire(c Config) *pb.Config {
-	return &pb.Config{NodeAddress: addrToWire(c.NodeAddress), Underlay: c.Underlay, Mtu: uint32(max(c.MTU, 0))}
+	return &pb.Config{NodeAddress: addrToWire(c.NodeAddress), Underlay: c.Underlay, Mtu: uint32(max(c.MTU, 0)),
+		TunnelAddress: addrToWire(c.TunnelAddress)}
 }
 
 func configFromWire(c *pb.Config) (Config, error) {
@@ -116,7 +117,11 @@ func configFromWire(c *pb.Config) (Config, error) {
 	if err != nil {
 		return Config{}, err
 	}
-	return Config{NodeAddress: a, Underlay: c.GetUnderlay(), MTU: int(c.GetMtu())}, nil
+	tunnel, err := addrFromWire("config.tunnel_address", c.GetTunnelAddress())
+	if err != nil {
+		return Config{}, err
+	}
+	return Config{NodeAddress: a, Underlay: c.GetUnderlay(), MTU: int(c.GetMtu()), TunnelAddress: tunnel}, nil
 }
 
 func updateToWire(u Update) *pb.UpdateRequest {
