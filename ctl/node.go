@@ -14,7 +14,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"margay/agent/api"
-	"margay/internal/version"
 	"margay/vrouter/rpc"
 )
 
@@ -246,27 +245,4 @@ func newNodeCountersCommand() *cobra.Command {
 	addOutput(cmd, &output, "text", "text or json")
 	cmd.Flags().BoolVar(&all, "all", false, "also the counters that are zero")
 	return cmd
-}
-
-// versionInfo is what `margayctl version -o json` prints.
-type versionInfo struct {
-	Client  string `json:"client"`
-	Agent   string `json:"agent,omitempty"`
-	VRouter string `json:"vrouter,omitempty"`
-}
-
-func versions(ctx context.Context) versionInfo {
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
-	defer cancel()
-	v := versionInfo{Client: version.String()}
-	if st, err := api.Get(ctx, agentSocket()); err == nil {
-		v.Agent = st.Version
-	}
-	if c, err := rpc.Dial(vrouterSocket()); err == nil {
-		defer c.Close()
-		if st, err := c.Status(ctx); err == nil {
-			v.VRouter = st.Version
-		}
-	}
-	return v
 }
