@@ -362,7 +362,7 @@ func (a *Agent) reconcile(ctx context.Context) error {
 	// What cannot be read may be what a route stands on: nothing is taken away until it can.
 	sweep := a.synced && !in.Blind
 	a.locked(func() { a.desired = want })
-	cfg := rpc.Config{NodeAddress: a.underlay.Prefix.Addr(), Underlay: a.underlay.Interface, MTU: a.underlay.MTU - ipipOverhead}
+	cfg := rpc.Config{NodeAddress: a.underlay.Prefix.Addr(), Underlay: a.underlay.Interface, MTU: a.underlay.MTU - ipipOverhead, TunnelAddress: a.tunnel}
 	if err := a.plane.apply(ctx, cfg, want, sweep); err != nil {
 		errs = append(errs, fmt.Errorf("program the vRouter: %w", err))
 	}

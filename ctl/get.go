@@ -90,7 +90,7 @@ func (in *input) query(cmd *cobra.Command, args []string, all bool) (query, erro
 	}
 	kind, err := datastore.LookupKind(args[0])
 	if err != nil {
-		return query{}, err
+		return query{}, fmt.Errorf("failed to get resources: %w", err)
 	}
 	q := query{kind: kind}
 	switch {

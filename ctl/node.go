@@ -14,7 +14,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"margay/agent/api"
-	"margay/internal/version"
 	"margay/vrouter/rpc"
 )
 
@@ -137,7 +136,32 @@ type routeRow struct {
 	Prefix  netip.Prefix `json:"prefix"`
 	Kind    string       `json:"kind"`
 	Gateway netip.Addr   `json:"gateway"`
-	Stale   bool         `json:"stale"`
+	// Gateways is all of them, where flows are spread over several.
+	Gateways []netip.Addr `json:"gateways,omitempty"`
+	Stale    bool         `json:"stale"`
+}
+
+func newRouteRow(e rpc.RouteEntry) routeRow {
+	row := routeRow{Prefix: e.Prefix, Kind: e.NextHop.Kind.String(), Gateway: e.NextHop.Gateway, Stale: e.Stale}
+	if e.NextHop.IsGroup() {
+		row.Gateways = e.NextHop.Gateways()
+	}
+	return row
+}
+
+// gateways returns the column of that name: "-" for none, several separated by commas.
+func (r routeRow) gateways() string {
+	switch {
+	case !r.Gateway.IsValid():
+		return "-"
+	case len(r.Gateways) == 0:
+		return r.Gateway.String()
+	}
+	all := make([]string, len(r.Gateways))
+	for i, a := range r.Gateways {
+		all[i] = a.String()
+	}
+	return strings.Join(all, ",")
 }
 
 func newNodeRoutesCommand() *cobra.Command {
@@ -157,7 +181,7 @@ func newNodeRoutesCommand() *cobra.Command {
 				}
 				rows := make([]routeRow, len(entries))
 				for i, e := range entries {
-					rows[i] = routeRow{e.Prefix, e.NextHop.Kind.String(), e.NextHop.Gateway, e.Stale}
+					rows[i] = newRouteRow(e)
 				}
 				if output == "json" {
 					return printJSON(cmd.OutOrStdout(), struct {
@@ -168,11 +192,7 @@ func newNodeRoutesCommand() *cobra.Command {
 				tw := tabwriter.NewWriter(cmd.OutOrStdout(), 5, 1, 3, ' ', 0)
 				fmt.Fprintln(tw, "PREFIX\tKIND\tGATEWAY\tSTALE\t")
 				for _, r := range rows {
-					gw := "-"
-					if r.Gateway.IsValid() {
-						gw = r.Gateway.String()
-					}
-					fmt.Fprintf(tw, "%s\t%s\t%s\t%t\t\n", r.Prefix, r.Kind, gw, r.Stale)
+					fmt.Fprintf(tw, "%s\t%s\t%s\t%t\t\n", r.Prefix, r.Kind, r.gateways(), r.Stale)
 				}
 				return tw.Flush()
 			})
@@ -225,27 +245,4 @@ func newNodeCountersCommand() *cobra.Command {
 	addOutput(cmd, &output, "text", "text or json")
 	cmd.Flags().BoolVar(&all, "all", false, "also the counters that are zero")
 	return cmd
-}
-
-// versionInfo is what `margayctl version -o json` prints.
-type versionInfo struct {
-	Client  string `json:"client"`
-	Agent   string `json:"agent,omitempty"`
-	VRouter string `json:"vrouter,omitempty"`
-}
-
-func versions(ctx context.Context) versionInfo {
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
-	defer cancel()
-	v := versionInfo{Client: version.String()}
-	if st, err := api.Get(ctx, agentSocket()); err == nil {
-		v.Agent = st.Version
-	}
-	if c, err := rpc.Dial(vrouterSocket()); err == nil {
-		defer c.Close()
-		if st, err := c.Status(ctx); err == nil {
-			v.VRouter = st.Version
-		}
-	}
-	return v
 }

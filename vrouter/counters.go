@@ -38,6 +38,22 @@ var pathNames = [pathCount]string{pathEncap: "encap", pathDecap: "decap", pathLo
 type tallies struct {
 	forwarded [pathCount]tally
 	dropped   [reasonCount]tally
+	more      [moreCount]tally
+}
+
+// The counters beside those two. With them every packet is accounted for: what was received is what was forwarded, less
+// the pieces, plus what was split, plus what was dropped.
+const (
+	moreSplit       = iota // packets that were too long for the way, and went in pieces; bytes are theirs
+	morePieces             // the pieces: fragments, and segments of superpackets
+	moreICMPSent           // ICMP errors of ours
+	moreICMPFailed         // and those that the reply port could not send
+	moreICMPLimited        // packets that would have been answered, but for the rate
+	moreCount
+)
+
+var moreNames = [moreCount]string{
+	moreSplit: "split", morePieces: "pieces", moreICMPSent: "icmp_sent", moreICMPFailed: "icmp_send_failed", moreICMPLimited: "icmp_rate_limited",
 }
 
 // Counters returns every counter: what was forwarded by path, what was dropped by reason, and the kernel's own
@@ -52,6 +68,7 @@ func (r *Router) Counters() []Counter {
 		forwarded[i].Name = "forwarded_" + name
 	}
 	var dropped [reasonCount]Counter
+	var more [moreCount]Counter
 	var kernel []Counter
 	seen := make(map[Port]bool)
 	for _, w := range workers {
@@ -63,8 +80,12 @@ func (r *Router) Counters() []Counter {
 			dropped[i].Packets += w.tallies.dropped[i].packets.Load()
 			dropped[i].Bytes += w.tallies.dropped[i].bytes.Load()
 		}
-		for _, p := range []Port{w.in, w.out} {
-			if !seen[p] {
+		for i := range w.tallies.more {
+			more[i].Packets += w.tallies.more[i].packets.Load()
+			more[i].Bytes += w.tallies.more[i].bytes.Load()
+		}
+		for _, p := range []Port{w.in, w.out, w.reply} {
+			if p != nil && !seen[p] {
 				seen[p] = true
 				kernel = append(kernel, p.Counters()...)
 			}
@@ -75,5 +96,9 @@ func (r *Router) Counters() []Counter {
 		dropped[i].Name = "drop_" + Reason(i).String()
 	}
 	all = append(all, dropped[:]...)
+	for i := range more {
+		more[i].Name = moreNames[i]
+	}
+	all = append(all, more[:]...)
 	return append(all, kernel...)
 }

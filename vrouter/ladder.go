@@ -14,6 +14,7 @@ type Verdict uint8
 const (
 	VerdictDrop    Verdict = iota // count it under its reason
 	VerdictForward                // send it, as it now is, on the ladder's other port
+	VerdictSplit                  // it is too long, and may be sent in pieces; whoever cannot drops it
 )
 
 // Direction says which ladder a worker walks.
@@ -31,11 +32,6 @@ func (d Direction) String() string { return [...]string{"encap", "decap", "trans
 
 // outerTTL is the TTL of the outer header (RFC 2003, 3.1: enough to reach the tunnel's far end).
 const outerTTL = 64
-
-const (
-	protoIPIP = 4
-	protoIPv6 = 41
-)
 
 // view is everything a ladder decides by, loaded once for a batch. Of the routes each lookup sees one transaction or
 // the next; the state is immutable.
@@ -69,11 +65,22 @@ func (v *view) encapParse(p *Packet) (packet.IPv4, Reason) {
 	return inner, ReasonNotSet
 }
 
-// encap is the second half; hop is the answer for the destination. It pushes the outer header:
+// toward returns the hop that a packet takes of the answer for its destination: where that has several gateways, its
+// flow's.
+func (v *view) toward(hop fib.Hop, inner packet.IPv4) fib.Hop {
+	if hop.IsGroup() {
+		return v.routes.Select(hop, packet.FlowHash(inner))
+	}
+	return hop
+}
+
+// encap is the second half; hop is the answer for the destination, one gateway of it. It pushes the outer header:
 //
 //	3 the longest match for the destination is a tunnel to another node
-//	4 it fits
-//	5 push (RFC 2003, 3.1; RFC 6040, 4.1)
+//	4 no tunnel within the tunnel
+//	5 it fits, through the narrowest link that is known on the way; else its sender is told, or it is split
+//	  (RFC 2003, 3.1 and 5.1)
+//	6 push (RFC 2003, 3.1; RFC 6040, 4.1; RFC 2983, 3.1)
 //
 // o is scratch that the caller keeps; its ID goes on from packet to packet.
 func (v *view) encap(p *Packet, inner packet.IPv4, hop fib.Hop, o *packet.Outer) (Verdict, Reason) {
@@ -92,19 +99,30 @@ func (v *view) encap(p *Packet, inner packet.IPv4, hop fib.Hop, o *packet.Outer)
 	if hop.Gateway() == v.state.address {
 		return VerdictDrop, ReasonGatewaySelf
 	}
+	if isTunnel(inner) && !v.state.options.NestedTunnels {
+		return VerdictDrop, ReasonNestedTunnel
+	}
 	length, segments, reason := wireSize(inner, &p.Offload)
 	if reason != ReasonNotSet {
 		return VerdictDrop, reason
 	}
-	// vr0's MTU keeps such packets away, and answers them; one that slips in while the MTU changes ends here.
-	if length > v.state.config.MTU {
-		return VerdictDrop, ReasonPacketTooBig
+	if length > v.state.narrowest && length > v.state.mtuTo(hop.Gateway()) {
+		if inner.DF() {
+			return VerdictDrop, ReasonPacketTooBig
+		}
+		return VerdictSplit, ReasonPacketTooBig
 	}
-	o.Src, o.TTL = v.state.source, outerTTL
+	if v.state.options.ClampMSS {
+		v.clamp(p, inner, hop)
+	}
+	o.Src, o.TTL, o.Pipe, o.DSCP = v.state.source, outerTTL, v.state.pipe, v.state.options.DSCP.Value
 	binary.BigEndian.PutUint32(o.Dst[:], hop.Gateway())
 	o.ID++
 	out, fault := packet.PushIPIP(p.Buf[:p.Off+len(inner)], p.Off, o)
 	if fault != 0 {
+		if segments > 1 {
+			return VerdictSplit, ReasonPacketTooBig // its segments fit one by one
+		}
 		return VerdictDrop, ReasonPacketTooBig
 	}
 	// Each segment will count the identification up, as whoever splits does (RFC 6864: they must differ).
@@ -147,7 +165,7 @@ func (v *view) decapParse(p *Packet) (packet.IPv4, Reason) {
 		return nil, ReasonOffloadUnsupported
 	}
 	outer, fault := packet.ParseIPv4(p.Bytes())
-	if fault != 0 || outer.Protocol() != protoIPIP {
+	if fault != 0 || outer.Protocol() != packet.ProtocolIPIP {
 		return nil, ReasonOuterMalformed
 	}
 	if outer.DstU32() != v.state.address {
@@ -166,20 +184,28 @@ func (v *view) decapParse(p *Packet) (packet.IPv4, Reason) {
 		}
 		return nil, ReasonInnerMalformed
 	}
-	if proto := inner.Protocol(); proto == protoIPIP || proto == protoIPv6 {
+	if isTunnel(inner) && !v.state.options.NestedTunnels {
 		return nil, ReasonNestedTunnel
 	}
 	return inner, ReasonNotSet
 }
 
+// isTunnel reports whether another IP packet is inside inner.
+func isTunnel(inner packet.IPv4) bool {
+	proto := inner.Protocol()
+	return proto == packet.ProtocolIPIP || proto == packet.ProtocolIPv6
+}
+
 // decap is the second half; back is the answer for the source of the inner packet, here the one for its destination. It
 // takes the outer header away:
 //
-//	5 the route back to the inner source leads to the node that sent it
+//	5 the route back to the inner source leads to the node that sent it, or the operator has made an exception
 //	6 the inner destination is this node's
+//	7 DSCP as configured (RFC 2983, 3.1)
 func (v *view) decap(p *Packet, inner packet.IPv4, back, here fib.Hop) (Verdict, Reason) {
 	outer := packet.IPv4(p.Bytes())
-	if back.Gateway() != outer.SrcU32() || (back.Kind() != fib.KindTunnel && back.Kind() != fib.KindDirect) {
+	if (!v.routes.LeadsTo(back, outer.SrcU32()) || (back.Kind() != fib.KindTunnel && back.Kind() != fib.KindDirect)) &&
+		!v.state.accepts(inner, back) {
 		return VerdictDrop, ReasonInnerSource
 	}
 	if here.Kind() != fib.KindLocal {
@@ -191,6 +217,9 @@ func (v *view) decap(p *Packet, inner packet.IPv4, back, here fib.Hop) (Verdict,
 			return VerdictDrop, ReasonInnerMalformed
 		}
 		p.Offload.ChecksumStart -= uint16(shrunk)
+	}
+	if v.state.options.DSCP.Mode == DSCPUniform {
+		packet.CopyDSCP(outer, inner)
 	}
 	p.Off += shrunk
 	p.Len = len(inner)

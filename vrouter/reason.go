@@ -27,7 +27,8 @@ const (
 	ReasonPacketTooBig // longer than vr0's MTU, or than an outer header can tell
 
 	// From a pod, where the vRouter reads its interface itself.
-	ReasonSpoofed // the source is not the pod's address
+	ReasonSpoofed    // the source is not the pod's address
+	ReasonTTLExpired // its time to live is over
 
 	// Decapsulation: from another node to a pod of this node.
 	ReasonOuterMalformed   // outer header wrong, or not protocol 4
@@ -36,7 +37,7 @@ const (
 	ReasonOuterSourceNode  // outer source is no node of this cluster
 	ReasonInnerMalformed   // inner header wrong
 	ReasonECNIllegal       // outer congestion mark on an inner packet that cannot carry one (RFC 6040, 4.2)
-	ReasonNestedTunnel     // a tunnel inside the tunnel
+	ReasonNestedTunnel     // a tunnel inside the tunnel, on the way in or out
 	ReasonInnerSource      // the route back to the inner source does not lead to the node that sent it
 	ReasonInnerDestination // the inner destination is no pod or block of this node
 
@@ -60,6 +61,7 @@ var reasonNames = [reasonCount]string{
 	ReasonSendTooBig:         "send_emsgsize",
 	ReasonSendQueueFull:      "send_queue_full",
 	ReasonSpoofed:            "spoofed",
+	ReasonTTLExpired:         "ttl_expired",
 	ReasonOuterMalformed:     "outer_malformed",
 	ReasonOuterNotForUs:      "outer_not_for_us",
 	ReasonOuterFragment:      "outer_fragment",

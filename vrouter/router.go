@@ -28,6 +28,9 @@ type Config struct {
 	Underlay string
 	// MTU is vr0's in bytes: the underlay's, less 20 for the outer header.
 	MTU int
+	// TunnelAddress is vr0's own, in the pods' network: the source of ICMP errors that the vRouter sends where it is the
+	// router. The zero Addr: NodeAddress in its place.
+	TunnelAddress netip.Addr
 }
 
 // Validate returns an error that names the first field that is wrong, and what was expected.
@@ -40,6 +43,9 @@ func (c Config) Validate() error {
 	}
 	if c.MTU < MinMTU || c.MTU > MaxMTU {
 		return fmt.Errorf("config: mtu %d: expected %d to %d", c.MTU, MinMTU, MaxMTU)
+	}
+	if a := c.TunnelAddress; a.IsValid() && (!a.Is4() || a.IsUnspecified() || a.IsMulticast()) {
+		return fmt.Errorf("config: tunnel address %q: expected a unicast IPv4 address, or none", a)
 	}
 	return nil
 }
@@ -84,6 +90,12 @@ type state struct {
 	source     [4]byte      // config.NodeAddress
 	address    uint32       // the same as a number, as fib.Hop has its gateway
 	nodes      []netip.Addr // sorted
+
+	options   Options
+	pipe      bool      // options.DSCP.Mode is DSCPPipe
+	answers   [4]byte   // source of ICMP errors
+	paths     []pathMTU // sorted by gateway
+	narrowest int       // bytes; every packet up to here fits, whatever its gateway
 }
 
 // isNode reports whether a is a node of this cluster.
@@ -105,6 +117,8 @@ type Router struct {
 	apply    func(Config) error
 	routesTo func(set []Route, del []netip.Prefix)
 	workers  []*Worker
+	captures []*Capture
+	drops    dropLog
 	changed  chan struct{}
 }
 
@@ -112,7 +126,7 @@ type Router struct {
 func New() *Router {
 	r := &Router{table: fib.New(), nodes: make(map[netip.Addr]bool), pods: podSet{pods: make(map[netip.Addr]*knownPod)},
 		changed: make(chan struct{}, 1)}
-	r.state.Store(&state{})
+	r.state.Store(&state{options: Options{ICMPRate: DefaultICMPRate}})
 	return r
 }
 
@@ -158,6 +172,9 @@ func (r *Router) update(u Update) error {
 		}
 		next.config, next.configured, next.source = *u.Config, true, u.Config.NodeAddress.As4()
 		next.address = binary.BigEndian.Uint32(next.source[:])
+		if next.answers = next.source; u.Config.TunnelAddress.IsValid() {
+			next.answers = u.Config.TunnelAddress.As4()
+		}
 	}
 	for _, a := range slices.Concat(u.AddNodes, u.DelNodes) {
 		if !a.IsValid() || a.Zone() != "" || a.Is4In6() || a.IsUnspecified() || a.IsMulticast() {
@@ -201,6 +218,7 @@ func (r *Router) update(u Update) error {
 // publish hands next, with the present set of nodes, to the workers.
 func (r *Router) publish(next *state) {
 	next.nodes = slices.SortedFunc(maps.Keys(r.nodes), netip.Addr.Compare)
+	next.narrow()
 	r.state.Store(next)
 	select {
 	case r.changed <- struct{}{}:

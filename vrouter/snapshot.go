@@ -43,9 +43,10 @@ type savedPod struct {
 }
 
 type savedConfig struct {
-	NodeAddress netip.Addr `json:"nodeAddress"`
-	Underlay    string     `json:"underlay"`
-	MTU         int        `json:"mtu"`
+	NodeAddress   netip.Addr `json:"nodeAddress"`
+	Underlay      string     `json:"underlay"`
+	MTU           int        `json:"mtu"`
+	TunnelAddress netip.Addr `json:"tunnelAddress"`
 }
 
 // EncodeSaved writes s to w.

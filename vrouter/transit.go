@@ -48,22 +48,32 @@ func (t *transit) podParse(p *Packet) (packet.IPv4, Reason) {
 // pod is the second half; hop is the answer for the destination:
 //
 //	4 to a pod of this node, or by a tunnel, and nothing about it that the kernel has to see: else to the kernel
-//	5 one off the TTL (RFC 1812, 5.3.1)
-//	6 out by the other pod's interface, or pushed into the tunnel
+//	5 it has time to live, and it fits; else the pod is told, or it is split (RFC 1812, 5.3.1 and 5.2.6)
+//	6 one off the TTL
+//	7 out by the other pod's interface, or pushed into the tunnel
+//
+// The order is the kernel's, so that what an ICMP error quotes has the TTL with which it came.
 func (t *transit) pod(p *Packet, inner packet.IPv4, hop fib.Hop, o *packet.Outer) (Verdict, Reason) {
 	p.Len = len(inner) // without the link layer's padding
 	out := t.pods.find(inner.DstU32())
-	if out == noInterface && hop.Kind() != fib.KindTunnel || !t.plain(p, inner) {
+	if out == noInterface && hop.Kind() != fib.KindTunnel || !plain(inner) || out != noInterface && !t.fits(p, inner) {
 		p.Out = HostInterface
 		return VerdictForward, ReasonNotSet
 	}
-	packet.DecrementTTL(inner)
+	if inner.TTL() <= 1 {
+		return VerdictDrop, ReasonTTLExpired
+	}
+	verdict, reason := VerdictForward, ReasonNotSet
 	if out != noInterface {
 		p.Out = out
-		return VerdictForward, ReasonNotSet
+	} else {
+		p.Out = UnderlayInterface
+		verdict, reason = t.encap(p, inner, hop, o)
 	}
-	p.Out = UnderlayInterface
-	return t.encap(p, inner, hop, o)
+	if verdict != VerdictDrop {
+		packet.DecrementTTL(inner)
+	}
+	return verdict, reason
 }
 
 // arrived is what follows decap: the inner packet, which p now is, goes out by the pod's interface, or to the kernel.
@@ -72,23 +82,25 @@ func (t *transit) arrived(p *Packet, inner packet.IPv4) {
 	if p.Out == noInterface {
 		return
 	}
-	if f, ok := flowOf(inner); !t.plain(p, inner) || ok && t.kernel.has(f) {
+	if f, ok := flowOf(inner); !plain(inner) || inner.TTL() <= 1 || !t.fits(p, inner) || ok && t.kernel.has(f) {
 		p.Out = HostInterface
 		return
 	}
 	packet.DecrementTTL(inner)
 }
 
-// plain reports whether there is nothing about a packet that the kernel has to see: it has time to live, fits without
-// fragmentation, is no fragment (a connection tracker wants them all), carries no options, and is no ICMP error (it may be
-// about a flow that a connection tracker has rewritten).
-func (t *transit) plain(p *Packet, inner packet.IPv4) bool {
-	if inner.TTL() <= 1 || inner.IsFragment() || inner.HeaderLen() != packet.IPv4MinLen {
+// plain reports whether there is nothing about a packet that the kernel has to see: it is no fragment (a connection
+// tracker wants them all), carries no options, and is no ICMP error (it may be about a flow that a connection tracker has
+// rewritten).
+func plain(inner packet.IPv4) bool {
+	if inner.IsFragment() || inner.HeaderLen() != packet.IPv4MinLen {
 		return false
 	}
-	if inner.Protocol() == protoICMP && (len(inner) <= packet.IPv4MinLen || icmpError(inner[packet.IPv4MinLen])) {
-		return false
-	}
+	return inner.Protocol() != protoICMP || len(inner) > packet.IPv4MinLen && !icmpError(inner[packet.IPv4MinLen])
+}
+
+// fits reports whether a packet fits a pod's interface as it is.
+func (t *transit) fits(p *Packet, inner packet.IPv4) bool {
 	length, _, reason := wireSize(inner, &p.Offload)
 	return reason == ReasonNotSet && length <= t.state.config.MTU
 }

@@ -3,6 +3,7 @@ package vrouter
 import (
 	"errors"
 	"runtime"
+	"sync/atomic"
 
 	"margay/vrouter/fib"
 	"margay/vrouter/packet"
@@ -25,8 +26,17 @@ type Worker struct {
 	asked     []asked
 	addresses []uint32
 	hops      []fib.Hop
+	view      view // of the turn
 	outer     packet.Outer
 	tallies   tallies
+	splitting splitting
+	answerer  *answerer
+	reply     Port // nil: nobody is told
+	replies   []*Packet
+	// podReplies go by the interface of the pod that they are for, on out.
+	podReplies []*Packet
+	notes      dropNotes
+	taps       atomic.Pointer[taps] // nil while nobody captures
 }
 
 // asked is a packet between the two halves of its ladder.
@@ -50,10 +60,7 @@ func (r *Router) NewWorker(direction Direction, in, out Port) *Worker {
 func (r *Router) newWorker(w *Worker) *Worker {
 	w.router = r
 	w.packets = make([]*Packet, batchSize)
-	w.outgoing = make([]*Packet, 0, batchSize)
-	w.asked = make([]asked, 0, batchSize)
-	w.addresses = make([]uint32, 0, 2*batchSize)
-	w.hops = make([]fib.Hop, 2*batchSize)
+	w.makeRoom(batchSize)
 	for i := range w.packets {
 		w.packets[i] = NewPacket()
 	}
@@ -61,8 +68,27 @@ func (r *Router) newWorker(w *Worker) *Worker {
 	defer r.mu.Unlock()
 	// A new slice, because Counters reads the old one outside the lock.
 	r.workers = append(r.workers[:len(r.workers):len(r.workers)], w)
+	for _, c := range r.captures {
+		c.attach(w)
+	}
 	return w
 }
+
+// makeRoom makes what a walk with n packets needs.
+func (w *Worker) makeRoom(n int) {
+	w.outgoing = make([]*Packet, 0, 2*n) // a batch, and the pieces
+	w.asked = make([]asked, 0, n)
+	w.addresses = make([]uint32, 0, 2*n)
+	w.hops = make([]fib.Hop, 2*n)
+	w.answerer = newAnswerer()
+	w.replies = make([]*Packet, 0, n)
+	w.podReplies = make([]*Packet, 0, n)
+}
+
+// SetReply names the port on which the worker sends the ICMP errors about what it receives, beside its other port: it
+// is the only one that sends there. Their source is 0.0.0.0, for the port to choose. Without it there are none. To be
+// called before Run.
+func (w *Worker) SetReply(reply Port) { w.reply = reply }
 
 // Run forwards until the port it receives from is stopped, and then returns nil; any other error of that port ends it.
 func (w *Worker) Run() error {
@@ -87,24 +113,45 @@ func (w *Worker) turn() error {
 	if err != nil {
 		return err
 	}
-	v := view{routes: w.router.table.Forwarding(), state: w.router.state.Load()}
-	w.outgoing = w.outgoing[:0]
+	w.view = view{routes: w.router.table.Forwarding(), state: w.router.state.Load()}
+	taps := w.taps.Load()
+	if taps != nil {
+		taps.before(w.packets[:n])
+	}
+	w.walk(w.packets[:n])
+	w.flush()
+	if taps != nil {
+		taps.after(w.packets[:n])
+	}
+	return nil
+}
+
+// walk takes a batch up the worker's ladder.
+func (w *Worker) walk(batch []*Packet) {
 	switch w.direction {
 	case Encap:
-		w.encap(&v, w.packets[:n])
+		w.encap(&w.view, batch)
 	case Decap:
-		w.decap(&v, w.packets[:n])
+		w.decap(&w.view, batch)
 	default:
-		w.transit(&transit{v, w.switched.Pods(), &w.kernel}, w.packets[:n])
+		w.transit(&transit{w.view, w.switched.Pods(), &w.kernel}, batch)
 	}
+}
+
+// flush sends what the ladder has let through, and what it answers.
+func (w *Worker) flush() {
+	w.sendReplies(w.reply, w.replies)
+	w.sendReplies(w.out, w.podReplies)
+	w.replies, w.podReplies = w.replies[:0], w.podReplies[:0]
+	w.splitting.used = 0
 	if len(w.outgoing) == 0 {
-		return nil
+		return
 	}
 	w.out.Send(w.outgoing)
 	var sums [pathCount]struct{ packets, bytes uint64 }
 	for _, p := range w.outgoing {
 		if p.Drop != ReasonNotSet {
-			w.tallies.dropped[p.Drop].add(1, uint64(p.Len))
+			w.drop(p, p.Drop)
 			continue
 		}
 		s := &sums[w.path(p)]
@@ -116,7 +163,7 @@ func (w *Worker) turn() error {
 			w.tallies.forwarded[i].add(s.packets, s.bytes)
 		}
 	}
-	return nil
+	w.outgoing = w.outgoing[:0]
 }
 
 // path names the way that a packet has gone.
@@ -164,7 +211,7 @@ func (w *Worker) transit(t *transit, batch []*Packet) {
 	for _, a := range w.asked {
 		var verdict Verdict
 		var reason Reason
-		hop := w.hops[next]
+		hop := t.toward(w.hops[next], a.inner)
 		next++
 		switch a.p.In {
 		case HostInterface:
@@ -179,11 +226,7 @@ func (w *Worker) transit(t *transit, batch []*Packet) {
 		default:
 			verdict, reason = t.pod(a.p, a.inner, hop, &w.outer)
 		}
-		if verdict != VerdictForward {
-			w.drop(a.p, reason)
-			continue
-		}
-		w.outgoing = append(w.outgoing, a.p)
+		w.settle(a, hop, verdict, reason)
 	}
 }
 
@@ -201,12 +244,9 @@ func (w *Worker) encap(v *view, batch []*Packet) {
 	}
 	v.routes.LookupBatch(w.addresses, w.hops)
 	for i, a := range w.asked {
-		verdict, reason := v.encap(a.p, a.inner, w.hops[i], &w.outer)
-		if verdict != VerdictForward {
-			w.drop(a.p, reason)
-			continue
-		}
-		w.outgoing = append(w.outgoing, a.p)
+		hop := v.toward(w.hops[i], a.inner)
+		verdict, reason := v.encap(a.p, a.inner, hop, &w.outer)
+		w.settle(a, hop, verdict, reason)
 	}
 }
 
@@ -233,7 +273,23 @@ func (w *Worker) decap(v *view, batch []*Packet) {
 	}
 }
 
-// drop counts a packet that a ladder has dropped. No ladder changes the length of what it drops.
+// settle does with a packet on its way to hop what the ladder has decided.
+func (w *Worker) settle(a asked, hop fib.Hop, verdict Verdict, reason Reason) {
+	switch verdict {
+	case VerdictForward:
+		w.outgoing = append(w.outgoing, a.p)
+	case VerdictSplit:
+		w.split(a.p, a.inner, hop)
+	default:
+		w.drop(a.p, reason)
+		w.answer(a.p, a.inner, hop, reason)
+	}
+}
+
+// drop counts a packet that a ladder or a port has dropped, and takes notes of it. No ladder changes the length of what it
+// drops.
 func (w *Worker) drop(p *Packet, reason Reason) {
+	p.Drop = reason
 	w.tallies.dropped[reason].add(1, uint64(p.Len))
+	w.notes.note(p, reason)
 }

@@ -38,6 +38,7 @@ type options struct {
 	socket   string
 	stateDir string
 	logLevel string
+	router   routerFlags
 }
 
 func newCommand() *cobra.Command {
@@ -81,6 +82,7 @@ cannot be had.`,
 	f.StringVar(&o.socket, "socket", "/run/margay/vrouter.sock", "unix socket `path` on which the agent programs the vRouter")
 	f.StringVar(&o.stateDir, "state-dir", "/var/lib/margay", "`directory` of the snapshot file, fib.snapshot")
 	f.StringVar(&o.logLevel, "log-level", "info", "least `level` of log lines: debug, info, warn or error")
+	o.router.add(f)
 	return cmd
 }
 
@@ -96,10 +98,19 @@ func (o *options) run(ctx context.Context) (err error) {
 	if err := port.CheckAttach(o.attach); err != nil {
 		return err
 	}
+	routing, err := o.router.options()
+	if err != nil {
+		return err
+	}
 	var listener net.Listener
+	var side *sideways
+	defer func() { err = errors.Join(err, side.close()) }()
 	ports, err := port.OpenPorts(o.attach, o.tun, func() (err error) {
 		if err := os.MkdirAll(o.stateDir, 0o755); err != nil {
 			return fmt.Errorf("--state-dir: %w", err)
+		}
+		if side, err = openSideways(); err != nil {
+			return err
 		}
 		listener, err = rpc.Listen(o.socket)
 		return err
@@ -115,6 +126,9 @@ func (o *options) run(ctx context.Context) (err error) {
 	log.Info("attached", "attach", ports.Attach, "why", ports.Why, "device offloads", tun.Offloads(), "sending", underlay.Sending())
 
 	router := vrouter.New()
+	if err := router.SetOptions(routing); err != nil {
+		return err
+	}
 	router.OnConfig(func(c vrouter.Config) error {
 		log.Info("configured", "address", c.NodeAddress, "underlay", c.Underlay, "mtu", c.MTU)
 		return errors.Join(underlay.SetInterface(c.Underlay), tun.SetMTU(c.MTU))
@@ -127,6 +141,13 @@ func (o *options) run(ctx context.Context) (err error) {
 	defer cancel()
 	var wg sync.WaitGroup
 	wg.Go(func() { keeper.Run(ctx) })
+	wg.Go(func() { router.CollectDrops(ctx) })
+	workers[0].SetReply(side.reply)
+	var sideErr error
+	wg.Go(func() {
+		sideErr = side.listen(router, log)
+		cancel()
+	})
 	workerErrs := make([]error, len(workers))
 	for i, w := range workers {
 		wg.Go(func() {
@@ -140,9 +161,10 @@ func (o *options) run(ctx context.Context) (err error) {
 	serveErr := server.Serve(ctx, listener)
 	cancel()
 	ports.Stop()
+	side.stop()
 	wg.Wait()
 	log.Info("vrouter stops", "device left in place", tun.Name())
-	return errors.Join(append(workerErrs, serveErr)...)
+	return errors.Join(append(workerErrs, serveErr, sideErr)...)
 }
 
 func (o *options) logger() (*slog.Logger, error) {

@@ -95,8 +95,13 @@ func putTransportChecksum(field []byte, sum uint16) {
 // updateHeaderChecksum corrects p's header checksum after a 16-bit word of the header has changed from before to
 // after: equation 3 of RFC 1624.
 func updateHeaderChecksum(p IPv4, before, after uint16) {
-	s := uint32(^binary.BigEndian.Uint16(p[offChecksum:])) + uint32(^before) + uint32(after)
+	updateChecksum(p[offChecksum:], before, after)
+}
+
+// updateChecksum is updateHeaderChecksum for any checksum's field.
+func updateChecksum(field []byte, before, after uint16) {
+	s := uint32(^binary.BigEndian.Uint16(field)) + uint32(^before) + uint32(after)
 	s = s>>16 + s&0xffff
 	s = s>>16 + s&0xffff
-	binary.BigEndian.PutUint16(p[offChecksum:], ^uint16(s))
+	binary.BigEndian.PutUint16(field, ^uint16(s))
 }

@@ -10,6 +10,9 @@ type Outer struct {
 	TTL uint8
 	// ID is the identification. It must differ between packets that may be fragmented on the way (RFC 6864).
 	ID uint16
+	// Pipe says that the outer DSCP is DSCP and not the inner one: the pipe model of RFC 2983 section 3.1.
+	Pipe bool
+	DSCP uint8
 }
 
 // PushIPIP puts an IP-in-IP header (RFC 2003) in front of the valid IPv4 packet at buf[off:] and returns the outer
@@ -17,7 +20,7 @@ type Outer struct {
 // not touched.
 //
 // The outer header: DF is set when the inner one has it set (RFC 2003 section 3.1); ECN is copied, RFC 6040's normal
-// mode; DSCP is copied, the uniform model of RFC 2983; no options.
+// mode; DSCP is copied, unless o.Pipe is set; no options.
 //
 // Faults: FaultShort when there are not 20 bytes in front of off or not the inner packet's length behind it,
 // FaultTotalLen when the result would be longer than MaxTotalLen. buf is unchanged then.
@@ -38,8 +41,12 @@ func PushIPIP(buf []byte, off int, o *Outer) ([]byte, Fault) {
 	// The header is put together in registers, checksum and all: to read back what was just written in smaller pieces
 	// would stall the processor.
 	h := (*[IPv4MinLen]byte)(out)
+	tos := inner.TOS()
+	if o.Pipe {
+		tos = o.DSCP<<2 | tos&ecnMask
+	}
 	df := binary.BigEndian.Uint16(inner[offFragment:]) & flagDF
-	first := (4<<4|IPv4MinLen>>2)<<56 | uint64(inner.TOS())<<48 | uint64(total)<<32 | uint64(o.ID)<<16 | uint64(df)
+	first := (4<<4|IPv4MinLen>>2)<<56 | uint64(tos)<<48 | uint64(total)<<32 | uint64(o.ID)<<16 | uint64(df)
 	second := uint64(o.TTL)<<56 | ProtocolIPIP<<48 | uint64(binary.BigEndian.Uint32(o.Src[:]))
 	third := binary.BigEndian.Uint32(o.Dst[:])
 	second |= uint64(^foldHeader(first, second, third)) << 32
@@ -97,4 +104,17 @@ func PopIPIP(outer IPv4) (IPv4, Fault) {
 		updateHeaderChecksum(inner, before, binary.BigEndian.Uint16(inner))
 	}
 	return inner, FaultNone
+}
+
+// CopyDSCP gives the inner packet, which PopIPIP has returned, the DSCP of the outer one: the tunnel's exit in the
+// uniform model of RFC 2983 section 3.1. The inner ECN field stays.
+func CopyDSCP(outer, inner IPv4) {
+	was := inner[offTOS]
+	now := outer[offTOS]&^ecnMask | was&ecnMask
+	if now == was {
+		return
+	}
+	before := binary.BigEndian.Uint16(inner)
+	inner[offTOS] = now
+	updateHeaderChecksum(inner, before, binary.BigEndian.Uint16(inner))
 }

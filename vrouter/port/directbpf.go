@@ -20,13 +20,16 @@ import (
 // may be owned: a service's connection, for one, is between two pods to the vRouter and has been rewritten by the kernel,
 // which wants to see both directions.
 //
+// The map taken opens the gate of an interface. Programs and socket are put in place first, which takes the kernel
+// milliseconds, and then change hands between one packet and the next.
+//
 // The programs go with the process. Then all is the kernel's, and what needs the vRouter ends at vr0.
 type steering struct {
-	owned, flows *ebpf.Map
-	filter       *ebpf.Program // socket filter: what the vRouter owns
-	drop         *ebpf.Program // TCX ingress: the same, kept from the kernel
-	record       *ebpf.Program // TCX egress: writes flows
-	prefixes     map[netip.Prefix]ownership
+	owned, flows, taken *ebpf.Map
+	filter              *ebpf.Program // socket filter: what the vRouter owns
+	drop                *ebpf.Program // TCX ingress: the same, kept from the kernel
+	record              *ebpf.Program // TCX egress: writes flows
+	prefixes            map[netip.Prefix]ownership
 }
 
 // ownership says why a prefix is owned.
@@ -42,6 +45,8 @@ const (
 	maxOwned = 1 << 20
 	// maxFlows is the number of flows that are remembered; the one not seen for longest goes first.
 	maxFlows = 1 << 16
+	// maxTaken is the number of interfaces that can be taken.
+	maxTaken = 1 << 14
 )
 
 // newSteering loads maps and programs, and attaches one for a moment to the loopback device of the calling thread's
@@ -61,6 +66,10 @@ func newSteering() (_ *steering, err error) {
 		MaxEntries: maxFlows}); err != nil {
 		return nil, err
 	}
+	if s.taken, err = ebpf.NewMap(&ebpf.MapSpec{Name: "margay_taken", Type: ebpf.Hash, KeySize: 4, ValueSize: 4,
+		MaxEntries: maxTaken, Flags: unix.BPF_F_NO_PREALLOC}); err != nil {
+		return nil, err
+	}
 	load := func(name string, kind ebpf.ProgramType, program asm.Instructions) *ebpf.Program {
 		if err != nil {
 			return nil
@@ -69,8 +78,8 @@ func newSteering() (_ *steering, err error) {
 		p, err = ebpf.NewProgram(&ebpf.ProgramSpec{Name: name, Type: kind, License: "GPL", Instructions: program})
 		return p
 	}
-	s.filter = load("margay_filter", ebpf.SocketFilter, s.classify(asm.FnSkbLoadBytes, returns(0x40000), returns(0)))
-	s.drop = load("margay_drop", ebpf.SchedCLS, s.classify(asm.FnSkbLoadBytes, returns(tcxDrop), returns(tcxNext)))
+	s.filter = load("margay_filter", ebpf.SocketFilter, s.classify(asm.FnSkbLoadBytes, skbIndex, returns(0x40000), returns(0)))
+	s.drop = load("margay_drop", ebpf.SchedCLS, s.classify(asm.FnSkbLoadBytes, skbIndex, returns(tcxDrop), returns(tcxNext)))
 	s.record = load("margay_record", ebpf.SchedCLS, s.recorder())
 	if err != nil {
 		return nil, err
@@ -108,6 +117,20 @@ func (s *steering) attach(index int) ([]link.Link, error) {
 		links = append(links, l)
 	}
 	return links, nil
+}
+
+// take opens or closes the gate of the interface index.
+func (s *steering) take(index int, on bool) error {
+	var err error
+	if on {
+		err = s.taken.Put(uint32(index), uint32(1))
+	} else if err = s.taken.Delete(uint32(index)); errors.Is(err, ebpf.ErrKeyNotExist) {
+		err = nil
+	}
+	if err != nil {
+		return fmt.Errorf("map of interfaces: %w", err)
+	}
+	return nil
 }
 
 func closeLinks(links []link.Link) error {
@@ -159,7 +182,7 @@ func (s *steering) close() error {
 			errs = append(errs, p.Close())
 		}
 	}
-	for _, m := range []*ebpf.Map{s.owned, s.flows} {
+	for _, m := range []*ebpf.Map{s.owned, s.flows, s.taken} {
 		if m != nil {
 			errs = append(errs, m.Close())
 		}
@@ -242,9 +265,9 @@ func returns(verdict int32) asm.Instructions {
 	return asm.Instructions{asm.Mov.Imm(asm.R0, verdict), asm.Return()}
 }
 
-// classify is the program, whatever its type, that goes to owned or to kernel. load is its type's way to read the packet;
-// R6 holds the context. The first instruction of both ends is free to carry a label.
-func (s *steering) classify(load asm.BuiltinFunc, owned, kernel asm.Instructions) asm.Instructions {
+// classify is the program, whatever its type, that goes to owned or to kernel. load is its type's way to read the packet,
+// index where its context has the interface; R6 holds the context.
+func (s *steering) classify(load asm.BuiltinFunc, index int16, owned, kernel asm.Instructions) asm.Instructions {
 	program := append(asm.Instructions{asm.Mov.Reg(asm.R6, asm.R1)}, loadHeaders(load, moreFragments|fragmentOffset, "kernel")...)
 	program = append(program, asm.JEq.Imm(asm.R7, unix.IPPROTO_ICMP, "icmp"))
 	for _, p := range portProtocols {
@@ -273,6 +296,11 @@ func (s *steering) classify(load asm.BuiltinFunc, owned, kernel asm.Instructions
 		asm.StoreMem(asm.RFP, stackPrefix+4, asm.R0, asm.Word),
 	)
 	program = append(append(program, lookup(s.owned, stackPrefix)...), asm.JEq.Imm(asm.R0, 0, "kernel"))
+	program = append(program,
+		asm.LoadMem(asm.R0, asm.R6, index, asm.Word),
+		asm.StoreMem(asm.RFP, stackPrefix, asm.R0, asm.Word),
+	)
+	program = append(append(program, lookup(s.taken, stackPrefix)...), asm.JEq.Imm(asm.R0, 0, "kernel"))
 	kernel[0] = kernel[0].WithSymbol("kernel")
 	return append(append(program, owned...), kernel...)
 }

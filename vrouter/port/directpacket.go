@@ -24,7 +24,8 @@ type podLink struct {
 	lost     atomic.Uint64 // packets that the socket had no room for
 }
 
-// openPodLink takes over the interface index for the pod with the hardware address pod; own is the interface's.
+// openPodLink prepares to take over the interface index for the pod with the hardware address pod; own is the
+// interface's. Until steering.take the interface is the kernel's.
 func openPodLink(s *steering, index int, own, pod []byte) (_ *podLink, err error) {
 	l := &podLink{index: index, fd: -1}
 	copy(l.ethernet[:6], pod)
@@ -40,7 +41,6 @@ func openPodLink(s *steering, index int, own, pod []byte) (_ *podLink, err error
 	if l.fd, err = podSocket(s.filter); err != nil {
 		return nil, explainSocket("packet socket for a pod", err)
 	}
-	// First the kernel is kept out, then the socket hears: what comes between is lost, rather than handled twice.
 	if l.programs, err = s.attach(index); err != nil {
 		return nil, err
 	}

@@ -349,6 +349,9 @@ func (p *directPods) release() (changed bool) {
 			}
 		}
 		p.own(address, false)
+		if err := p.steering.take(l.index, false); err != nil {
+			p.trouble[address.String()] = err
+		}
 		p.slots[slot] = nil
 		delete(p.taken, address)
 		p.retired = append(p.retired, retiredLink{l, slot, p.direct.next.Load().generation + 1})
@@ -444,7 +447,9 @@ func (p *directPods) publish() {
 			if err := p.direct.listen(l.fd, int32(at)); err != nil {
 				p.trouble[address.String()] = err
 			}
-			// Only now, so that packets for the pod do not come here before those from it.
+			if err := p.steering.take(l.index, true); err != nil {
+				p.trouble[address.String()] = err
+			}
 			p.own(address, true)
 		}
 	}

@@ -83,12 +83,16 @@ func prefixFromWire(field string, p *pb.Prefix) (netip.Prefix, error) {
 }
 
 func routeToWire(r Route, stale bool) *pb.Route {
-	return &pb.Route{
+	out := &pb.Route{
 		Prefix:  prefixToWire(r.Prefix),
 		Kind:    kindToWire[r.NextHop.Kind],
 		Gateway: addrToWire(r.NextHop.Gateway),
 		Stale:   stale,
 	}
+	if r.NextHop.IsGroup() {
+		out.MoreGateways = addrsToWire(r.NextHop.Gateways()[1:])
+	}
+	return out
 }
 
 func routeFromWire(field string, r *pb.Route) (Route, error) {
@@ -104,11 +108,19 @@ func routeFromWire(field string, r *pb.Route) (Route, error) {
 	if err != nil {
 		return Route{}, err
 	}
-	return Route{Prefix: prefix, NextHop: NextHop{Kind: kind, Gateway: gateway}}, nil
+	if len(r.GetMoreGateways()) == 0 {
+		return Route{Prefix: prefix, NextHop: NextHop{Kind: kind, Gateway: gateway}}, nil
+	}
+	gateways, err := addrsFromWire(field+".more_gateways", r.GetMoreGateways())
+	if err != nil {
+		return Route{}, err
+	}
+	return Route{Prefix: prefix, NextHop: Multipath(kind, append(gateways, gateway)...)}, nil
 }
 
 func configToWire(c Config) *pb.Config {
-	return &pb.Config{NodeAddress: addrToWire(c.NodeAddress), Underlay: c.Underlay, Mtu: uint32(max(c.MTU, 0))}
+	return &pb.Config{NodeAddress: addrToWire(c.NodeAddress), Underlay: c.Underlay, Mtu: uint32(max(c.MTU, 0)),
+		TunnelAddress: addrToWire(c.TunnelAddress)}
 }
 
 func configFromWire(c *pb.Config) (Config, error) {
@@ -116,7 +128,11 @@ func configFromWire(c *pb.Config) (Config, error) {
 	if err != nil {
 		return Config{}, err
 	}
-	return Config{NodeAddress: a, Underlay: c.GetUnderlay(), MTU: int(c.GetMtu())}, nil
+	tunnel, err := addrFromWire("config.tunnel_address", c.GetTunnelAddress())
+	if err != nil {
+		return Config{}, err
+	}
+	return Config{NodeAddress: a, Underlay: c.GetUnderlay(), MTU: int(c.GetMtu()), TunnelAddress: tunnel}, nil
 }
 
 func updateToWire(u Update) *pb.UpdateRequest {

@@ -1,0 +1,222 @@
+package rig
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"strconv"
+	"time"
+
+	"margay/bench/traffic"
+)
+
+// child is a generator or a sink.
+type child struct {
+	*daemon
+	board *traffic.Board
+	key   string
+}
+
+// startChild starts this program as generator or sink in a space.
+func (b *Bed) startChild(ctx context.Context, s *Space, args ...string) (_ *child, err error) {
+	board, file, err := traffic.NewBoard()
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	cmd := exec.Command(b.options.Self, args...)
+	cmd.Env = append(os.Environ(), "GOGC=off")
+	cmd.ExtraFiles = []*os.File{file}
+	d := &daemon{cmd: cmd, ended: make(chan struct{})}
+	cmd.Stdout, cmd.Stderr = &d.output, &d.output
+	if err := s.Start(cmd); err != nil {
+		return nil, errors.Join(err, board.Close())
+	}
+	go func() {
+		_ = cmd.Wait() // its output tells
+		close(d.ended)
+	}()
+	c := &child{daemon: d, board: board}
+	err = d.await(ctx, args[0], func() error {
+		if board.Live.Load() == 0 {
+			return errors.New("not ready")
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, errors.Join(err, c.stop())
+	}
+	return c, nil
+}
+
+func (c *child) stop() error {
+	// It has nothing to tidy up.
+	_ = c.cmd.Process.Kill()
+	<-c.ended
+	return c.board.Close()
+}
+
+// StopTraffic ends generator and sink.
+func (b *Bed) StopTraffic() error {
+	var errs []error
+	for _, c := range []**child{&b.source, &b.sink} {
+		if *c != nil {
+			errs = append(errs, (*c).stop())
+			*c = nil
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Load is a stream of UDP packets.
+type Load struct {
+	Profile traffic.Profile
+	Flows   int
+	Rate    uint64        // packets per second, 0: as fast as the generator can
+	Warm    time.Duration // before the window
+	Window  time.Duration
+}
+
+// Blast is what became of a load.
+type Blast struct {
+	Offered   float64 // packets per second in the window, sent
+	Received  float64 // packets per second in the window, whole at the sink
+	BitRate   float64 // of the IP packets received, inner ones, in bit/s
+	Sent, Got uint64  // packets, all in all
+	Loss      float64 // 1 - Got/Sent
+	Bad       uint64  // packets received with a wrong checksum
+	Missed    uint64  // packets that the sink itself lost: the measurement is void
+	Verified  bool    // false: encrypted, or for another reason counted only
+	CPU       CPU     // in the window
+}
+
+// Blast sends a load through the bed.
+func (b *Bed) Blast(ctx context.Context, l Load) (Blast, error) {
+	if err := b.startTraffic(ctx, l); err != nil {
+		return Blast{}, err
+	}
+	gen, sink := b.source.board, b.sink.board
+	before := read(gen, sink)
+	gen.Rate.Store(l.Rate)
+	gen.Run.Store(1)
+	err := wait(ctx, l.Warm)
+	var from, to counts
+	var meter *Meter
+	if err == nil {
+		meter, err = StartMeter(b.source.cmd.Process.Pid, b.sink.cmd.Process.Pid, b.PIDs()...)
+	}
+	began := time.Now()
+	from = read(gen, sink)
+	if err == nil {
+		err = wait(ctx, l.Window)
+	}
+	to = read(gen, sink)
+	took := time.Since(began).Seconds()
+	var cpu CPU
+	if err == nil {
+		cpu, err = meter.Stop()
+	}
+	gen.Run.Store(0)
+	if err != nil {
+		return Blast{}, err
+	}
+	after := b.drain()
+	out := Blast{
+		Offered:  float64(to.sent-from.sent) / took,
+		Received: float64(to.got-from.got) / took,
+		BitRate:  8 * float64(to.bytes-from.bytes) / took,
+		Sent:     after.sent - before.sent,
+		Got:      after.got - before.got,
+		Bad:      after.bad - before.bad,
+		Missed:   after.missed - before.missed,
+		Verified: after.sealed == before.sealed,
+		CPU:      cpu,
+	}
+	out.CPU.Sent, out.CPU.Received = to.sent-from.sent, to.got-from.got
+	if out.Sent > 0 {
+		out.Loss = 1 - float64(out.Got)/float64(out.Sent)
+	}
+	select {
+	case <-b.source.ended:
+		return out, fmt.Errorf("generator ended: %s", b.source.output.String())
+	case <-b.sink.ended:
+		return out, fmt.Errorf("sink ended: %s", b.sink.output.String())
+	default:
+	}
+	if out.Got > out.Sent {
+		return out, fmt.Errorf("%d packets of %d arrived: some came twice", out.Got, out.Sent)
+	}
+	return out, nil
+}
+
+// startTraffic sees to it that generator and sink run, the generator with the load's packets.
+func (b *Bed) startTraffic(ctx context.Context, l Load) (err error) {
+	if l.Flows < 1 {
+		l.Flows = 1
+	}
+	if b.sink == nil {
+		space := b.wire
+		if b.Nodes == 2 {
+			space = b.pods[1]
+		}
+		if b.sink, err = b.startChild(ctx, space, "sink", "--device", "eth0"); err != nil {
+			return err
+		}
+	}
+	f := b.frame(l.Profile, l.Flows)
+	key := fmt.Sprint(f)
+	if b.source != nil && b.source.key == key {
+		return nil
+	}
+	if b.source != nil {
+		if err := b.source.stop(); err != nil {
+			return err
+		}
+		b.source = nil
+	}
+	b.source, err = b.startChild(ctx, b.pods[0], "generator", "--device", "eth0",
+		"--source-mac", f.SourceMAC.String(), "--destination-mac", f.DestinationMAC.String(),
+		"--source", f.Source.String(), "--destination", f.Destination.String(),
+		"--flows", strconv.Itoa(f.Flows), "--profile", string(f.Profile))
+	if err == nil {
+		b.source.key = key
+	}
+	return err
+}
+
+// counts is one look at the boards.
+type counts struct{ sent, got, bytes, bad, sealed, missed uint64 }
+
+func read(gen, sink *traffic.Board) counts {
+	c := counts{
+		sent: gen.Packets.Load(), bytes: sink.Bytes.Load(), bad: sink.Bad.Load(), sealed: sink.Sealed.Load(),
+		missed: sink.Missed.Load(),
+	}
+	c.got = sink.Packets.Load() + c.sealed
+	return c
+}
+
+// drain waits until nothing has arrived any more for a while, and the sink has asked for its losses.
+func (b *Bed) drain() counts {
+	const quiet = 60 * time.Millisecond
+	last := read(b.source.board, b.sink.board)
+	since := time.Now()
+	for limit := since.Add(2 * time.Second); time.Since(since) < quiet && time.Now().Before(limit); time.Sleep(2 * time.Millisecond) {
+		if now := read(b.source.board, b.sink.board); now != last {
+			last, since = now, time.Now()
+		}
+	}
+	return last
+}
+
+// wait sleeps for d, or until ctx ends.
+func wait(ctx context.Context, d time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(d):
+		return nil
+	}
+}

@@ -1,0 +1,93 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"time"
+
+	"github.com/spf13/pflag"
+
+	"margay/vrouter"
+	"margay/vrouter/port"
+)
+
+// routerFlags are the operator's options about how packets are treated.
+type routerFlags struct {
+	dscp     string
+	clampMSS bool
+	nested   bool
+	accept   []string
+	icmpRate int
+}
+
+func (r *routerFlags) add(f *pflag.FlagSet) {
+	f.StringVar(&r.dscp, "dscp", "inherit", "DSCP across the tunnel, `mode`: inherit, uniform, pipe or pipe:N (RFC 2983)")
+	f.BoolVar(&r.clampMSS, "clamp-mss", false, "lower the MSS that TCP connections announce to what the tunnel carries")
+	f.BoolVar(&r.nested, "nested-tunnels", false, "let the pods' own IP-in-IP and 6in4 through the tunnel")
+	f.StringSliceVar(&r.accept, "accept-source", nil, "inner source `prefix` that any node may send, for clients that enter the cluster there; may be repeated")
+	f.IntVar(&r.icmpRate, "icmp-rate", vrouter.DefaultICMPRate, "ICMP errors per second, at most; 0 sends none")
+}
+
+func (r *routerFlags) options() (vrouter.Options, error) {
+	o := vrouter.Options{ClampMSS: r.clampMSS, NestedTunnels: r.nested, ICMPRate: r.icmpRate}
+	var err error
+	if o.DSCP, err = vrouter.ParseDSCP(r.dscp); err != nil {
+		return o, fmt.Errorf("--%w", err)
+	}
+	for _, s := range r.accept {
+		p, err := netip.ParsePrefix(s)
+		if err != nil || !p.Addr().Is4() || p != p.Masked() {
+			return o, fmt.Errorf("--accept-source %q: expected an IPv4 prefix without host bits, as in 192.0.2.0/24", s)
+		}
+		o.AcceptSources = append(o.AcceptSources, p)
+	}
+	if err := o.Validate(); err != nil {
+		return o, fmt.Errorf("--icmp-rate %d: %w", r.icmpRate, err)
+	}
+	return o, nil
+}
+
+// pathMTUInterval is how often what has been learned of the way to other nodes is looked through for what is too old.
+const pathMTUInterval = 10 * time.Second
+
+// sideways are the sockets beside the ports: by one go ICMP errors of ours, by the other come those about the outer
+// packets.
+type sideways struct {
+	reply *port.Reply
+	icmp  *port.ICMP
+}
+
+func openSideways() (*sideways, error) {
+	reply, err := port.OpenReply()
+	if err != nil {
+		return nil, err
+	}
+	icmp, err := port.OpenICMP()
+	if err != nil {
+		return nil, errors.Join(err, reply.Close())
+	}
+	return &sideways{reply, icmp}, nil
+}
+
+// listen tells the router what is heard, until stop.
+func (s *sideways) listen(router *vrouter.Router, log *slog.Logger) error {
+	return s.icmp.Listen(pathMTUInterval, func(b []byte) {
+		if p, ok := router.LearnPathMTU(b, time.Now()); ok {
+			log.Info("the way to a node has become narrower", "node", p.Gateway, "mtu", p.MTU, "until", p.Expires.Format(time.RFC3339))
+		}
+	}, func() { router.ExpirePathMTU(time.Now()) })
+}
+
+func (s *sideways) stop() {
+	s.reply.Stop()
+	s.icmp.Stop()
+}
+
+func (s *sideways) close() error {
+	if s == nil {
+		return nil
+	}
+	return errors.Join(s.reply.Close(), s.icmp.Close())
+}

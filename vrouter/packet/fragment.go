@@ -1,0 +1,96 @@
+package packet
+
+import "encoding/binary"
+
+// Options of an IPv4 header, RFC 791 section 3.1; those of TCP end and are filled up in the same way.
+const (
+	optionEnd    = 0
+	optionNop    = 1
+	optionCopied = 0x80 // this bit: into every fragment
+)
+
+// Fragmenter splits a packet that is too long for the next link into fragments: RFC 791 section 3.2, RFC 1812 section
+// 4.2.2.7. Each has as many bytes as fit, the last one the rest. The zero value is ready for Start; a Fragmenter may be
+// used again and again.
+type Fragmenter struct {
+	pkt    IPv4
+	hl     int
+	size   int  // payload of each fragment but the last, a multiple of 8
+	done   int  // bytes of payload that earlier fragments have taken
+	offset int  // of pkt itself, which may be a fragment already
+	more   bool // follow pkt itself
+	ended  bool
+}
+
+// Start begins with pkt, a view as ParseIPv4 returns it, which must not change before the last fragment has been made.
+// mtu is in bytes. FaultFragment when DF is set; FaultShort when a link of that MTU carries no payload.
+func (f *Fragmenter) Start(pkt IPv4, mtu int) Fault {
+	if pkt.DF() {
+		return FaultFragment
+	}
+	hl := pkt.HeaderLen()
+	size := (mtu - hl) &^ 7
+	if size < 8 {
+		return FaultShort
+	}
+	*f = Fragmenter{pkt: pkt, hl: hl, size: size, offset: pkt.FragOffset(), more: pkt.MF()}
+	if len(pkt) <= mtu {
+		f.size = len(pkt) - hl
+	}
+	return FaultNone
+}
+
+// Next writes the next fragment to the front of dst, which does not overlap the packet, and returns its length in bytes:
+// at most the MTU; 0 when there is no other. dst must have room for it.
+func (f *Fragmenter) Next(dst []byte) int {
+	if f.ended {
+		return 0
+	}
+	rest := f.pkt[f.hl+f.done:]
+	n := min(f.size, len(rest))
+	last := n == len(rest)
+	dst = dst[:f.hl+n]
+	copy(dst, f.pkt[:f.hl])
+	copy(dst[f.hl:], rest[:n])
+	if f.done > 0 {
+		blankOptions(dst[IPv4MinLen:f.hl])
+	}
+	field := uint16((f.offset + f.done) >> 3)
+	if !last || f.more {
+		field |= flagMF
+	}
+	binary.BigEndian.PutUint16(dst[offTotalLen:], uint16(len(dst)))
+	binary.BigEndian.PutUint16(dst[offFragment:], field)
+	binary.BigEndian.PutUint16(dst[offChecksum:], 0)
+	binary.BigEndian.PutUint16(dst[offChecksum:], Checksum(dst[:f.hl], 0))
+	f.done += n
+	f.ended = last
+	return len(dst)
+}
+
+// blankOptions replaces the options that only the first fragment carries (RFC 791 section 3.1, the copied flag) by
+// options that mean nothing, so that all fragments have headers of one length.
+func blankOptions(options []byte) {
+	for i := 0; i < len(options); {
+		switch options[i] {
+		case optionEnd:
+			return
+		case optionNop:
+			i++
+			continue
+		}
+		if i+2 > len(options) {
+			return
+		}
+		n := int(options[i+1])
+		if n < 2 || i+n > len(options) {
+			return
+		}
+		if options[i]&optionCopied == 0 {
+			for j := range n {
+				options[i+j] = optionNop
+			}
+		}
+		i += n
+	}
+}
