@@ -237,7 +237,6 @@ func (p *Ports) Close() error {
 // Workers gives router the workers of these ports, and tells the ports what they need to know of it. It comes before the
 // router is told anything.
 func (p *Ports) Workers(router *vrouter.Router) []*vrouter.Worker {
-	router.OnConfig(p.Configure)
 	if p.Direct != nil {
 		router.OnPods(p.Direct.SetPods)
 		router.OnRoutes(p.Direct.SetRoutes)

@@ -34,6 +34,7 @@ type bypassPlace struct {
 	index  int // of the interface
 	mtu    int // of the interface, bytes
 	queues int // of the interface, to receive by
+	mac    [6]byte
 	// wired says that packets come over a wire: checksums are finished, or else wrong.
 	wired bool
 	// address is that of the packets that match is for; the zero value where it is for all.

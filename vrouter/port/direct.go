@@ -64,7 +64,7 @@ const (
 )
 
 // OpenDirect opens the port on top of the host's and the underlay's, which it takes over. Pods follow by SetPods.
-func OpenDirect(host *TUN, underlay *Underlay) (*Direct, error) { return openDirect(host, underlay) }
+func OpenDirect(host Device, underlay *Underlay) (*Direct, error) { return openDirect(host, underlay) }
 
 func openDirect(host, underlay reader) (_ *Direct, err error) {
 	d := &Direct{host: host, underlay: underlay, epoll: -1, wake: -1, table: &directTable{pods: vrouter.NewPods(nil)}}

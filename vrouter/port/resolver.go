@@ -96,10 +96,18 @@ func (r *resolver) setIndex(index int) {
 	}
 }
 
-// isVeth reports whether the interface is one end of a veth pair.
-func (r *resolver) isVeth(index int) bool {
+// bypassPlace describes the interface as AF_XDP has to know it; what does not follow from the link is left out.
+func (r *resolver) bypassPlace(index int) (bypassPlace, error) {
 	l, err := r.links.LinkByIndex(index)
-	return err == nil && l.Type() == "veth"
+	if err != nil {
+		return bypassPlace{}, err
+	}
+	a := l.Attrs()
+	at := bypassPlace{name: a.Name, index: index, mtu: a.MTU, wired: l.Type() != "veth"}
+	if copy(at.mac[:], a.HardwareAddr) != len(at.mac) {
+		return at, errors.New("it is no Ethernet device")
+	}
+	return at, nil
 }
 
 // close stops the goroutine and frees everything.

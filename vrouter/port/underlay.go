@@ -8,6 +8,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
 
@@ -226,9 +227,16 @@ func (u *Underlay) openBypass() error {
 		u.bypass.shut()
 		return nil
 	}
-	at := bypassPlace{name: u.name, index: u.index, mtu: u.interfaceMTU(), queues: receiveQueues(u.send, u.name), address: u.node,
-		wired: !u.frames.resolver.isVeth(u.index)}
-	if err := u.bypass.open(at, matchIPIP(u.node)); err != nil {
+	at, err := u.frames.resolver.bypassPlace(u.index)
+	if err != nil {
+		u.bypass.shut()
+		if errors.As(err, new(netlink.LinkNotFoundError)) {
+			return nil // it went away in this moment
+		}
+		return &Missing{What: "AF_XDP on " + u.name, Err: err, Do: doPacket}
+	}
+	at.queues, at.address = receiveQueues(u.send, u.name), u.node
+	if err := u.bypass.open(at, matchIPIP(at.mac, u.node)); err != nil {
 		return err
 	}
 	if u.bypass.generic() && mergesReceived(u.send, u.name) {
@@ -237,15 +245,6 @@ func (u *Underlay) openBypass() error {
 			Do: "ethtool -K " + u.name + " gro off, or " + doPacket}
 	}
 	return nil
-}
-
-// interfaceMTU returns the MTU of the interface in bytes.
-func (u *Underlay) interfaceMTU() int {
-	request, err := unix.NewIfreq(u.name)
-	if err != nil || unix.IoctlIfreq(u.send, unix.SIOCGIFMTU, request) != nil {
-		return defaultMTU // it went away; the next look asks again
-	}
-	return int(request.Uint32())
 }
 
 // bind binds the receiving socket to the interface that has the name now.

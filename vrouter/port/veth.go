@@ -107,7 +107,6 @@ func openTwinSocket() (int, error) {
 	}{
 		{"PACKET_VNET_HDR", unix.PACKET_VNET_HDR, 1},
 		{"PACKET_IGNORE_OUTGOING (Linux 4.20)", unix.PACKET_IGNORE_OUTGOING, 1},
-		{"PACKET_QDISC_BYPASS", unix.PACKET_QDISC_BYPASS, 1},
 	} {
 		if err := unix.SetsockoptInt(fd, unix.SOL_PACKET, o.option, o.value); err != nil {
 			return -1, errors.Join(fmt.Errorf("%s: %w", o.name, err), unix.Close(fd))
@@ -129,7 +128,7 @@ func (v *Veth) build() error {
 		if err := v.links.LinkSetARPOff(end); err != nil {
 			return fmt.Errorf("%s: switch ARP off: %w", end.Attrs().Name, err)
 		}
-		if err := v.prepare(end, true); err != nil {
+		if err := v.prepare(end, end == host); err != nil {
 			return fmt.Errorf("%s: %w", end.Attrs().Name, err)
 		}
 	}
