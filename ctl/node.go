@@ -151,7 +151,32 @@ type routeRow struct {
 	Prefix  netip.Prefix `json:"prefix"`
 	Kind    string       `json:"kind"`
 	Gateway netip.Addr   `json:"gateway"`
-	Stale   bool         `json:"stale"`
+	// Gateways is all of them, where flows are spread over several.
+	Gateways []netip.Addr `json:"gateways,omitempty"`
+	Stale    bool         `json:"stale"`
+}
+
+func newRouteRow(e rpc.RouteEntry) routeRow {
+	row := routeRow{Prefix: e.Prefix, Kind: e.NextHop.Kind.String(), Gateway: e.NextHop.Gateway, Stale: e.Stale}
+	if e.NextHop.IsGroup() {
+		row.Gateways = e.NextHop.Gateways()
+	}
+	return row
+}
+
+// gateways returns the column of that name: "-" for none, several separated by commas.
+func (r routeRow) gateways() string {
+	switch {
+	case !r.Gateway.IsValid():
+		return "-"
+	case len(r.Gateways) == 0:
+		return r.Gateway.String()
+	}
+	all := make([]string, len(r.Gateways))
+	for i, a := range r.Gateways {
+		all[i] = a.String()
+	}
+	return strings.Join(all, ",")
 }
 
 func newNodeRoutesCommand() *cobra.Command {
@@ -171,7 +196,7 @@ func newNodeRoutesCommand() *cobra.Command {
 				}
 				rows := make([]routeRow, len(entries))
 				for i, e := range entries {
-					rows[i] = routeRow{e.Prefix, e.NextHop.Kind.String(), e.NextHop.Gateway, e.Stale}
+					rows[i] = newRouteRow(e)
 				}
 				if output == "json" {
 					return printJSON(cmd.OutOrStdout(), struct {
@@ -182,11 +207,7 @@ func newNodeRoutesCommand() *cobra.Command {
 				tw := tabwriter.NewWriter(cmd.OutOrStdout(), 5, 1, 3, ' ', 0)
 				fmt.Fprintln(tw, "PREFIX\tKIND\tGATEWAY\tSTALE\t")
 				for _, r := range rows {
-					gw := "-"
-					if r.Gateway.IsValid() {
-						gw = r.Gateway.String()
-					}
-					fmt.Fprintf(tw, "%s\t%s\t%s\t%t\t\n", r.Prefix, r.Kind, gw, r.Stale)
+					fmt.Fprintf(tw, "%s\t%s\t%s\t%t\t\n", r.Prefix, r.Kind, r.gateways(), r.Stale)
 				}
 				return tw.Flush()
 			})
