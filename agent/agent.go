@@ -155,6 +155,9 @@ func (a *Agent) open(ctx context.Context) error {
 	if err := a.cluster.start(ctx, a.wake); err != nil {
 		return err
 	}
+	if err := a.startReports(ctx); err != nil {
+		return err
+	}
 	a.locked(func() { a.as = a.cluster.asNumber() })
 	a.cni, err = server.New(server.Config{
 		Node:     a.cfg.Node,
