@@ -201,5 +201,13 @@ func completeResources(cmd *cobra.Command, args []string, _ string) ([]string, c
 	return out, cobra.ShellCompDirectiveNoFileComp
 }
 
+// completeNodes completes the name of a node.
+func completeNodes(cmd *cobra.Command, args []string, prefix string) ([]string, cobra.ShellCompDirective) {
+	if len(args) > 0 {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	return completeResources(cmd, []string{datastore.Nodes.Plural}, prefix)
+}
+
 // completionTimeout is how long somebody who presses Tab waits for a datastore that does not answer.
 const completionTimeout = 2 * time.Second

@@ -24,23 +24,35 @@ func newNodeCommand() *cobra.Command {
 		Args:  cobra.NoArgs,
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newNodeStatusCommand(), newNodeRoutesCommand(), newNodeCountersCommand())
+	cmd.AddCommand(newNodeStatusCommand(), newNodeRoutesCommand(), newNodeCountersCommand(),
+		newNodeDiagsCommand())
 	return cmd
 }
 
 func newNodeStatusCommand() *cobra.Command {
 	var output string
 	cmd := &cobra.Command{
-		Use:   "status",
-		Short: "The BGP peers of this node, as calicoctl shows them, and whether it is ready",
-		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
+		Use:   "status [NODE]",
+		Short: "The BGP peers of this node, or of another, as calicoctl shows them, and whether it is ready",
+		Long: `The BGP peers of this node, as calicoctl shows them, and whether it is ready; asked of the agent's socket.
+
+With NODE, of another node: it is asked by way of the datastore, with a CalicoNodeStatus that its agent fills in, and that is
+deleted again. A node whose agent does not answer within ten seconds is an error.`,
+		Example: `  margayctl node status
+  margayctl node status node2 -o json`,
+		Args:              cobra.MaximumNArgs(1),
+		ValidArgsFunction: completeNodes,
+		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := checkOutput(output, "text", "json"); err != nil {
 				return err
 			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), callTimeout)
 			defer cancel()
-			st, err := api.Get(ctx, agentSocket())
+			ask := func() (api.Status, error) { return api.Get(ctx, agentSocket()) }
+			if len(args) == 1 {
+				ask = func() (api.Status, error) { return remoteStatus(cmd, args[0]) }
+			}
+			st, err := ask()
 			if err != nil {
 				return err
 			}
@@ -109,6 +121,9 @@ func info(p api.Peer) string {
 
 // since is the time of day for the last day, the date before that, as BIRD writes it.
 func since(t, now time.Time) string {
+	if t.IsZero() {
+		return "unknown"
+	}
 	if now.Sub(t) < 24*time.Hour {
 		return t.Local().Format(time.TimeOnly)
 	}
