@@ -126,3 +126,32 @@ func TestKernelTable(t *testing.T) {
 		t.Error("one route's failure kept the others away")
 	}
 }
+
+// An IPv6 pool is unreachable beyond this node's own pods, which have routes of their own, and says so; the route goes with
+// the pool.
+func TestIPv6PoolIsUnreachable(t *testing.T) {
+	h := newNamespace(t)
+	k := &kernelTable{nl: h}
+	count := func() (n int) {
+		routes, err := h.RouteListFiltered(unix.AF_INET6, &netlink.Route{Protocol: routeProtocol, Table: unix.RT_TABLE_MAIN},
+			netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, r := range routes {
+			if r.Type == unix.RTN_UNREACHABLE && r.Dst.String() == "fd00:244::/48" && r.Priority == blackholeMetric {
+				n++
+			}
+		}
+		return n
+	}
+	want := Compute(Inputs{Pools: []Pool{{Name: "six", CIDR: pfx("fd00:244::/48"), IPIPMode: "Never"}}}).Kernel
+	for range 2 { // the second time there is nothing to do
+		if err := k.Apply(want, true); err != nil || count() != 1 {
+			t.Errorf("with the pool: %v, %d routes", err, count())
+		}
+	}
+	if err := k.Apply(nil, true); err != nil || count() != 0 {
+		t.Errorf("without: %v, %d routes", err, count())
+	}
+}

@@ -70,14 +70,26 @@ type podIPAM struct {
 }
 
 // Assign implements server.IPAM.
-func (p podIPAM) Assign(ctx context.Context, r server.AssignRequest) (netip.Addr, error) {
+func (p podIPAM) Assign(ctx context.Context, r server.AssignRequest) ([]netip.Addr, error) {
 	attrs := map[string]string{"node": p.node}
 	if r.Namespace != "" || r.Pod != "" {
 		attrs["namespace"], attrs["pod"] = r.Namespace, r.Pod
 	}
-	got, err := p.alloc.Assign(ctx, ipam.Request{Handle: r.Handle, Attrs: attrs, Use: datastore.UseWorkload, IPv4: ipam.Ask{Pools: r.Pools, IP: r.IP}})
-	return got.Addr, err
+	got, err := p.alloc.AssignAll(ctx, ipam.Request{Handle: r.Handle, Attrs: attrs, Use: datastore.UseWorkload, Namespace: r.Namespace,
+		IPv4: ipam.Ask{Want: wants[r.IPv4.Assign], Pools: r.IPv4.Pools, IP: r.IPv4.IP},
+		IPv6: ipam.Ask{Want: wants[r.IPv6.Assign], Pools: r.IPv6.Pools, IP: r.IPv6.IP}})
+	var addrs []netip.Addr
+	for _, a := range got {
+		addrs = append(addrs, a.Addr)
+	}
+	if err == nil && len(addrs) == 0 {
+		err = fmt.Errorf("%w: no pool serves this node", ipam.ErrNoAddress)
+	}
+	return addrs, err
 }
+
+// wants says the CNI protocol's words in IPAM's.
+var wants = map[string]ipam.Want{server.AssignNone: ipam.No, server.AssignIfPool: ipam.IfPool, server.AssignRequired: ipam.Required}
 
 // Release implements server.IPAM.
 func (p podIPAM) Release(ctx context.Context, handle string) error {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/containernetworking/cni/pkg/types"
@@ -34,8 +35,11 @@ type NetConf struct {
 	QueueDir string `json:"queueDir,omitempty"`
 	// MTU of the pod's interface in bytes; 0 leaves the choice to the agent (underlay's minus the encapsulation).
 	MTU int `json:"mtu,omitempty"`
-	// IPAM restricts the pools an address may come from.
+	// IPAM says which addresses a pod gets, and from which pools.
 	IPAM IPAMConf `json:"ipam,omitempty"`
+	// RuntimeConfig and Args are the runtime's.
+	RuntimeConfig RuntimeConfig `json:"runtimeConfig,omitzero"`
+	Args          Args          `json:"args,omitzero"`
 	// LogLevel is "", "error", "warning", "info" or "debug"; at "debug" the plugin tells on standard error what it did.
 	LogLevel string `json:"logLevel,omitempty"`
 }
@@ -44,8 +48,14 @@ type NetConf struct {
 type IPAMConf struct {
 	// Type is "" or "margay".
 	Type string `json:"type,omitempty"`
-	// IPv4Pools are names or prefixes of the pools to choose from; empty means any.
+	// AssignIPv4 and AssignIPv6 are "true", "false" or absent: then a pod gets IPv4, and IPv6 where there is a pool for it.
+	AssignIPv4 any `json:"assign_ipv4,omitempty"`
+	AssignIPv6 any `json:"assign_ipv6,omitempty"`
+	// IPv4Pools and IPv6Pools are names or prefixes of the pools to choose from; empty means any.
 	IPv4Pools []string `json:"ipv4_pools,omitempty"`
+	IPv6Pools []string `json:"ipv6_pools,omitempty"`
+
+	assign4, assign6 string
 }
 
 // ParseConf decodes and checks a network configuration and fills in the defaults. An error is a *types.Error that
@@ -61,9 +71,7 @@ func ParseConf(data []byte) (*NetConf, error) {
 	if c.QueueDir == "" {
 		c.QueueDir = DefaultQueueDir
 	}
-	bad := func(format string, args ...any) error {
-		return types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf(format, args...), "")
-	}
+	bad := badConf
 	switch {
 	case c.Name == "":
 		return nil, bad("name: missing, expected the network's name")
@@ -83,10 +91,20 @@ func ParseConf(data []byte) (*NetConf, error) {
 	default:
 		return nil, bad("logLevel: %q, expected error, warning, info or debug", c.LogLevel)
 	}
-	for i, p := range c.IPAM.IPv4Pools {
-		if p == "" {
-			return nil, bad("ipam.ipv4_pools[%d]: empty, expected a pool's name or prefix", i)
+	for field, pools := range map[string][]string{"ipv4_pools": c.IPAM.IPv4Pools, "ipv6_pools": c.IPAM.IPv6Pools} {
+		if i := slices.Index(pools, ""); i >= 0 {
+			return nil, bad("ipam.%s[%d]: empty, expected a pool's name or prefix", field, i)
 		}
+	}
+	var err error
+	if c.IPAM.assign4, err = readAssign("assign_ipv4", c.IPAM.AssignIPv4, AssignRequired); err != nil {
+		return nil, err
+	}
+	if c.IPAM.assign6, err = readAssign("assign_ipv6", c.IPAM.AssignIPv6, AssignIfPool); err != nil {
+		return nil, err
+	}
+	if c.IPAM.assign4 == AssignNone && c.IPAM.assign6 == AssignNone {
+		return nil, bad("ipam.assign_ipv4 and ipam.assign_ipv6: both false, expected at least one of them to be true")
 	}
 	return c, nil
 }
@@ -96,8 +114,8 @@ type PodArgs struct {
 	Namespace string `json:"namespace,omitempty"` // K8S_POD_NAMESPACE
 	Name      string `json:"name,omitempty"`      // K8S_POD_NAME
 	UID       string `json:"uid,omitempty"`       // K8S_POD_UID
-	// IP asks for this very address (CNI_ARGS key IP); the zero value for any.
-	IP netip.Addr `json:"ip,omitzero"`
+	// IP asks for this very address (CNI_ARGS key IP); the zero value for any. The Request has it in IPv4 or IPv6.
+	IP netip.Addr `json:"-"`
 }
 
 // ParseArgs decodes CNI_ARGS, "KEY=value;KEY=value". Keys it does not know are ignored, with or without IgnoreUnknown:
@@ -124,9 +142,9 @@ func ParseArgs(s string) (PodArgs, error) {
 		case "K8S_POD_UID":
 			field = &a.UID
 		case "IP":
-			ip, err := netip.ParseAddr(strings.TrimSuffix(value, "/32"))
-			if err != nil || !ip.Is4() {
-				return bad("IP: %q, expected an IPv4 address", value)
+			ip, err := parseIP(value)
+			if err != nil {
+				return bad("IP: %v", err)
 			}
 			a.IP = ip
 			continue

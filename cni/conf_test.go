@@ -22,6 +22,9 @@ func TestParseConf(t *testing.T) {
 		{"mtu", `{"name":"n","mtu":9}`, "mtu: 9, expected"},
 		{"ipam", `{"name":"n","ipam":{"type":"host-local"}}`, "ipam.type"},
 		{"pools", `{"name":"n","ipam":{"ipv4_pools":["a",""]}}`, "ipam.ipv4_pools[1]: empty"},
+		{"pools of IPv6", `{"name":"n","ipam":{"ipv6_pools":[""]}}`, "ipam.ipv6_pools[0]: empty"},
+		{"neither family", `{"name":"n","ipam":{"assign_ipv4":"false","assign_ipv6":false}}`, "both false"},
+		{"assign", `{"name":"n","ipam":{"assign_ipv6":"yes"}}`, "ipam.assign_ipv6: yes, expected"},
 		{"log level", `{"name":"n","logLevel":"loud"}`, "logLevel"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -46,7 +49,7 @@ func TestParseArgs(t *testing.T) {
 	if err != nil || a != want {
 		t.Fatalf("got %+v, %v, want %+v", a, err, want)
 	}
-	for _, bad := range []string{"x", "K8S_POD_NAME=a", "IP=::1", "K8S_POD_NAMESPACE=a b;K8S_POD_NAME=c", "K8S_POD_UID=" + strings.Repeat("u", 300)} {
+	for _, bad := range []string{"x", "K8S_POD_NAME=a", "IP=::ffff:10.0.0.1", "IP=10.0.0.300", "IP=fe80::1%eth0", "K8S_POD_NAMESPACE=a b;K8S_POD_NAME=c", "K8S_POD_UID=" + strings.Repeat("u", 300)} {
 		if _, err := ParseArgs(bad); err == nil {
 			t.Errorf("%.30q: no error", bad)
 		}
@@ -116,13 +119,19 @@ func TestReadRequestBounds(t *testing.T) {
 }
 
 func FuzzParseConf(f *testing.F) {
-	f.Add([]byte(`{"cniVersion":"1.0.0","name":"n","type":"margay","mtu":1400,"ipam":{"ipv4_pools":["a"]},"prevResult":{"cniVersion":"1.0.0","interfaces":[{"name":"eth0","sandbox":"/x"},null],"ips":[{"address":"10.0.0.1/32","interface":0}]}}`))
+	f.Add([]byte(`{"cniVersion":"1.0.0","name":"n","type":"margay","mtu":1400,"ipam":{"ipv4_pools":["a"],"assign_ipv6":"true"},"args":{"cni":{"ips":["10.0.0.1"]}},"runtimeConfig":{"mac":"x","ips":["::1/64"],"io.kubernetes.cri.pod-annotations":{"cni.projectcalico.org/ipAddrs":"[\"10.0.0.9\"]"}},"prevResult":{"cniVersion":"1.0.0","interfaces":[{"name":"eth0","sandbox":"/x"},null],"ips":[{"address":"10.0.0.1/32","interface":0}]}}`))
 	f.Add([]byte(`{"name":"n","cni.dev/valid-attachments":[{"containerID":"a","ifname":"eth0"}]}`))
 	f.Add([]byte(`{"name":"n","cniVersion":"0.3.1","prevResult":{"ips":[{"version":"4","address":"10.0.0.1/32"}]}}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		c, err := ParseConf(data)
 		if err != nil {
 			return
+		}
+		if four, six, mac, err := c.addresses(PodArgs{}); err == nil {
+			r := Request{Protocol: Protocol, Verb: Add, Network: "n", ContainerID: "c", IfName: "eth0", IPv4: four, IPv6: six, MAC: mac}
+			if err := r.Validate(); err != nil {
+				t.Errorf("the plugin makes a request that the agent refuses: %v", err)
+			}
 		}
 		if prev, err := prevResult(c); err == nil && prev != nil {
 			_, _ = expectation(prev, &Request{IfName: "eth0", Netns: "/x"})
@@ -143,9 +152,9 @@ func FuzzParseArgs(f *testing.F) {
 
 // A request that was accepted means the same after a round trip through the queue's encoding.
 func FuzzReadRequest(f *testing.F) {
-	f.Add([]byte(`{"protocol":1,"verb":"ADD","network":"n","containerID":"c","ifName":"eth0","netns":"/run/netns/x","pod":{"namespace":"a","name":"b","ip":"10.0.0.1"}}`))
+	f.Add([]byte(`{"protocol":1,"verb":"ADD","network":"n","containerID":"c","ifName":"eth0","netns":"/run/netns/x","pod":{"namespace":"a","name":"b"},"ipv4":{"ip":"10.0.0.1"},"ipv6":{"assign":"required","pools":["p"]},"mac":"02:00:00:00:00:01"}`))
 	f.Add([]byte(`{"protocol":1,"verb":"GC","network":"n","valid":[]}`))
-	f.Add([]byte(`{"protocol":1,"verb":"CHECK","network":"n","containerID":"c","ifName":"eth0","expect":{"hostName":"calix","address":""}}`))
+	f.Add([]byte(`{"protocol":1,"verb":"CHECK","network":"n","containerID":"c","ifName":"eth0","expect":{"hostName":"calix","address":"","address6":"fd00::1"}}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		r, err := ReadRequest(bytes.NewReader(data))
 		if err != nil {

@@ -44,9 +44,13 @@ func expectation(prev *current.Result, req *Request) (*Attachment, error) {
 		if !ok {
 			return nil, bad("ips[%d].address: %s, expected an IP address", i, ip.Address.String())
 		}
-		a.Address = addr.Unmap()
+		if addr = addr.Unmap(); addr.Is4() {
+			a.Address = addr
+		} else {
+			a.Address6 = addr
+		}
 	}
-	if !a.Address.IsValid() {
+	if !a.Address.IsValid() && !a.Address6.IsValid() {
 		return nil, bad("ips: none on %s, expected one", req.IfName)
 	}
 	return a, nil

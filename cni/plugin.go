@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"time"
 
@@ -73,7 +74,7 @@ func (p *Plugin) Add(args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	if resp.Attachment == nil || !resp.Attachment.Address.IsValid() {
+	if a := resp.Attachment; a == nil || !a.Address.Is4() && !a.Address6.Is6() {
 		return types.NewError(types.ErrInternal, "answer of margay-agent: no attachment in it", "")
 	}
 	appendResult(result, req, resp.Attachment)
@@ -157,10 +158,15 @@ func (p *Plugin) request(verb string, args *skel.CmdArgs) (*NetConf, *Request, e
 		return nil, nil, err
 	}
 	req := &Request{Protocol: Protocol, Verb: verb, Network: conf.Name, ContainerID: args.ContainerID,
-		IfName: args.IfName, Netns: args.Netns, MTU: conf.MTU, Pools: conf.IPAM.IPv4Pools}
+		IfName: args.IfName, Netns: args.Netns, MTU: conf.MTU}
 	// Arguments that cannot be read must not keep a container from being deleted; the handle does not need them.
 	if req.Pod, err = ParseArgs(args.Args); err != nil && verb == Add {
 		return nil, nil, err
+	}
+	if verb == Add {
+		if req.IPv4, req.IPv6, req.MAC, err = conf.addresses(req.Pod); err != nil {
+			return nil, nil, err
+		}
 	}
 	return conf, req, req.Validate()
 }
@@ -235,15 +241,20 @@ func prevResult(conf *NetConf) (*current.Result, error) {
 	return r, nil
 }
 
-// appendResult adds our two interfaces, the address and the default route to what earlier plugins of the chain said.
+// appendResult adds our two interfaces, the addresses and the default routes to what earlier plugins of the chain said.
 func appendResult(r *current.Result, req *Request, a *Attachment) {
 	pod := len(r.Interfaces) + 1
 	r.Interfaces = append(r.Interfaces,
 		&current.Interface{Name: a.HostName, Mac: a.HostMAC},
 		&current.Interface{Name: req.IfName, Mac: a.PodMAC, Sandbox: req.Netns})
-	bits := a.Address.BitLen()
-	r.IPs = append(r.IPs, &current.IPConfig{Interface: current.Int(pod),
-		Address: net.IPNet{IP: a.Address.AsSlice(), Mask: net.CIDRMask(bits, bits)}})
-	r.Routes = append(r.Routes, &types.Route{Dst: net.IPNet{IP: make(net.IP, bits/8), Mask: net.CIDRMask(0, bits)},
-		GW: a.Gateway.AsSlice()})
+	for _, f := range []struct{ addr, gateway netip.Addr }{{a.Address, a.Gateway}, {a.Address6, a.Gateway6}} {
+		if !f.addr.IsValid() {
+			continue
+		}
+		bits := f.addr.BitLen()
+		r.IPs = append(r.IPs, &current.IPConfig{Interface: current.Int(pod),
+			Address: net.IPNet{IP: f.addr.AsSlice(), Mask: net.CIDRMask(bits, bits)}})
+		r.Routes = append(r.Routes, &types.Route{Dst: net.IPNet{IP: make(net.IP, bits/8), Mask: net.CIDRMask(0, bits)},
+			GW: f.gateway.AsSlice()})
+	}
 }

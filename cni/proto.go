@@ -53,23 +53,27 @@ type Request struct {
 	Netns       string  `json:"netns,omitempty"` // the runtime's path, for the result and messages only
 	Pod         PodArgs `json:"pod,omitzero"`
 	MTU         int     `json:"mtu,omitempty"` // bytes; 0: the agent's choice
-	// Pools restricts the pools for ADD.
-	Pools []string `json:"pools,omitempty"`
+	// IPv4 and IPv6 say, for ADD, which addresses the pod is to have; MAC its interface's hardware address, empty for any.
+	IPv4 Family `json:"ipv4,omitzero"`
+	IPv6 Family `json:"ipv6,omitzero"`
+	MAC  string `json:"mac,omitempty"`
 	// Expect is, for CHECK, what the previous result said.
 	Expect *Attachment `json:"expect,omitempty"`
 	// Valid lists, for GC, the attachments to keep; an empty list keeps none.
 	Valid []types.GCAttachment `json:"valid,omitempty"`
 }
 
-// Attachment describes one interface of one pod.
+// Attachment describes one interface of one pod. It has at least one address.
 type Attachment struct {
 	HostName string     `json:"hostName"`
 	HostMAC  string     `json:"hostMAC,omitempty"`
 	PodMAC   string     `json:"podMAC,omitempty"`
-	Address  netip.Addr `json:"address"`
-	MTU      int        `json:"mtu,omitempty"` // bytes
-	// Gateway is the link-local address by which the pod's default route goes.
-	Gateway netip.Addr `json:"gateway,omitzero"`
+	Address  netip.Addr `json:"address,omitzero"`  // IPv4
+	Address6 netip.Addr `json:"address6,omitzero"` // IPv6
+	MTU      int        `json:"mtu,omitempty"`     // bytes
+	// Gateway and Gateway6 are the link-local addresses by which the pod's default routes go.
+	Gateway  netip.Addr `json:"gateway,omitzero"`
+	Gateway6 netip.Addr `json:"gateway6,omitzero"`
 }
 
 // Response is the agent's answer: Error, or for ADD the Attachment.
@@ -144,8 +148,11 @@ func (r *Request) Validate() error {
 	if r.MTU != 0 && (r.MTU < 68 || r.MTU > 65535) {
 		return bad("mtu: %d, expected 68 to 65535, or 0", r.MTU)
 	}
-	if r.Pod.IP.IsValid() && !r.Pod.IP.Is4() {
-		return bad("pod.ip: %s, expected an IPv4 address", r.Pod.IP)
+	if err := errors.Join(r.IPv4.check("ipv4", false), r.IPv6.check("ipv6", true)); err != nil {
+		return bad("%v", err)
+	}
+	if err := checkMAC(r.MAC); err != nil {
+		return bad("mac: %v", err)
 	}
 	return nil
 }

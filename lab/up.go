@@ -25,7 +25,7 @@ type Options struct {
 	Pool      string // CIDR; empty: 10.244.0.0/16
 	IPIPMode  string // Always (also when empty), CrossSubnet or Never
 	BlockSize int    // prefix length; 0: 26
-	Attach    string // how packets come to the vrouters: tun, tun-plain, auto; empty: their default
+	Attach    string // how packets come to the vrouters: tun, tun-plain, direct, auto; empty: their default
 	NoNAT     bool   // pods leave the cluster with their own address
 	// BinDir holds vrouter, margay-agent and margay-cni; empty: where the running program lies.
 	BinDir string
@@ -39,7 +39,7 @@ type Options struct {
 const reachTimeout = 60 * time.Second
 
 // attachments are the words that vrouter understands, and none, for its default.
-var attachments = []string{"", "tun", "tun-plain", "auto"}
+var attachments = []string{"", "tun", "tun-plain", "direct", "auto"}
 
 // PoolName is the lab's address pool in the datastore.
 const PoolName = "default-ipv4-ippool"

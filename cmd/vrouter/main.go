@@ -17,8 +17,10 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"margay/internal/monitor"
 	"margay/internal/version"
 	"margay/vrouter"
+	"margay/vrouter/metrics"
 	"margay/vrouter/port"
 	"margay/vrouter/rpc"
 )
@@ -39,6 +41,7 @@ type options struct {
 	stateDir string
 	logLevel string
 	router   routerFlags
+	monitor  monitor.Config
 }
 
 func newCommand() *cobra.Command {
@@ -59,10 +62,13 @@ restart, from the snapshot in the state directory. vr0 stays when vrouter ends.
 
 --attach says how: tun carries superpackets (TSO, USO) whole, from vr0 to the other
 nodes and back; tun-plain hands over finished packets one by one; auto is tun where
-the kernel has what it needs, and tun-plain elsewhere.
+the kernel has what it needs, and tun-plain elsewhere. direct is tun, and the vRouter
+reads the pods' own interfaces besides: what one pod sends to another, here or on
+another node, passes by the kernel's stack, and all else is the kernel's as with tun.
 
 It needs the capabilities NET_ADMIN and NET_RAW, and /dev/net/tun. With BPF as well,
-and Linux 6.6, superpackets leave whole; without, the vRouter splits them.`,
+and Linux 6.6, superpackets leave whole; without, the vRouter splits them, and direct
+cannot be had.`,
 		Example:       "  vrouter\n  vrouter --socket /run/margay/vrouter.sock --log-level debug",
 		Args:          cobra.NoArgs,
 		Version:       version.String(),
@@ -74,12 +80,13 @@ and Linux 6.6, superpackets leave whole; without, the vRouter splits them.`,
 	}
 	cmd.SetVersionTemplate(version.Line("vrouter") + "\n")
 	f := cmd.Flags()
-	f.StringVar(&o.attach, "attach", port.AttachAuto, "how packets come and go: tun, tun-plain or auto")
+	f.StringVar(&o.attach, "attach", port.AttachAuto, "how packets come and go: tun, tun-plain, direct or auto")
 	f.StringVar(&o.tun, "tun", "vr0", "name of the TUN `device`; made if it is not there")
 	f.StringVar(&o.socket, "socket", "/run/margay/vrouter.sock", "unix socket `path` on which the agent programs the vRouter")
 	f.StringVar(&o.stateDir, "state-dir", "/var/lib/margay", "`directory` of the snapshot file, fib.snapshot")
 	f.StringVar(&o.logLevel, "log-level", "info", "least `level` of log lines: debug, info, warn or error")
 	o.router.add(f)
+	o.monitor.Add(f)
 	return cmd
 }
 
@@ -126,10 +133,17 @@ func (o *options) run(ctx context.Context) (err error) {
 	if err := router.SetOptions(routing); err != nil {
 		return err
 	}
+	registry := monitor.NewRegistry("vrouter")
+	registry.MustRegister(metrics.New(router))
+	watched, err := monitor.Listen(o.monitor, registry, log)
+	if err != nil {
+		return errors.Join(err, listener.Close())
+	}
 	router.OnConfig(func(c vrouter.Config) error {
 		log.Info("configured", "address", c.NodeAddress, "underlay", c.Underlay, "mtu", c.MTU)
 		return errors.Join(underlay.SetInterface(c.Underlay), tun.SetMTU(c.MTU))
 	})
+	workers := ports.Workers(router)
 	keeper := vrouter.NewKeeper(router, filepath.Join(o.stateDir, "fib.snapshot"), log)
 	keeper.Load()
 
@@ -137,10 +151,8 @@ func (o *options) run(ctx context.Context) (err error) {
 	defer cancel()
 	var wg sync.WaitGroup
 	wg.Go(func() { keeper.Run(ctx) })
-	workers := []*vrouter.Worker{
-		router.NewWorker(vrouter.Encap, tun, underlay),
-		router.NewWorker(vrouter.Decap, underlay, tun),
-	}
+	wg.Go(func() { watched.Serve(ctx) })
+	wg.Go(func() { router.CollectDrops(ctx) })
 	workers[0].SetReply(side.reply)
 	var sideErr error
 	wg.Go(func() {

@@ -21,12 +21,12 @@ func (s *Server) check(ctx context.Context, req *cni.Request, ns *os.File) error
 	if err := requireNetns(req, ns); err != nil {
 		return err
 	}
-	if req.Expect == nil || !req.Expect.Address.Is4() {
-		return types.NewError(types.ErrInvalidNetworkConfig, "prevResult: no IPv4 address in it", "")
+	if req.Expect == nil || !req.Expect.Address.IsValid() && !req.Expect.Address6.IsValid() {
+		return types.NewError(types.ErrInvalidNetworkConfig, "prevResult: no address in it", "")
 	}
 	defer s.locks.lock(req.Handle())()
 	want := Attachment{Network: req.Network, ContainerID: req.ContainerID, IfName: req.IfName,
-		HostName: req.Expect.HostName, Address: req.Expect.Address}
+		HostName: req.Expect.HostName, Address: req.Expect.Address, Address6: req.Expect.Address6}
 	pod, err := podHandle(ns)
 	if err != nil {
 		return types.NewError(cni.CodePlumbing, err.Error(), "")
@@ -50,12 +50,14 @@ func (s *Server) checkHost(want Attachment) error {
 	if link.Attrs().RawFlags&unix.IFF_UP == 0 {
 		return fmt.Errorf("host: %s: expected to be up", want.HostName)
 	}
-	routes, err := s.nl.RouteListFiltered(unix.AF_INET, hostRoute(want, link), netlink.RT_FILTER_DST|netlink.RT_FILTER_OIF)
-	if err != nil {
-		return fmt.Errorf("host: list routes: %w", err)
-	}
-	if len(routes) == 0 {
-		return fmt.Errorf("host: no route to %s by %s", want.Address, want.HostName)
+	for _, addr := range want.addresses() {
+		routes, err := s.nl.RouteListFiltered(familyOf(addr), hostRoute(addr, link), netlink.RT_FILTER_DST|netlink.RT_FILTER_OIF)
+		if err != nil {
+			return fmt.Errorf("host: list routes: %w", err)
+		}
+		if len(routes) == 0 {
+			return fmt.Errorf("host: no route to %s by %s", addr, want.HostName)
+		}
 	}
 	return nil
 }
@@ -72,15 +74,27 @@ func checkPod(h *netlink.Handle, want Attachment, mac string) error {
 	if mac != "" && attrs.HardwareAddr.String() != mac {
 		return fmt.Errorf("container: %s: hardware address %s, expected %s", want.IfName, attrs.HardwareAddr, mac)
 	}
-	addrs, err := h.AddrList(link, unix.AF_INET)
+	for _, addr := range want.addresses() {
+		if err := checkPodFamily(h, link, addr); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// checkPodFamily looks at what the container has for one of its addresses.
+func checkPodFamily(h *netlink.Handle, link netlink.Link, addr netip.Addr) error {
+	name, index, family := link.Attrs().Name, link.Attrs().Index, familyOf(addr)
+	addrs, err := h.AddrList(link, family)
 	if err != nil {
 		return fmt.Errorf("container: list addresses: %w", err)
 	}
-	if !slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return a.IPNet.String() == hostNet(want.Address).String() }) {
-		return fmt.Errorf("container: %s: address %s/32 missing", want.IfName, want.Address)
+	if !slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return a.IPNet.String() == hostNet(addr).String() }) {
+		return fmt.Errorf("container: %s: address %s missing", name, hostNet(addr))
 	}
-	for _, r := range podRoutes(attrs.Index) {
-		found, err := h.RouteListFiltered(unix.AF_INET, r, netlink.RT_FILTER_DST|netlink.RT_FILTER_OIF|netlink.RT_FILTER_GW)
+	gateway := gatewayOf(addr)
+	for _, r := range podRoutes(index, gateway) {
+		found, err := h.RouteListFiltered(family, r, netlink.RT_FILTER_DST|netlink.RT_FILTER_OIF|netlink.RT_FILTER_GW)
 		if err != nil {
 			return fmt.Errorf("container: list routes: %w", err)
 		}
@@ -88,7 +102,7 @@ func checkPod(h *netlink.Handle, want Attachment, mac string) error {
 			return fmt.Errorf("container: route %s missing", r)
 		}
 	}
-	neighbours, err := h.NeighList(attrs.Index, unix.AF_INET)
+	neighbours, err := h.NeighList(index, family)
 	if err != nil {
 		return fmt.Errorf("container: list neighbours: %w", err)
 	}
@@ -106,8 +120,10 @@ func (s *Server) checkAddress(ctx context.Context, want Attachment) error {
 	if err != nil {
 		return fmt.Errorf("IPAM: %w", err)
 	}
-	if !slices.Contains(held, want.Address) {
-		return fmt.Errorf("IPAM: %s is not assigned to %s", want.Address, want.Handle())
+	for _, addr := range want.addresses() {
+		if !slices.Contains(held, addr) {
+			return fmt.Errorf("IPAM: %s is not assigned to %s", addr, want.Handle())
+		}
 	}
 	return nil
 }

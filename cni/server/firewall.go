@@ -1,7 +1,6 @@
 package server
 
 import (
-	"encoding/binary"
 	"fmt"
 	"net/netip"
 	"sync"
@@ -12,23 +11,24 @@ import (
 
 // Names in nftables: table "inet margay".
 const (
-	fwTable       = "margay"
-	fwPodSet      = "pod_addresses"
-	fwNATSet      = "nat_pools"
-	fwAllSet      = "pools"
-	fwSpoofed     = "spoofed"
-	fwIPv6        = "pod_ipv6"
-	tunnelDevice  = "vr0"
-	hostPrefix    = "cali"
-	ifNameSize    = 16
-	fwFamily      = nftables.TableFamilyINet
-	fwPodChain    = "from_pod"
-	fwPreChain    = "prerouting"
-	fwPostChain   = "postrouting"
-	protocolIPv4  = 2  // NFPROTO_IPV4
-	protocolIPv6  = 10 // NFPROTO_IPV6
-	offsetSrcIPv4 = 12
-	offsetDstIPv4 = 16
+	fwTable      = "margay"
+	fwPodSet     = "pod_addresses"
+	fwPodSet6    = "pod_addresses6"
+	fwNATSet     = "nat_pools"
+	fwNATSet6    = "nat_pools6"
+	fwAllSet     = "pools"
+	fwAllSet6    = "pools6"
+	fwSpoofed    = "spoofed"
+	fwIPv6       = "pod_ipv6"
+	tunnelDevice = "vr0"
+	hostPrefix   = "cali"
+	ifNameSize   = 16
+	fwFamily     = nftables.TableFamilyINet
+	fwPodChain   = "from_pod"
+	fwPreChain   = "prerouting"
+	fwPostChain  = "postrouting"
+	protocolIPv4 = 2  // NFPROTO_IPV4
+	protocolIPv6 = 10 // NFPROTO_IPV6
 )
 
 // podKey is one element of the anti-spoofing set: this interface may send from this address.
@@ -43,17 +43,33 @@ type firewall struct {
 	mu      sync.Mutex // held over every exchange with the kernel
 	conn    *nftables.Conn
 	pods    map[podKey]struct{}
-	nat     []addrRange
-	all     []addrRange
+	nat     []netip.Prefix
+	all     []netip.Prefix
 	poolsOK bool // SetPools was called: until then a restarted agent keeps the pools it finds in the kernel
 
 	table            *nftables.Table
-	podSet           *nftables.Set
-	natSet, allSet   *nftables.Set
+	families         [2]fwFamilySets // IPv4, IPv6
 	pre, post, onPod *nftables.Chain
 
 	wait  sync.Mutex
 	batch *fwBatch // collecting, not yet sent
+}
+
+// fwFamilySets is what the table has for one address family.
+type fwFamilySets struct {
+	protocol       byte   // NFPROTO
+	source, dest   uint32 // offsets in the header
+	size           uint32 // of an address, bytes
+	pods, nat, all *nftables.Set
+	six            bool
+}
+
+// setsOf are the sets of an address's family.
+func (f *firewall) setsOf(a netip.Addr) *fwFamilySets {
+	if a.Is6() {
+		return &f.families[1]
+	}
+	return &f.families[0]
 }
 
 // fwBatch gathers the changes of callers that arrive while another batch is on its way: a burst of pods costs a few
@@ -71,12 +87,17 @@ func newFirewall() (*firewall, error) {
 	}
 	f := &firewall{conn: conn, pods: map[podKey]struct{}{}}
 	f.table = &nftables.Table{Name: fwTable, Family: fwFamily}
-	f.podSet = &nftables.Set{Table: f.table, Name: fwPodSet,
-		KeyType: nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeIPAddr)}
-	pools := func(name string) *nftables.Set {
-		return &nftables.Set{Table: f.table, Name: name, KeyType: nftables.TypeIPAddr, Interval: true}
+	pods := func(name string, addr nftables.SetDatatype) *nftables.Set {
+		return &nftables.Set{Table: f.table, Name: name, KeyType: nftables.MustConcatSetType(nftables.TypeIFName, addr)}
 	}
-	f.natSet, f.allSet = pools(fwNATSet), pools(fwAllSet)
+	pools := func(name string, addr nftables.SetDatatype) *nftables.Set {
+		return &nftables.Set{Table: f.table, Name: name, KeyType: addr, Interval: true}
+	}
+	four, six := nftables.TypeIPAddr, nftables.TypeIP6Addr
+	f.families = [2]fwFamilySets{
+		{protocolIPv4, 12, 16, 4, pods(fwPodSet, four), pools(fwNATSet, four), pools(fwAllSet, four), false},
+		{protocolIPv6, 8, 24, 16, pods(fwPodSet6, six), pools(fwNATSet6, six), pools(fwAllSet6, six), true},
+	}
 	f.onPod = &nftables.Chain{Table: f.table, Name: fwPodChain}
 	accept := nftables.ChainPolicyAccept
 	f.pre = &nftables.Chain{Table: f.table, Name: fwPreChain, Type: nftables.ChainTypeFilter,
@@ -110,29 +131,31 @@ func (f *firewall) change(add, del []podKey) error {
 }
 
 func (f *firewall) send(b *fwBatch) error {
-	var add, del []nftables.SetElement
+	add, del := map[*nftables.Set][]nftables.SetElement{}, map[*nftables.Set][]nftables.SetElement{}
 	for _, k := range b.del {
 		if _, ok := f.pods[k]; ok {
 			delete(f.pods, k)
-			del = append(del, nftables.SetElement{Key: k.bytes()})
+			set := f.setsOf(k.addr).pods
+			del[set] = append(del[set], nftables.SetElement{Key: k.bytes()})
 		}
 	}
 	for _, k := range b.add {
 		if _, ok := f.pods[k]; !ok {
 			f.pods[k] = struct{}{}
-			add = append(add, nftables.SetElement{Key: k.bytes()})
+			set := f.setsOf(k.addr).pods
+			add[set] = append(add[set], nftables.SetElement{Key: k.bytes()})
 		}
 	}
 	if len(del)+len(add) == 0 {
 		return nil
 	}
-	if len(del) > 0 {
-		if err := f.conn.SetDeleteElements(f.podSet, del); err != nil {
+	for set, elements := range del {
+		if err := f.conn.SetDeleteElements(set, elements); err != nil {
 			return fmt.Errorf("nftables: %w", err)
 		}
 	}
-	if len(add) > 0 {
-		if err := f.conn.SetAddElements(f.podSet, add); err != nil {
+	for set, elements := range add {
+		if err := f.conn.SetAddElements(set, elements); err != nil {
 			return fmt.Errorf("nftables: %w", err)
 		}
 	}
@@ -157,7 +180,7 @@ func (f *firewall) setPods(keys []podKey) error {
 func (f *firewall) setPools(nat, all []netip.Prefix) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.nat, f.all, f.poolsOK = mergeIPv4(nat), mergeIPv4(all), true
+	f.nat, f.all, f.poolsOK = nat, all, true
 	return f.rebuild()
 }
 
@@ -197,15 +220,23 @@ func (f *firewall) write(replace bool) error {
 	for _, name := range []string{fwSpoofed, fwIPv6} {
 		c.AddObj(&nftables.NamedObj{Table: f.table, Name: name, Type: nftables.ObjTypeCounter, Obj: &expr.Counter{}})
 	}
-	var pods []nftables.SetElement
-	for k := range f.pods {
-		pods = append(pods, nftables.SetElement{Key: k.bytes()})
-	}
-	sets := []struct {
+	type content struct {
 		set      *nftables.Set
 		elements []nftables.SetElement
 		keep     bool
-	}{{f.podSet, pods, false}, {f.natSet, intervals(f.nat), !f.poolsOK}, {f.allSet, intervals(f.all), !f.poolsOK}}
+	}
+	var sets []content
+	for i := range f.families {
+		fam := &f.families[i]
+		var pods []nftables.SetElement
+		for k := range f.pods {
+			if f.setsOf(k.addr) == fam {
+				pods = append(pods, nftables.SetElement{Key: k.bytes()})
+			}
+		}
+		sets = append(sets, content{fam.pods, pods, false}, content{fam.nat, intervals(merge(f.nat, fam.six)), !f.poolsOK},
+			content{fam.all, intervals(merge(f.all, fam.six)), !f.poolsOK})
+	}
 	for _, s := range sets {
 		if err := c.AddSet(s.set, nil); err != nil {
 			return err
@@ -226,11 +257,9 @@ func (f *firewall) write(replace bool) error {
 }
 
 func (k podKey) bytes() []byte {
-	b := make([]byte, ifNameSize+4)
+	b := make([]byte, ifNameSize, ifNameSize+16)
 	copy(b[:ifNameSize-1], k.iface)
-	a := k.addr.As4()
-	copy(b[ifNameSize:], a[:])
-	return b
+	return append(b, k.addr.AsSlice()...)
 }
 
 // intervals encodes ranges as nftables wants them: each start, and the first address after it marked as an end. A
@@ -238,9 +267,9 @@ func (k podKey) bytes() []byte {
 func intervals(ranges []addrRange) []nftables.SetElement {
 	var out []nftables.SetElement
 	for _, r := range ranges {
-		out = append(out, nftables.SetElement{Key: binary.BigEndian.AppendUint32(nil, r.first)})
-		if r.last != ^uint32(0) {
-			out = append(out, nftables.SetElement{Key: binary.BigEndian.AppendUint32(nil, r.last+1), IntervalEnd: true})
+		out = append(out, nftables.SetElement{Key: r.first.AsSlice()})
+		if end := r.last.Next(); end.IsValid() {
+			out = append(out, nftables.SetElement{Key: end.AsSlice(), IntervalEnd: true})
 		}
 	}
 	return out
@@ -280,8 +309,8 @@ func compare(op expr.CmpOp, data []byte) expr.Any {
 	return &expr.Cmp{Op: op, Register: 1, Data: data}
 }
 
-func loadIPv4(offset, register uint32) expr.Any {
-	return &expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 4}
+func loadAddr(offset, size, register uint32) expr.Any {
+	return &expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: size}
 }
 
 func isProtocol(p byte) []expr.Any {
@@ -302,11 +331,14 @@ func countAndDrop(counter string) []expr.Any {
 //
 //	prerouting:  iifname "cali*" jump from_pod
 //	from_pod:    meta nfproto ipv4 iifname . ip saddr @pod_addresses return
+//	             meta nfproto ipv6 iifname . ip6 saddr @pod_addresses6 return
 //	             meta nfproto ipv6 counter name "pod_ipv6" drop
 //	             counter name "spoofed" drop
 //	postrouting: ip saddr @nat_pools ip daddr != @pools oifname != "cali*" oifname != "vr0" masquerade
+//	             ip6 saddr @nat_pools6 ip6 daddr != @pools6 oifname != "cali*" oifname != "vr0" masquerade
 //
-// Pods have no IPv6 yet; what they send of it is mostly their kernel's neighbour discovery, and counted apart.
+// What pods send of IPv6 under another address is mostly their kernel's neighbour and router discovery under link-local
+// ones, of which nothing here needs any; it is counted apart.
 func (f *firewall) addRules() {
 	add := func(ch *nftables.Chain, parts ...[]expr.Any) {
 		var exprs []expr.Any
@@ -320,14 +352,17 @@ func (f *firewall) addRules() {
 	}
 	add(f.pre, []expr.Any{loadMeta(expr.MetaKeyIIFNAME), compare(expr.CmpOpEq, []byte(hostPrefix)),
 		&expr.Verdict{Kind: expr.VerdictJump, Chain: fwPodChain}})
-	add(f.onPod, isProtocol(protocolIPv4), []expr.Any{loadMeta(expr.MetaKeyIIFNAME), loadIPv4(offsetSrcIPv4, 2),
-		lookup(f.podSet, false), &expr.Verdict{Kind: expr.VerdictReturn}})
+	for i := range f.families {
+		fam := &f.families[i]
+		add(f.onPod, isProtocol(fam.protocol), []expr.Any{loadMeta(expr.MetaKeyIIFNAME), loadAddr(fam.source, fam.size, 2),
+			lookup(fam.pods, false), &expr.Verdict{Kind: expr.VerdictReturn}})
+		add(f.post, isProtocol(fam.protocol), []expr.Any{
+			loadAddr(fam.source, fam.size, 1), lookup(fam.nat, false),
+			loadAddr(fam.dest, fam.size, 1), lookup(fam.all, true),
+			loadMeta(expr.MetaKeyOIFNAME), compare(expr.CmpOpNeq, []byte(hostPrefix)),
+			loadMeta(expr.MetaKeyOIFNAME), compare(expr.CmpOpNeq, ifName(tunnelDevice)),
+			&expr.Masq{}})
+	}
 	add(f.onPod, isProtocol(protocolIPv6), countAndDrop(fwIPv6))
 	add(f.onPod, countAndDrop(fwSpoofed))
-	add(f.post, isProtocol(protocolIPv4), []expr.Any{
-		loadIPv4(offsetSrcIPv4, 1), lookup(f.natSet, false),
-		loadIPv4(offsetDstIPv4, 1), lookup(f.allSet, true),
-		loadMeta(expr.MetaKeyOIFNAME), compare(expr.CmpOpNeq, []byte(hostPrefix)),
-		loadMeta(expr.MetaKeyOIFNAME), compare(expr.CmpOpNeq, ifName(tunnelDevice)),
-		&expr.Masq{}})
 }

@@ -121,21 +121,31 @@ func TestMasquerade(t *testing.T) {
 	}
 }
 
-// The naive twin of mergeIPv4: an address is in the ranges exactly when a prefix contains it.
-func TestMergeIPv4(t *testing.T) {
+// The naive twin of merge: an address is in the ranges exactly when a prefix contains it.
+func TestMerge(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
+		six := rapid.Bool().Draw(t, "IPv6")
 		prefixes := rapid.SliceOfN(rapid.Custom(func(t *rapid.T) netip.Prefix {
 			b := rapid.SliceOfN(rapid.SampledFrom([]byte{0, 1, 127, 128, 255}), 4, 4).Draw(t, "bytes")
-			return netip.PrefixFrom(netip.AddrFrom4([4]byte(b)), rapid.IntRange(0, 32).Draw(t, "bits"))
+			if !six {
+				return netip.PrefixFrom(netip.AddrFrom4([4]byte(b)), rapid.IntRange(0, 32).Draw(t, "bits"))
+			}
+			at := rapid.SampledFrom([]int{0, 12}).Draw(t, "at") // the bytes that differ: the first or the last ones
+			var raw [16]byte
+			copy(raw[at:], b)
+			return netip.PrefixFrom(netip.AddrFrom16(raw), at*8+rapid.IntRange(0, 32).Draw(t, "bits"))
 		}), 0, 8).Draw(t, "prefixes")
-		ranges := mergeIPv4(prefixes)
+		ranges := merge(prefixes, six)
 		for i, r := range ranges {
-			if r.first > r.last || i > 0 && uint64(ranges[i-1].last)+1 >= uint64(r.first) {
+			if r.first.Compare(r.last) > 0 || i > 0 && ranges[i-1].last.Next().Compare(r.first) >= 0 {
 				t.Fatalf("ranges not disjoint: %v", ranges)
 			}
 		}
 		b := rapid.SliceOfN(rapid.Byte(), 4, 4).Draw(t, "address")
 		probes := []netip.Addr{netip.AddrFrom4([4]byte(b))}
+		if six {
+			probes = []netip.Addr{netip.AddrFrom16([16]byte(append(make([]byte, 12), b...)))}
+		}
 		for _, p := range prefixes {
 			first := p.Masked().Addr()
 			probes = append(probes, first, first.Prev(), p.Addr().Next())
@@ -149,7 +159,7 @@ func TestMergeIPv4(t *testing.T) {
 				want = want || p.Contains(a)
 			}
 			for _, r := range ranges {
-				got = got || r.first <= u32(a) && u32(a) <= r.last
+				got = got || r.first.Compare(a) <= 0 && a.Compare(r.last) <= 0
 			}
 			if got != want {
 				t.Fatalf("%s: in ranges %v, in prefixes %v", a, got, want)

@@ -21,6 +21,8 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"margay/cni"
 )
 
 // The tests play the node in a network namespace of their own: the whole test process moves into a fresh one and
@@ -68,37 +70,49 @@ func run(m *testing.M) int {
 	return m.Run()
 }
 
-// fakeIPAM gives addresses of 10.244.0.0/24 in order and keeps them by handle.
+// fakeIPAM gives addresses of 10.244.0.0/24 and fd00:244::/120 in order and keeps them by handle.
 type fakeIPAM struct {
 	mu   sync.Mutex
-	held map[string]netip.Addr
+	held map[string][]netip.Addr
 	fail error // returned by every method when set
 }
 
-func newFakeIPAM() *fakeIPAM { return &fakeIPAM{held: map[string]netip.Addr{}} }
+func newFakeIPAM() *fakeIPAM { return &fakeIPAM{held: map[string][]netip.Addr{}} }
 
-func (f *fakeIPAM) Assign(_ context.Context, r AssignRequest) (netip.Addr, error) {
+func (f *fakeIPAM) Assign(_ context.Context, r AssignRequest) ([]netip.Addr, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.fail != nil {
-		return netip.Addr{}, f.fail
+		return nil, f.fail
 	}
 	if _, ok := f.held[r.Handle]; ok {
-		return netip.Addr{}, errors.New("handle in use")
+		return nil, errors.New("handle in use")
 	}
 	used := map[netip.Addr]bool{}
-	for _, a := range f.held {
-		used[a] = true
+	for _, list := range f.held {
+		for _, a := range list {
+			used[a] = true
+		}
 	}
-	a := netip.MustParseAddr("10.244.0.1")
-	if r.IP.IsValid() {
-		a = r.IP
+	var out []netip.Addr
+	for _, family := range []struct {
+		cni.Family
+		first string
+	}{{r.IPv4, "10.244.0.1"}, {r.IPv6, "fd00:244::1"}} {
+		if family.Assign != cni.AssignRequired { // no pool here for those who want an address only if there is one
+			continue
+		}
+		a := netip.MustParseAddr(family.first)
+		if family.IP.IsValid() {
+			a = family.IP
+		}
+		for used[a] {
+			a = a.Next()
+		}
+		out = append(out, a)
 	}
-	for used[a] {
-		a = a.Next()
-	}
-	f.held[r.Handle] = a
-	return a, nil
+	f.held[r.Handle] = out
+	return out, nil
 }
 
 func (f *fakeIPAM) Release(_ context.Context, handle string) error {
@@ -117,10 +131,7 @@ func (f *fakeIPAM) Addresses(_ context.Context, handle string) ([]netip.Addr, er
 	if f.fail != nil {
 		return nil, f.fail
 	}
-	if a, ok := f.held[handle]; ok {
-		return []netip.Addr{a}, nil
-	}
-	return nil, nil
+	return f.held[handle], nil
 }
 
 func (f *fakeIPAM) setFail(err error) {

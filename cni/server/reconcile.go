@@ -44,11 +44,11 @@ func (s *Server) Reconcile(ctx context.Context) error {
 	for _, link := range links {
 		name := link.Attrs().Name
 		a, ok := parseAlias(name, link.Attrs().Alias)
-		if !ok || !strings.HasPrefix(name, hostPrefix) || !a.Address.Is4() {
+		if !ok || !strings.HasPrefix(name, hostPrefix) {
 			continue
 		}
 		found[a.Handle()] = a
-		keys = append(keys, podKey{name, a.Address})
+		keys = append(keys, a.keys()...)
 	}
 	// The rules first: they are what lets packets pass; the routes are most likely there already.
 	if err := s.fw.setPods(keys); err != nil {
@@ -67,7 +67,7 @@ func (s *Server) Reconcile(ctx context.Context) error {
 	s.attachments, s.reconciled = found, true
 	s.mu.Unlock()
 	for _, a := range found {
-		s.cfg.OnPod(true, a.Address, a.HostName)
+		s.tell(true, a)
 	}
 	// Nobody waits for IPAM's opinion, which takes a while where there are many pods.
 	go s.confirm(ctx, slices.Collect(maps.Values(found)))
@@ -85,9 +85,11 @@ func (s *Server) confirm(ctx context.Context, found []Attachment) {
 		s.mu.Lock()
 		current := s.attachments[a.Handle()] == a
 		s.mu.Unlock()
-		if current && !slices.Contains(held, a.Address) {
-			s.log.Warn("pod uses an address that IPAM does not hold for it", "interface", a.HostName, "container", a.ContainerID,
-				"address", a.Address, "held", held)
+		for _, addr := range a.addresses() {
+			if current && !slices.Contains(held, addr) {
+				s.log.Warn("pod uses an address that IPAM does not hold for it", "interface", a.HostName, "container", a.ContainerID,
+					"address", addr, "held", held)
+			}
 		}
 	}
 }

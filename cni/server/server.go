@@ -23,21 +23,28 @@ import (
 	"margay/cni"
 )
 
-// AssignRequest asks for one address.
+// The words of AssignRequest's families.
+const (
+	AssignNone     = cni.AssignNone
+	AssignIfPool   = cni.AssignIfPool
+	AssignRequired = cni.AssignRequired
+)
+
+// AssignRequest asks for a pod's addresses.
 type AssignRequest struct {
 	Handle      string
 	Namespace   string // of the pod; empty when the runtime told none
 	Pod         string
 	ContainerID string
 	Node        string
-	IP          netip.Addr // wanted address; the zero value for any
-	Pools       []string   // names or prefixes to choose from; empty for any
+	IPv4, IPv6  cni.Family
 }
 
 // IPAM is what the server needs of address management. Its methods are called concurrently.
 type IPAM interface {
-	// Assign gives an address to a handle that has none; for one that has, it fails and changes nothing.
-	Assign(ctx context.Context, r AssignRequest) (netip.Addr, error)
+	// Assign gives a handle that has none what is asked for, at most one address of a family; when it fails it gives
+	// nothing. For a handle that holds an address it fails and changes nothing.
+	Assign(ctx context.Context, r AssignRequest) ([]netip.Addr, error)
 	// Release frees what the handle holds; nothing held is no error.
 	Release(ctx context.Context, handle string) error
 	// Addresses lists what the handle holds.
@@ -60,7 +67,10 @@ type Config struct {
 	Ready func() error
 	// Log takes the server's messages; nil means slog.Default().
 	Log *slog.Logger
-	// OnPod, when set, is told of each attachment: added after ADD and once per attachment that Reconcile finds,
+	// OnVerb, when set, is told of each request that was understood: its verb, how long it took, and its error. It is called
+	// from several goroutines.
+	OnVerb func(verb string, took time.Duration, err error)
+	// OnPod, when set, is told of each attachment's IPv4 address: added after ADD and once per attachment that Reconcile finds,
 	// removed after DEL. It is called from several goroutines and must not call the server.
 	OnPod func(added bool, addr netip.Addr, hostName string)
 }
@@ -219,8 +229,12 @@ func (s *Server) serve(ctx context.Context, conn *net.UnixConn) {
 	} else {
 		// A verb that has begun is finished even if the agent is told to stop.
 		vctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), verbTimeout)
+		began := time.Now()
 		resp.Attachment, err = s.handle(vctx, req, ns)
 		cancel()
+		if s.cfg.OnVerb != nil {
+			s.cfg.OnVerb(req.Verb, time.Since(began), err)
+		}
 		resp.Error = cni.AsError(err, types.ErrInternal)
 	}
 	data, err := json.Marshal(resp)
@@ -271,7 +285,7 @@ func takeFile(oob []byte) *os.File {
 }
 
 // SetPools tells which pools are masqueraded when they leave the cluster (nat), and which addresses are inside the
-// cluster (all). IPv6 prefixes are accepted and wait for IPv6 pods.
+// cluster (all), of both families.
 func (s *Server) SetPools(nat, all []netip.Prefix) error {
 	for _, list := range [][]netip.Prefix{nat, all} {
 		for _, p := range list {

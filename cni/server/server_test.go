@@ -119,7 +119,7 @@ func TestAddCheckDel(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		return netlink.RouteDel(podRoutes(l.Attrs().Index)[1])
+		return netlink.RouteDel(podRoutes(l.Attrs().Index, gateway)[1])
 	})
 	if _, err := n.plugin("CHECK", a, check); err == nil || err.Code != cni.CodeCheck || !strings.Contains(err.Details, "route") {
 		t.Errorf("CHECK after the default route went: %v", err)
@@ -185,7 +185,7 @@ func TestAddFailureLeavesNothing(t *testing.T) {
 		if err := netlink.LinkSetUp(lo); err != nil {
 			return err
 		}
-		return netlink.RouteAdd(&netlink.Route{LinkIndex: lo.Attrs().Index, Dst: podRoutes(0)[1].Dst, Scope: netlink.SCOPE_LINK})
+		return netlink.RouteAdd(&netlink.Route{LinkIndex: lo.Attrs().Index, Dst: podRoutes(0, gateway)[1].Dst, Scope: netlink.SCOPE_LINK})
 	})
 	_, err := n.plugin("ADD", p, n.conf(""))
 	if err == nil || err.Code != cni.CodePlumbing {
@@ -264,7 +264,7 @@ func TestRestartKeepsPods(t *testing.T) {
 	if _, ok := exchange(t, b, a, addrB, addrA); !ok {
 		t.Error("pods do not talk after the restart")
 	}
-	if elements, err := n.server.fw.conn.GetSetElements(n.server.fw.natSet); err != nil || len(elements) < 2 {
+	if elements, err := n.server.fw.conn.GetSetElements(n.server.fw.families[0].nat); err != nil || len(elements) < 2 {
 		t.Errorf("pools were forgotten: %v, %v", elements, err)
 	}
 	if err := n.server.Reconcile(t.Context()); err != nil {

@@ -68,16 +68,20 @@ func (s *Server) add(ctx context.Context, req *cni.Request, ns *os.File) (*cni.A
 	if err := s.drainOne(ctx, s.queue.Path(req)); err != nil {
 		return nil, types.NewError(types.ErrTryAgainLater, "an earlier DEL of this container is not done yet: "+err.Error(), "")
 	}
-	addr, err := s.assign(ctx, req)
+	addrs, err := s.assign(ctx, req)
 	if err != nil {
 		return nil, cni.AsError(err, cni.CodeIPAM)
 	}
-	a := Attachment{Network: req.Network, ContainerID: req.ContainerID, IfName: req.IfName, HostName: req.HostName(), Address: addr}
+	a := Attachment{Network: req.Network, ContainerID: req.ContainerID, IfName: req.IfName, HostName: req.HostName()}
+	if !a.setAddresses(addrs) {
+		s.undo(ctx, a)
+		return nil, types.NewError(cni.CodeIPAM, fmt.Sprintf("addresses %v: expected one, or one of each family", addrs), "")
+	}
 	mtu := req.MTU
 	if mtu == 0 {
 		mtu = s.cfg.MTU()
 	}
-	mac, err := s.attach(a, ns, pod, mtu)
+	mac, err := s.attach(a, ns, pod, mtu, req.MAC)
 	if err != nil {
 		s.undo(ctx, a)
 		return nil, types.NewError(cni.CodePlumbing, err.Error(), "")
@@ -85,9 +89,23 @@ func (s *Server) add(ctx context.Context, req *cni.Request, ns *os.File) (*cni.A
 	s.mu.Lock()
 	s.attachments[handle] = a
 	s.mu.Unlock()
-	s.cfg.OnPod(true, addr, a.HostName)
-	s.log.Info("pod attached", "container", req.ContainerID, "pod", req.Pod.Namespace+"/"+req.Pod.Name, "address", addr, "interface", a.HostName)
-	return &cni.Attachment{HostName: a.HostName, HostMAC: gatewayMAC.String(), PodMAC: mac, Address: addr, MTU: mtu, Gateway: gateway}, nil
+	s.tell(true, a)
+	s.log.Info("pod attached", "container", req.ContainerID, "pod", req.Pod.Namespace+"/"+req.Pod.Name, "addresses", addrs, "interface", a.HostName)
+	out := &cni.Attachment{HostName: a.HostName, HostMAC: gatewayMAC.String(), PodMAC: mac, Address: a.Address, Address6: a.Address6, MTU: mtu}
+	if a.Address.IsValid() {
+		out.Gateway = gateway
+	}
+	if a.Address6.IsValid() {
+		out.Gateway6 = gateway6
+	}
+	return out, nil
+}
+
+// tell says that a pod came or went.
+func (s *Server) tell(added bool, a Attachment) {
+	if a.Address.IsValid() {
+		s.cfg.OnPod(added, a.Address, a.HostName)
+	}
 }
 
 func requireNetns(req *cni.Request, ns *os.File) error {
@@ -122,54 +140,51 @@ func (s *Server) refuseExisting(ctx context.Context, req *cni.Request, pod *netl
 	link, err := s.nl.LinkByName(a.HostName)
 	if err == nil {
 		if b, ok := parseAlias(a.HostName, link.Attrs().Alias); ok && b.Handle() == a.Handle() {
-			return refuse("with address " + a.Address.String() + ", host side " + a.HostName)
+			return refuse(fmt.Sprintf("with %v, host side %s", a.addresses(), a.HostName))
 		}
 	}
 	return s.detach(ctx, req)
 }
 
-// assign gets an address. One that the handle holds already, though the container has no such interface, is left
-// from an ADD that was cut short: it is released and asked for again.
-func (s *Server) assign(ctx context.Context, req *cni.Request) (netip.Addr, error) {
+// assign gets the addresses. What the handle holds already, though the container has no such interface, is left from an
+// ADD that was cut short: it is released and asked for again.
+func (s *Server) assign(ctx context.Context, req *cni.Request) ([]netip.Addr, error) {
 	r := AssignRequest{Handle: req.Handle(), Namespace: req.Pod.Namespace, Pod: req.Pod.Name, ContainerID: req.ContainerID,
-		Node: s.cfg.Node, IP: req.Pod.IP, Pools: req.Pools}
-	addr, err := s.cfg.IPAM.Assign(ctx, r)
+		Node: s.cfg.Node, IPv4: req.IPv4, IPv6: req.IPv6}
+	addrs, err := s.cfg.IPAM.Assign(ctx, r)
 	if err == nil {
-		return addr, nil
+		return addrs, nil
 	}
 	held, herr := s.cfg.IPAM.Addresses(ctx, r.Handle)
 	if herr != nil || len(held) == 0 {
-		return netip.Addr{}, err
+		return nil, err
 	}
 	s.log.Warn("address left from an earlier ADD is given back", "handle", r.Handle, "addresses", held)
 	if err := s.cfg.IPAM.Release(ctx, r.Handle); err != nil {
-		return netip.Addr{}, err
+		return nil, err
 	}
 	return s.cfg.IPAM.Assign(ctx, r)
 }
 
 // attach does the plumbing. On error the caller undoes it.
-func (s *Server) attach(a Attachment, ns *os.File, pod *netlink.Handle, mtu int) (mac string, err error) {
+func (s *Server) attach(a Attachment, ns *os.File, pod *netlink.Handle, mtu int, wantMAC string) (mac string, err error) {
 	s.plumb <- struct{}{}
 	defer func() { <-s.plumb }()
-	if !a.Address.Is4() {
-		return "", fmt.Errorf("address %s: expected IPv4", a.Address)
-	}
 	if err := s.replaceStale(a); err != nil {
 		return "", err
 	}
 	// The rule comes first: from the first packet on, the pod is let through and nobody else.
-	if err := s.fw.change([]podKey{{a.HostName, a.Address}}, nil); err != nil {
+	if err := s.fw.change(a.keys(), nil); err != nil {
 		return "", err
 	}
-	host, err := s.createVeth(a, ns, mtu)
+	host, err := s.createVeth(a, ns, mtu, wantMAC)
 	if err != nil {
 		return "", err
 	}
 	if err := s.setUpHost(a, host); err != nil {
 		return "", err
 	}
-	return setUpPod(pod, a)
+	return setUpPod(ns, pod, a)
 }
 
 // replaceStale removes an interface of the wanted name that belongs to an earlier container of the same pod. Its
@@ -188,8 +203,8 @@ func (s *Server) replaceStale(a Attachment) error {
 	if err := s.deleteLink(link); err != nil {
 		return err
 	}
-	if ours && old.Address.Is4() {
-		return s.fw.change(nil, []podKey{{a.HostName, old.Address}})
+	if ours {
+		return s.fw.change(nil, old.keys())
 	}
 	return nil
 }
@@ -199,10 +214,10 @@ func (s *Server) undo(ctx context.Context, a Attachment) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
 	defer cancel()
 	if err := s.remove(ctx, a); err != nil {
-		s.log.Error("clean-up after a failed ADD", "container", a.ContainerID, "address", a.Address, "error", err)
+		s.log.Error("clean-up after a failed ADD", "container", a.ContainerID, "addresses", a.addresses(), "error", err)
 		req := cni.Request{Network: a.Network, ContainerID: a.ContainerID, IfName: a.IfName}
 		if err := s.queue.Put(&req); err != nil {
-			s.log.Error("clean-up after a failed ADD is lost", "container", a.ContainerID, "address", a.Address, "error", err)
+			s.log.Error("clean-up after a failed ADD is lost", "container", a.ContainerID, "addresses", a.addresses(), "error", err)
 		}
 	}
 }
@@ -212,10 +227,8 @@ func (s *Server) remove(ctx context.Context, a Attachment) error {
 	if err := s.removeHost(a); err != nil {
 		return types.NewError(cni.CodePlumbing, err.Error(), "")
 	}
-	if a.Address.Is4() {
-		if err := s.fw.change(nil, []podKey{{a.HostName, a.Address}}); err != nil {
-			return types.NewError(cni.CodePlumbing, err.Error(), "")
-		}
+	if err := s.fw.change(nil, a.keys()); err != nil {
+		return types.NewError(cni.CodePlumbing, err.Error(), "")
 	}
 	if err := s.cfg.IPAM.Release(ctx, a.Handle()); err != nil {
 		return fmt.Errorf("%w: %w", errRelease, err)
@@ -243,8 +256,8 @@ func (s *Server) detach(ctx context.Context, req *cni.Request) error {
 	delete(s.attachments, handle)
 	s.mu.Unlock()
 	if known {
-		s.cfg.OnPod(false, a.Address, a.HostName)
-		s.log.Info("pod detached", "container", req.ContainerID, "address", a.Address, "interface", a.HostName)
+		s.tell(false, a)
+		s.log.Info("pod detached", "container", req.ContainerID, "addresses", a.addresses(), "interface", a.HostName)
 	}
 	return err
 }

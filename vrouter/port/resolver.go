@@ -33,28 +33,28 @@ type resolver struct {
 	index  atomic.Int32      // the underlay's interface, 0: none
 	state  atomic.Pointer[string]
 
-	links     *netlink.Handle
-	events    int // netlink socket: something has changed
-	wake      int // eventfd: wanted, index or stopped
-	stopped   atomic.Bool
-	namespace int
-	retag     *retag // nil: superpackets must be split
-	noRetag   error  // why
-	known     map[uint32]time.Time
-	done      sync.WaitGroup
+	links   *netlink.Handle
+	events  int // netlink socket: something has changed
+	wake    int // eventfd: wanted, index or stopped
+	stopped atomic.Bool
+	place   *namespace
+	retag   *retag // nil: superpackets must be split
+	noRetag error  // why
+	known   map[uint32]time.Time
+	done    sync.WaitGroup
 }
 
 // newResolver starts a resolver for the calling thread's namespace. load loads the program of retag.go.
 func newResolver(load func() (*retag, error)) (_ *resolver, err error) {
-	r := &resolver{events: -1, wake: -1, namespace: -1, known: make(map[uint32]time.Time)}
+	r := &resolver{events: -1, wake: -1, known: make(map[uint32]time.Time)}
 	r.table.Store(new(hops))
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, r.free())
 		}
 	}()
-	if r.namespace, err = unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
-		return nil, fmt.Errorf("network namespace: %w", err)
+	if r.place, err = thisNamespace(); err != nil {
+		return nil, err
 	}
 	if r.links, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
 		return nil, fmt.Errorf("netlink: %w", err)
@@ -106,10 +106,13 @@ func (r *resolver) close() error {
 
 func (r *resolver) free() error {
 	var errs []error
-	for _, fd := range []int{r.events, r.wake, r.namespace} {
+	for _, fd := range []int{r.events, r.wake} {
 		if fd >= 0 {
 			errs = append(errs, unix.Close(fd))
 		}
+	}
+	if r.place != nil {
+		errs = append(errs, r.place.close())
 	}
 	if r.links != nil {
 		r.links.Close()
@@ -123,7 +126,7 @@ func (r *resolver) free() error {
 // run looks whenever there is a reason to, on a thread that stays in the namespace.
 func (r *resolver) run() {
 	runtime.LockOSThread()
-	if err := r.enter(); err != nil && r.retag != nil {
+	if err := r.place.enter(); err != nil && r.retag != nil {
 		r.noRetag, r.retag = err, errorsDrop(r.retag)
 	}
 	buffer := make([]byte, 1<<16)
@@ -151,22 +154,6 @@ func (r *resolver) run() {
 // errorsDrop closes what cannot be used.
 func errorsDrop(t *retag) *retag {
 	_ = t.close()
-	return nil
-}
-
-// enter brings the calling thread into the namespace that the port was opened in, if it is not there already, which
-// takes CAP_SYS_ADMIN. Only tests open ports in other namespaces than the process's.
-func (r *resolver) enter() error {
-	var here, there unix.Stat_t
-	if err := errors.Join(unix.Stat("/proc/thread-self/ns/net", &here), unix.Fstat(r.namespace, &there)); err != nil {
-		return fmt.Errorf("network namespace: %w", err)
-	}
-	if here.Ino == there.Ino && here.Dev == there.Dev {
-		return nil
-	}
-	if err := unix.Setns(r.namespace, unix.CLONE_NEWNET); err != nil {
-		return fmt.Errorf("enter network namespace: %w", err)
-	}
 	return nil
 }
 

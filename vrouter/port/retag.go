@@ -17,6 +17,7 @@ const retagMark = 0x6d677279
 // Offsets into struct __sk_buff (linux/bpf.h), in bytes.
 const (
 	skbMark    = 8
+	skbIndex   = 40 // ifindex
 	skbGSOSize = 176
 )
 

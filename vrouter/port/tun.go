@@ -191,23 +191,7 @@ func (t *TUN) Recv(batch []*vrouter.Packet) (int, error) {
 		if t.waiter.stopped.Load() {
 			return 0, vrouter.ErrStopped
 		}
-		n := 0
-		var err error
-		for n < len(batch) {
-			p := batch[n]
-			var got int
-			start := vrouter.Headroom - t.vnet
-			if got, err = unix.Read(t.fd, p.Buf[start:]); err == unix.EINTR {
-				continue
-			} else if err != nil {
-				break
-			}
-			p.Off, p.Len, p.Offload = vrouter.Headroom, max(got-t.vnet, 0), vrouter.Offload{}
-			if t.vnet > 0 {
-				p.Offload = parseVnet(p.Buf[start:vrouter.Headroom], 0)
-			}
-			n++
-		}
+		n, err := t.read(batch)
 		if n > 0 {
 			return n, nil
 		}
@@ -218,6 +202,41 @@ func (t *TUN) Recv(batch []*vrouter.Packet) (int, error) {
 		t.waiter.wait(t.fd, unix.POLLIN, -1)
 	}
 }
+
+// read takes what is there, without waiting; the error says why it is not more.
+func (t *TUN) read(batch []*vrouter.Packet) (n int, err error) {
+	for n < len(batch) {
+		p := batch[n]
+		var got int
+		start := vrouter.Headroom - t.vnet
+		if got, err = unix.Read(t.fd, p.Buf[start:]); err == unix.EINTR {
+			continue
+		} else if err != nil {
+			break
+		}
+		p.Off, p.Len, p.Offload = vrouter.Headroom, max(got-t.vnet, 0), vrouter.Offload{}
+		if t.vnet > 0 {
+			p.Offload = parseVnet(p.Buf[start:vrouter.Headroom], 0)
+		}
+		n++
+	}
+	return n, err
+}
+
+// readFD implements reader.
+func (t *TUN) readFD() int { return t.fd }
+
+// recvReady implements reader. It makes a device anew that was deleted.
+func (t *TUN) recvReady(batch []*vrouter.Packet) int {
+	n, err := t.read(batch)
+	if n == 0 && err == unix.EBADFD {
+		t.reopen()
+	}
+	return n
+}
+
+// tend implements reader: there is nothing to do.
+func (t *TUN) tend() {}
 
 // reopen makes the device anew, trying until it works or the port is stopped. The new device takes over the number of
 // the old descriptor, in one step, so that Send, on its own thread, needs no lock.

@@ -277,33 +277,46 @@ func (u *Underlay) Recv(batch []*vrouter.Packet) (int, error) {
 		if u.waiter.stopped.Load() {
 			return 0, vrouter.ErrStopped
 		}
-		n := 0
-		header := int(u.header.Load())
-		start := vrouter.Headroom - header - vnetHeader
-		for n < len(batch) {
-			p := batch[n]
-			got, err := unix.Read(u.recv, p.Buf[start:])
-			if err == unix.EINTR {
-				continue
-			}
-			if err != nil {
-				// EAGAIN, or once ENETDOWN when the interface goes down or away: in both cases wait.
-				break
-			}
-			p.Off, p.Len = vrouter.Headroom, max(got-vnetHeader-header, 0)
-			p.Offload = parseVnet(p.Buf[start:start+vnetHeader], header)
-			n++
-		}
-		if n > 0 {
+		if n := u.recvReady(batch); n > 0 {
 			return n, nil
 		}
 		if !u.waiter.wait(u.recv, unix.POLLIN, rebindInterval) {
-			u.mu.Lock()
-			// What fails now is tried again at the next idle moment.
-			_ = u.rebind()
-			u.mu.Unlock()
+			u.tend()
 		}
 	}
+}
+
+// tend implements reader: it looks whether the interface is still the same.
+func (u *Underlay) tend() {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	// What fails now is tried again at the next idle moment.
+	_ = u.rebind()
+}
+
+// readFD implements reader.
+func (u *Underlay) readFD() int { return u.recv }
+
+// recvReady implements reader.
+func (u *Underlay) recvReady(batch []*vrouter.Packet) int {
+	n := 0
+	header := int(u.header.Load())
+	start := vrouter.Headroom - header - vnetHeader
+	for n < len(batch) {
+		p := batch[n]
+		got, err := unix.Read(u.recv, p.Buf[start:])
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			// EAGAIN, or once ENETDOWN when the interface goes down or away: in both cases there is nothing more.
+			break
+		}
+		p.Off, p.Len = vrouter.Headroom, max(got-vnetHeader-header, 0)
+		p.Offload = parseVnet(p.Buf[start:start+vnetHeader], header)
+		n++
+	}
+	return n
 }
 
 // Send implements vrouter.Port. It sends what decides itself where it goes: the destination of the outer header.

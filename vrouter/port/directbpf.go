@@ -1,0 +1,347 @@
+package port
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+)
+
+// steering is the BPF side of a Direct: programs at each pod's interface that decide, packet by packet, who handles what
+// the pod sends. The vRouter owns a packet when it can bring it to its destination itself: that is what the map owned
+// says, by longest prefix. All else is the kernel's, as if there were no vRouter at the interface.
+//
+// The map flows remembers what the kernel delivers to pods. Its answers are the kernel's too, although their destination
+// may be owned: a service's connection, for one, is between two pods to the vRouter and has been rewritten by the kernel,
+// which wants to see both directions.
+//
+// The map taken opens the gate of an interface. Programs and socket are put in place first, which takes the kernel
+// milliseconds, and then change hands between one packet and the next.
+//
+// The programs go with the process. Then all is the kernel's, and what needs the vRouter ends at vr0.
+type steering struct {
+	owned, flows, taken *ebpf.Map
+	filter              *ebpf.Program // socket filter: what the vRouter owns
+	drop                *ebpf.Program // TCX ingress: the same, kept from the kernel
+	record              *ebpf.Program // TCX egress: writes flows
+	prefixes            map[netip.Prefix]ownership
+}
+
+// ownership says why a prefix is owned.
+type ownership uint8
+
+const (
+	ownedRoute ownership = 1 << iota // a tunnel leads to it
+	ownedPod                         // a pod whose interface we have
+)
+
+const (
+	// maxOwned is the number of prefixes that can be owned: tunnels' blocks, and pods. Memory is taken as they come.
+	maxOwned = 1 << 20
+	// maxFlows is the number of flows that are remembered; the one not seen for longest goes first.
+	maxFlows = 1 << 16
+	// maxTaken is the number of interfaces that can be taken.
+	maxTaken = 1 << 14
+)
+
+// newSteering loads maps and programs, and attaches one for a moment to the loopback device of the calling thread's
+// namespace, so that what is missing is known at start.
+func newSteering() (_ *steering, err error) {
+	s := &steering{prefixes: make(map[netip.Prefix]ownership)}
+	defer func() {
+		if err != nil {
+			err = errors.Join(explainSteering(err), s.close())
+		}
+	}()
+	if s.owned, err = ebpf.NewMap(&ebpf.MapSpec{Name: "margay_owned", Type: ebpf.LPMTrie, KeySize: 8, ValueSize: 4,
+		MaxEntries: maxOwned, Flags: unix.BPF_F_NO_PREALLOC}); err != nil {
+		return nil, err
+	}
+	if s.flows, err = ebpf.NewMap(&ebpf.MapSpec{Name: "margay_flows", Type: ebpf.LRUHash, KeySize: 16, ValueSize: 4,
+		MaxEntries: maxFlows}); err != nil {
+		return nil, err
+	}
+	if s.taken, err = ebpf.NewMap(&ebpf.MapSpec{Name: "margay_taken", Type: ebpf.Hash, KeySize: 4, ValueSize: 4,
+		MaxEntries: maxTaken, Flags: unix.BPF_F_NO_PREALLOC}); err != nil {
+		return nil, err
+	}
+	load := func(name string, kind ebpf.ProgramType, program asm.Instructions) *ebpf.Program {
+		if err != nil {
+			return nil
+		}
+		var p *ebpf.Program
+		p, err = ebpf.NewProgram(&ebpf.ProgramSpec{Name: name, Type: kind, License: "GPL", Instructions: program})
+		return p
+	}
+	s.filter = load("margay_filter", ebpf.SocketFilter, s.classify(asm.FnSkbLoadBytes, skbIndex, returns(0x40000), returns(0)))
+	s.drop = load("margay_drop", ebpf.SchedCLS, s.classify(asm.FnSkbLoadBytes, skbIndex, returns(tcxDrop), returns(tcxNext)))
+	s.record = load("margay_record", ebpf.SchedCLS, s.recorder())
+	if err != nil {
+		return nil, err
+	}
+	probe, err := s.attach(loopbackIndex)
+	if err != nil {
+		return nil, err
+	}
+	return s, closeLinks(probe)
+}
+
+// explainSteering makes the kernel's answer a Missing.
+func explainSteering(err error) error {
+	const do = "choose --attach tun"
+	switch {
+	case errors.Is(err, unix.EPERM):
+		return &Missing{What: "BPF for --attach direct", Err: unix.EPERM, Do: "add the capability BPF, or " + do}
+	case errors.Is(err, ebpf.ErrNotSupported):
+		return &Missing{What: "BPF for --attach direct (TCX, Linux 6.6)", Err: ebpf.ErrNotSupported, Do: do}
+	}
+	return &Missing{What: "BPF for --attach direct (TCX, Linux 6.6)", Err: unwrapErrno(err), Do: do}
+}
+
+// attach puts the two TCX programs onto an interface of the calling thread's namespace.
+func (s *steering) attach(index int) ([]link.Link, error) {
+	var links []link.Link
+	for _, at := range []struct {
+		program *ebpf.Program
+		where   ebpf.AttachType
+	}{{s.record, ebpf.AttachTCXEgress}, {s.drop, ebpf.AttachTCXIngress}} {
+		l, err := link.AttachTCX(link.TCXOptions{Interface: index, Program: at.program, Attach: at.where, Anchor: link.Head()})
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("attach the BPF program: %w", err), closeLinks(links))
+		}
+		links = append(links, l)
+	}
+	return links, nil
+}
+
+// take opens or closes the gate of the interface index.
+func (s *steering) take(index int, on bool) error {
+	var err error
+	if on {
+		err = s.taken.Put(uint32(index), uint32(1))
+	} else if err = s.taken.Delete(uint32(index)); errors.Is(err, ebpf.ErrKeyNotExist) {
+		err = nil
+	}
+	if err != nil {
+		return fmt.Errorf("map of interfaces: %w", err)
+	}
+	return nil
+}
+
+func closeLinks(links []link.Link) error {
+	var errs []error
+	for _, l := range links {
+		errs = append(errs, l.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// own adds a reason why a prefix is owned, or takes it away.
+func (s *steering) own(p netip.Prefix, why ownership, on bool) error {
+	if !p.Addr().Is4() {
+		return nil
+	}
+	had := s.prefixes[p]
+	has := had &^ why
+	if on {
+		has |= why
+	}
+	key := make([]byte, 8)
+	binary.NativeEndian.PutUint32(key, uint32(p.Bits()))
+	copy(key[4:], p.Addr().AsSlice())
+	switch {
+	case has == had:
+		return nil
+	case has == 0:
+		delete(s.prefixes, p)
+		if err := s.owned.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("map of owned prefixes: %s: %w", p, err)
+		}
+		return nil
+	}
+	s.prefixes[p] = has
+	if had != 0 {
+		return nil
+	}
+	if err := s.owned.Put(key, []byte{1, 0, 0, 0}); err != nil {
+		delete(s.prefixes, p)
+		return fmt.Errorf("map of owned prefixes: %s: %w", p, err)
+	}
+	return nil
+}
+
+func (s *steering) close() error {
+	var errs []error
+	for _, p := range []*ebpf.Program{s.filter, s.drop, s.record} {
+		if p != nil {
+			errs = append(errs, p.Close())
+		}
+	}
+	for _, m := range []*ebpf.Map{s.owned, s.flows, s.taken} {
+		if m != nil {
+			errs = append(errs, m.Close())
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Where the programs keep a packet's headers: distances from the frame pointer, such that all fields are aligned. The
+// last 16 bytes are the key of a flow: addresses, ports, protocol.
+const (
+	stackFrame    = -42
+	stackType     = stackFrame + 12
+	stackIP       = stackFrame + ethernetHeader
+	stackFragment = stackIP + 6
+	stackProtocol = stackIP + 9
+	stackFlow     = stackIP + 12
+	stackSource   = stackFlow
+	stackTarget   = stackFlow + 4
+	stackPorts    = stackFlow + 8
+	stackFlowEnd  = stackFlow + 12
+	stackPrefix   = -56 // the key of owned: length, address
+	stackReverse  = -64 // the key of a flow's other direction, up to -48
+	stackValue    = -72
+
+	headersLen = ethernetHeader + 20
+)
+
+// loadBytes copies n bytes of the packet in R6 to the stack, or goes to label.
+func loadBytes(load asm.BuiltinFunc, from, to, n int32, label string) asm.Instructions {
+	return asm.Instructions{
+		asm.Mov.Reg(asm.R1, asm.R6),
+		asm.Mov.Imm(asm.R2, from),
+		asm.Mov.Reg(asm.R3, asm.RFP),
+		asm.Add.Imm(asm.R3, to),
+		asm.Mov.Imm(asm.R4, n),
+		load.Call(),
+		asm.JNE.Imm(asm.R0, 0, label),
+	}
+}
+
+// loadHeaders copies the Ethernet and IPv4 headers to the stack and the protocol into R7; what is no plain IPv4 packet
+// for this host, or has one of the fragment bits, goes to label.
+func loadHeaders(load asm.BuiltinFunc, fragment uint16, label string) asm.Instructions {
+	return append(loadBytes(load, 0, stackFrame, headersLen, label),
+		asm.LoadMem(asm.R0, asm.RFP, stackType, asm.Half),
+		asm.JNE.Imm(asm.R0, int32(htons(unix.ETH_P_IP)), label),
+		asm.LoadMem(asm.R0, asm.RFP, stackFrame, asm.Byte),
+		asm.And.Imm(asm.R0, 1), // a group address
+		asm.JNE.Imm(asm.R0, 0, label),
+		asm.LoadMem(asm.R0, asm.RFP, stackIP, asm.Byte),
+		asm.JNE.Imm(asm.R0, 0x45, label), // IPv4 without options
+		asm.LoadMem(asm.R0, asm.RFP, stackFragment, asm.Half),
+		asm.And.Imm(asm.R0, int32(htons(fragment))),
+		asm.JNE.Imm(asm.R0, 0, label),
+		asm.LoadMem(asm.R7, asm.RFP, stackProtocol, asm.Byte),
+	)
+}
+
+// The fields of the fragment word (RFC 791), and the protocols whose ports a connection tracker may rewrite.
+const (
+	moreFragments  = 0x2000
+	fragmentOffset = 0x1fff
+)
+
+var portProtocols = []int32{unix.IPPROTO_TCP, unix.IPPROTO_UDP, unix.IPPROTO_SCTP, unix.IPPROTO_DCCP, unix.IPPROTO_UDPLITE}
+
+// The types of ICMP messages about other packets (RFC 792).
+var icmpErrors = []int32{3, 4, 5, 11, 12}
+
+func lookup(m *ebpf.Map, key int32) asm.Instructions {
+	return asm.Instructions{
+		asm.LoadMapPtr(asm.R1, m.FD()),
+		asm.Mov.Reg(asm.R2, asm.RFP),
+		asm.Add.Imm(asm.R2, key),
+		asm.FnMapLookupElem.Call(),
+	}
+}
+
+func returns(verdict int32) asm.Instructions {
+	return asm.Instructions{asm.Mov.Imm(asm.R0, verdict), asm.Return()}
+}
+
+// classify is the program, whatever its type, that goes to owned or to kernel. load is its type's way to read the packet,
+// index where its context has the interface; R6 holds the context.
+func (s *steering) classify(load asm.BuiltinFunc, index int16, owned, kernel asm.Instructions) asm.Instructions {
+	program := append(asm.Instructions{asm.Mov.Reg(asm.R6, asm.R1)}, loadHeaders(load, moreFragments|fragmentOffset, "kernel")...)
+	program = append(program, asm.JEq.Imm(asm.R7, unix.IPPROTO_ICMP, "icmp"))
+	for _, p := range portProtocols {
+		program = append(program, asm.JEq.Imm(asm.R7, p, "ports"))
+	}
+	program = append(program, asm.Ja.Label("route"))
+
+	// An ICMP error may be about a connection that the kernel has rewritten.
+	icmp := loadBytes(load, headersLen, stackPorts, 1, "kernel")
+	icmp[0] = icmp[0].WithSymbol("icmp")
+	program = append(append(program, icmp...), asm.LoadMem(asm.R0, asm.RFP, stackPorts, asm.Byte))
+	for _, t := range icmpErrors {
+		program = append(program, asm.JEq.Imm(asm.R0, t, "kernel"))
+	}
+	program = append(program, asm.Ja.Label("route"))
+
+	ports := loadBytes(load, headersLen, stackPorts, 4, "kernel")
+	ports[0] = ports[0].WithSymbol("ports")
+	program = append(append(program, ports...), asm.StoreMem(asm.RFP, stackFlowEnd, asm.R7, asm.Word))
+	program = append(append(program, lookup(s.flows, stackFlow)...), asm.JNE.Imm(asm.R0, 0, "kernel"))
+
+	program = append(program,
+		asm.Mov.Imm(asm.R0, 32).WithSymbol("route"),
+		asm.StoreMem(asm.RFP, stackPrefix, asm.R0, asm.Word),
+		asm.LoadMem(asm.R0, asm.RFP, stackTarget, asm.Word),
+		asm.StoreMem(asm.RFP, stackPrefix+4, asm.R0, asm.Word),
+	)
+	program = append(append(program, lookup(s.owned, stackPrefix)...), asm.JEq.Imm(asm.R0, 0, "kernel"))
+	program = append(program,
+		asm.LoadMem(asm.R0, asm.R6, index, asm.Word),
+		asm.StoreMem(asm.RFP, stackPrefix, asm.R0, asm.Word),
+	)
+	program = append(append(program, lookup(s.taken, stackPrefix)...), asm.JEq.Imm(asm.R0, 0, "kernel"))
+	kernel[0] = kernel[0].WithSymbol("kernel")
+	return append(append(program, owned...), kernel...)
+}
+
+// recorder is the program at the interface's egress: it puts the other direction of what the kernel delivers into flows.
+// What the vRouter delivers carries its mark.
+func (s *steering) recorder() asm.Instructions {
+	program := asm.Instructions{
+		asm.Mov.Reg(asm.R6, asm.R1),
+		asm.LoadMem(asm.R0, asm.R6, skbMark, asm.Word),
+		asm.JEq.Imm(asm.R0, retagMark, "next"),
+	}
+	program = append(program, loadHeaders(asm.FnSkbLoadBytes, fragmentOffset, "next")...)
+	for _, p := range portProtocols {
+		program = append(program, asm.JEq.Imm(asm.R7, p, "ports"))
+	}
+	program = append(program, asm.Ja.Label("next"))
+	ports := loadBytes(asm.FnSkbLoadBytes, headersLen, stackPorts, 4, "next")
+	ports[0] = ports[0].WithSymbol("ports")
+	program = append(program, ports...)
+	for _, move := range []struct {
+		from, to int16
+		size     asm.Size
+	}{{stackTarget, stackReverse, asm.Word}, {stackSource, stackReverse + 4, asm.Word},
+		{stackPorts + 2, stackReverse + 8, asm.Half}, {stackPorts, stackReverse + 10, asm.Half}} {
+		program = append(program, asm.LoadMem(asm.R0, asm.RFP, move.from, move.size), asm.StoreMem(asm.RFP, move.to, asm.R0, move.size))
+	}
+	program = append(program, asm.StoreMem(asm.RFP, stackReverse+12, asm.R7, asm.Word))
+	// One that is there already only has to be looked at to stay.
+	program = append(append(program, lookup(s.flows, stackReverse)...), asm.JNE.Imm(asm.R0, 0, "next"))
+	return append(program,
+		asm.Mov.Imm(asm.R0, 1),
+		asm.StoreMem(asm.RFP, stackValue, asm.R0, asm.Word),
+		asm.LoadMapPtr(asm.R1, s.flows.FD()),
+		asm.Mov.Reg(asm.R2, asm.RFP),
+		asm.Add.Imm(asm.R2, stackReverse),
+		asm.Mov.Reg(asm.R3, asm.RFP),
+		asm.Add.Imm(asm.R3, stackValue),
+		asm.Mov.Imm(asm.R4, 0), // BPF_ANY
+		asm.FnMapUpdateElem.Call(),
+		asm.Mov.Imm(asm.R0, tcxNext).WithSymbol("next"),
+		asm.Return(),
+	)
+}

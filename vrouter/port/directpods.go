@@ -1,0 +1,504 @@
+package port
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"syscall"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"margay/vrouter"
+)
+
+const (
+	// directPace is the least time between two looks at the pods, in milliseconds.
+	directPace = 5
+	// directTend is the time between looks when nothing seems to have changed, in milliseconds.
+	directTend = rebindInterval
+)
+
+// directPods brings a Direct's table in line with the pods that the control plane tells of, and with what the kernel says
+// about their interfaces. An interface is taken as soon as it is there, up, and the pod has answered for its address;
+// the kernel asks it, and goes on asking by itself. Until then, and whenever the pod no longer answers, the interface is
+// the kernel's.
+type directPods struct {
+	direct   *Direct
+	steering *steering
+	links    *netlink.Handle
+	place    *namespace
+	events   int // netlink socket: links and neighbours
+	wake     int // eventfd: pods, routes, or stopped
+	stopped  atomic.Bool
+	done     sync.WaitGroup
+
+	mu     sync.Mutex // what the control plane has told, and the open interfaces for who reads their counters
+	told   []vrouter.Pod
+	routes []routeChange
+	open   map[*podLink]bool
+	lost   uint64 // by interfaces that are closed
+	state  string
+
+	// The goroutine's own.
+	pods    []vrouter.Pod
+	devices map[string]device // by name
+	names   map[int]string    // of devices, by index
+	hosts   map[neighbour]net.HardwareAddr
+	asked   map[neighbour]bool
+	stale   bool // devices and hosts have to be read anew
+	slots   []*podLink
+	taken   map[netip.Addr]int // slots
+	retired []retiredLink
+	trouble map[string]error // by interface: why it is left to the kernel
+}
+
+// device is what matters of an interface.
+type device struct {
+	index int
+	mac   net.HardwareAddr
+	up    bool
+}
+
+// neighbour is a pod at an interface.
+type neighbour struct {
+	index   int
+	address netip.Addr
+}
+
+// retiredLink is an interface that is closed as soon as Recv has taken the table of that generation.
+type retiredLink struct {
+	link       *podLink
+	slot       int
+	generation uint64
+}
+
+// routeChange is one prefix, and whether a tunnel leads to it now.
+type routeChange struct {
+	prefix netip.Prefix
+	tunnel bool
+}
+
+func newDirectPods(d *Direct) (_ *directPods, err error) {
+	p := &directPods{direct: d, events: -1, wake: -1, open: make(map[*podLink]bool), stale: true,
+		asked: make(map[neighbour]bool), taken: make(map[netip.Addr]int), trouble: make(map[string]error)}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, p.free())
+		}
+	}()
+	if p.steering, err = newSteering(); err != nil {
+		return nil, err
+	}
+	if p.place, err = thisNamespace(); err != nil {
+		return nil, err
+	}
+	if p.links, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return nil, fmt.Errorf("netlink: %w", err)
+	}
+	if p.wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+		return nil, err
+	}
+	p.events, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("netlink: %w", err)
+	}
+	groups := uint32(1<<(unix.RTNLGRP_LINK-1) | 1<<(unix.RTNLGRP_NEIGH-1))
+	if err := unix.Bind(p.events, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: groups}); err != nil {
+		return nil, fmt.Errorf("netlink: %w", err)
+	}
+	p.describe()
+	p.done.Go(p.run)
+	return p, nil
+}
+
+// set takes over what vrouter.Router.OnPods tells.
+func (p *directPods) set(pods []vrouter.Pod) {
+	p.mu.Lock()
+	p.told = pods
+	p.mu.Unlock()
+	p.poke()
+}
+
+// SetRoutes tells the port of changes of the routes, as vrouter.Router.OnRoutes does: what tunnels lead to is the
+// vRouter's.
+func (d *Direct) SetRoutes(set []vrouter.Route, del []netip.Prefix) {
+	p := d.pods
+	p.mu.Lock()
+	for _, prefix := range del {
+		p.routes = append(p.routes, routeChange{prefix, false})
+	}
+	for _, r := range set {
+		p.routes = append(p.routes, routeChange{r.Prefix, r.NextHop.Kind == vrouter.KindTunnel})
+	}
+	p.mu.Unlock()
+	p.poke()
+}
+
+func (p *directPods) poke() {
+	// The counter cannot overflow: run reads it. A failed write is impossible on a valid eventfd.
+	_, _ = unix.Write(p.wake, []byte{1, 0, 0, 0, 0, 0, 0, 1})
+}
+
+// close ends the goroutine, and gives all interfaces back to the kernel.
+func (p *directPods) close() error {
+	p.stopped.Store(true)
+	p.poke()
+	p.done.Wait()
+	return p.free()
+}
+
+func (p *directPods) free() error {
+	var errs []error
+	for l := range p.open {
+		errs = append(errs, l.close())
+	}
+	if p.steering != nil {
+		errs = append(errs, p.steering.close())
+	}
+	if p.links != nil {
+		p.links.Close()
+	}
+	if p.place != nil {
+		errs = append(errs, p.place.close())
+	}
+	for _, fd := range []int{p.events, p.wake} {
+		if fd >= 0 {
+			errs = append(errs, unix.Close(fd))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// run looks whenever there is a reason to, on a thread that stays in the namespace.
+func (p *directPods) run() {
+	runtime.LockOSThread() // never given back: the thread may have entered the namespace
+	if err := p.place.enter(); err != nil {
+		p.mu.Lock()
+		p.state = err.Error()
+		p.mu.Unlock()
+		return
+	}
+	buffer := make([]byte, 1<<16)
+	fds := []unix.PollFd{{Fd: int32(p.wake), Events: unix.POLLIN}, {Fd: int32(p.events), Events: unix.POLLIN}}
+	for !p.stopped.Load() {
+		p.listen(buffer)
+		p.look()
+		// What comes in a burst is answered by one look.
+		pause := []unix.PollFd{{Fd: -1}}
+		_, _ = unix.Poll(pause, directPace)
+		// An error, EINTR for one, only makes the next look come early.
+		if n, err := unix.Poll(fds, directTend); n == 0 && err == nil {
+			p.direct.host.tend()
+			p.direct.underlay.tend()
+			p.direct.relisten()
+		}
+		_, _ = unix.Read(p.wake, buffer[:8])
+	}
+}
+
+// listen takes in what the kernel has announced.
+func (p *directPods) listen(buffer []byte) {
+	for {
+		n, err := unix.Read(p.events, buffer)
+		switch err {
+		case nil:
+		case unix.EINTR:
+			continue
+		case unix.EAGAIN:
+			return
+		default: // ENOBUFS: something was lost
+			p.stale = true
+			continue
+		}
+		messages, err := syscall.ParseNetlinkMessage(buffer[:n])
+		if err != nil {
+			p.stale = true
+			return
+		}
+		for i := range messages {
+			p.hear(&messages[i])
+		}
+	}
+}
+
+func (p *directPods) hear(m *syscall.NetlinkMessage) {
+	if p.stale {
+		return // all is read anew
+	}
+	switch m.Header.Type {
+	case unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH:
+		n, err := netlink.NeighDeserialize(m.Data)
+		if err != nil {
+			p.stale = true
+			return
+		}
+		p.setHost(n, m.Header.Type == unix.RTM_NEWNEIGH)
+	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
+		l, err := netlink.LinkDeserialize(nil, m.Data)
+		if err != nil {
+			p.stale = true
+			return
+		}
+		p.setDevice(l, m.Header.Type == unix.RTM_NEWLINK)
+	}
+}
+
+func (p *directPods) setHost(n *netlink.Neigh, there bool) {
+	address, ok := netip.AddrFromSlice(n.IP)
+	if !ok || n.Family != unix.AF_INET {
+		return
+	}
+	at := neighbour{n.LinkIndex, address.Unmap()}
+	if there && n.State&neighbourValid != 0 && len(n.HardwareAddr) == 6 {
+		p.hosts[at] = bytes.Clone(n.HardwareAddr) // it lies in the buffer of listen
+		return
+	}
+	delete(p.hosts, at)
+	if !there || n.State&unix.NUD_FAILED != 0 {
+		delete(p.asked, at) // the kernel is asked to ask again
+	}
+}
+
+func (p *directPods) setDevice(l netlink.Link, there bool) {
+	a := l.Attrs()
+	if name, ok := p.names[a.Index]; ok && (!there || name != a.Name) {
+		delete(p.devices, name)
+		delete(p.names, a.Index)
+	}
+	if !there {
+		return
+	}
+	p.names[a.Index] = a.Name
+	p.devices[a.Name] = device{index: a.Index, mac: bytes.Clone(a.HardwareAddr),
+		up: a.Flags&net.FlagUp != 0 && a.EncapType == "ether" && len(a.HardwareAddr) == 6}
+}
+
+// refresh reads devices and neighbours anew.
+func (p *directPods) refresh() {
+	p.devices, p.names, p.hosts = make(map[string]device), make(map[int]string), make(map[neighbour]net.HardwareAddr)
+	clear(p.asked)
+	links, err := p.links.LinkList()
+	if err != nil {
+		return // stale it stays
+	}
+	for _, l := range links {
+		p.setDevice(l, true)
+	}
+	neighbours, err := p.links.NeighList(0, netlink.FAMILY_V4)
+	if err != nil {
+		return
+	}
+	for i := range neighbours {
+		p.setHost(&neighbours[i], true)
+	}
+	p.stale = false
+}
+
+// look brings the table in line with what is known.
+func (p *directPods) look() {
+	if p.stale {
+		p.refresh()
+	}
+	p.mu.Lock()
+	p.pods = p.told
+	routes := p.routes
+	p.routes = nil
+	p.mu.Unlock()
+	clear(p.trouble)
+	for _, r := range routes {
+		if err := p.steering.own(r.prefix, ownedRoute, r.tunnel); err != nil {
+			p.trouble[r.prefix.String()] = err
+		}
+	}
+	changed := p.release()
+	changed = p.acquire() || changed
+	if changed {
+		p.publish()
+	}
+	p.reap()
+	p.describe()
+}
+
+// wanted returns the device of a pod's interface and the pod's hardware address, if the vRouter can have the interface.
+func (p *directPods) wanted(pod vrouter.Pod) (device, net.HardwareAddr, bool) {
+	d, ok := p.devices[pod.Interface]
+	if !ok || !d.up || !pod.Address.Is4() {
+		return d, nil, false
+	}
+	mac, ok := p.hosts[neighbour{d.index, pod.Address}]
+	return d, mac, ok
+}
+
+// release gives interfaces back whose pod has gone, or that are others now.
+func (p *directPods) release() (changed bool) {
+	named := make(map[netip.Addr]vrouter.Pod, len(p.pods))
+	for _, pod := range p.pods {
+		named[pod.Address] = pod
+	}
+	for address, slot := range p.taken {
+		l := p.slots[slot]
+		if pod, ok := named[address]; ok {
+			if d, mac, ok := p.wanted(pod); ok && d.index == l.index && !l.moved(d.mac, mac) {
+				continue
+			}
+		}
+		p.own(address, false)
+		if err := p.steering.take(l.index, false); err != nil {
+			p.trouble[address.String()] = err
+		}
+		p.slots[slot] = nil
+		delete(p.taken, address)
+		p.retired = append(p.retired, retiredLink{l, slot, p.direct.next.Load().generation + 1})
+		changed = true
+	}
+	return changed
+}
+
+func (p *directPods) own(address netip.Addr, on bool) {
+	if err := p.steering.own(netip.PrefixFrom(address, address.BitLen()), ownedPod, on); err != nil {
+		p.trouble[address.String()] = err
+	}
+}
+
+// acquire takes interfaces that can be had.
+func (p *directPods) acquire() (changed bool) {
+	used := make(map[int]bool, len(p.taken))
+	for _, slot := range p.taken {
+		used[p.slots[slot].index] = true
+	}
+	for _, pod := range p.pods {
+		if _, ok := p.taken[pod.Address]; ok {
+			continue
+		}
+		d, mac, ok := p.wanted(pod)
+		if !ok {
+			p.ask(d, pod.Address)
+			continue
+		}
+		// A pod's new container may have the interface already, while its old one still waits to be forgotten.
+		if used[d.index] || bytes.Equal(mac, d.mac) {
+			continue
+		}
+		l, err := openPodLink(p.steering, d.index, d.mac, mac)
+		if err != nil {
+			p.trouble[pod.Interface] = err
+			continue
+		}
+		p.mu.Lock()
+		p.open[l] = true
+		p.mu.Unlock()
+		used[d.index] = true
+		slot := p.freeSlot()
+		p.slots[slot], p.taken[pod.Address] = l, slot
+		changed = true
+	}
+	return changed
+}
+
+// ask makes the kernel find out a pod's hardware address and keep it fresh, on its own from then on.
+func (p *directPods) ask(d device, address netip.Addr) {
+	at := neighbour{d.index, address}
+	if !d.up || !address.Is4() || p.asked[at] {
+		return
+	}
+	p.asked[at] = true
+	n := &netlink.Neigh{LinkIndex: d.index, Family: netlink.FAMILY_V4, IP: address.AsSlice(), FlagsExt: netlink.NTF_EXT_MANAGED}
+	if err := p.links.NeighSet(n); err != nil {
+		// Before Linux 5.16 it asks once. Its refusal shows as a neighbour that stays away.
+		n.FlagsExt, n.Flags = 0, netlink.NTF_USE
+		_ = p.links.NeighSet(n)
+	}
+}
+
+// freeSlot returns a slot that no interface has, nor one had that is not closed yet.
+func (p *directPods) freeSlot() int {
+	busy := make(map[int]bool, len(p.retired))
+	for _, r := range p.retired {
+		busy[r.slot] = true
+	}
+	for i, l := range p.slots {
+		if l == nil && !busy[i] {
+			return i
+		}
+	}
+	p.slots = append(p.slots, nil)
+	return len(p.slots) - 1
+}
+
+// publish hands a new table to Recv, and makes it listen to the interfaces that are new in it.
+func (p *directPods) publish() {
+	old := p.direct.next.Load()
+	addresses := make([]netip.Addr, len(p.slots))
+	for address, slot := range p.taken {
+		addresses[slot] = address
+	}
+	next := &directTable{generation: old.generation + 1, pods: vrouter.NewPods(addresses), links: append([]*podLink(nil), p.slots...)}
+	p.direct.next.Store(next)
+	p.direct.poke()
+	for address, slot := range p.taken {
+		l := p.slots[slot]
+		if at := vrouter.FirstPodInterface + vrouter.Interface(slot); old.link(at) != l {
+			if err := p.direct.listen(l.fd, int32(at)); err != nil {
+				p.trouble[address.String()] = err
+			}
+			if err := p.steering.take(l.index, true); err != nil {
+				p.trouble[address.String()] = err
+			}
+			p.own(address, true)
+		}
+	}
+}
+
+// reap closes what Recv no longer uses.
+func (p *directPods) reap() {
+	taken := p.direct.taken.Load()
+	kept := p.retired[:0]
+	for _, r := range p.retired {
+		if taken < r.generation {
+			kept = append(kept, r)
+			continue
+		}
+		p.mu.Lock()
+		p.lost += r.link.dropped()
+		delete(p.open, r.link)
+		p.mu.Unlock()
+		_ = r.link.close() // an interface that has gone refuses what is done to it
+	}
+	p.retired = kept
+}
+
+// dropped returns what the pods' sockets have lost so far.
+func (p *directPods) dropped() uint64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	sum := p.lost
+	for l := range p.open {
+		sum += l.dropped()
+	}
+	return sum
+}
+
+// describe says for people which interfaces we have.
+func (p *directPods) describe() {
+	text := fmt.Sprintf("%d of %d pods read by AF_PACKET", len(p.taken), len(p.pods))
+	for what, err := range p.trouble {
+		text += fmt.Sprintf("; %s left to the kernel: %v", what, err)
+		break // one is enough to tell what is wrong
+	}
+	p.mu.Lock()
+	p.state = text
+	p.mu.Unlock()
+}
+
+// String returns what describe said last.
+func (p *directPods) String() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.state
+}
