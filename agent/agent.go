@@ -32,6 +32,7 @@ type Config struct {
 	BGPPort       int
 	HoldTime      time.Duration
 	RestartTime   time.Duration // how long peers keep our routes while we are dead (RFC 4724)
+	IPAMGrace     time.Duration // how long an address must be nobody's before it is given back; 0: it never is
 	SyncTimeout   time.Duration // how long stale routes wait for the peers' End-of-RIB
 	GoBGPSocket   string        // GoBGP's own gRPC API, for its gobgp command; empty: none
 	Log           *slog.Logger
@@ -111,6 +112,7 @@ func Run(ctx context.Context, cfg Config) error {
 			failed <- fmt.Errorf("cni server: %w", err)
 		}
 	})
+	done.Go(func() { a.collect(ctx) })
 	err = a.loop(ctx, failed)
 	cancel()
 	a.log.Info("stopping: telling the peers")
