@@ -117,8 +117,18 @@ func (b *Bed) vrouter(ctx context.Context, i int) error {
 	if err := b.program(ctx, d.client, i); err != nil {
 		return err
 	}
-	return node.Do(func() error {
+	err = node.Do(func() error {
 		return errors.Join(linkUp("vr0", ownAddress(i)+"/32"), route("vr0", pool, "", ownAddress(i)))
+	})
+	if err != nil || b.Path.Attach != "direct" {
+		return err
+	}
+	return d.await(ctx, "the pod's interface", func() error {
+		s, err := d.client.Status(ctx)
+		if err == nil && !strings.Contains(s.Port, "1 of 1 pods read") {
+			err = errors.New(s.Port)
+		}
+		return err
 	})
 }
 
@@ -136,6 +146,7 @@ func (b *Bed) program(ctx context.Context, c *rpc.Client, i int) error {
 			{Prefix: netip.MustParsePrefix(podBlock(i)), NextHop: rpc.Local()},
 			{Prefix: netip.MustParsePrefix(podBlock(other)), NextHop: rpc.Tunnel(node(other))},
 		},
+		AddPods: []rpc.Pod{{Address: netip.MustParseAddr(podAddress(i)), Interface: "cali0"}},
 	})
 	if err != nil {
 		return err
