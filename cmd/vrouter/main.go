@@ -34,6 +34,7 @@ func main() {
 
 type options struct {
 	attach   string
+	io       string
 	tun      string
 	socket   string
 	stateDir string
@@ -78,6 +79,7 @@ cannot be had.`,
 	cmd.SetVersionTemplate(version.Line("vrouter") + "\n")
 	f := cmd.Flags()
 	f.StringVar(&o.attach, "attach", port.AttachAuto, "how packets come and go: tun, tun-plain, direct or auto")
+	f.StringVar(&o.io, "io", port.IOPacket, "how direct reads the pods' interfaces: packet (AF_PACKET) or xdp (AF_XDP)")
 	f.StringVar(&o.tun, "tun", "vr0", "name of the TUN `device`; made if it is not there")
 	f.StringVar(&o.socket, "socket", "/run/margay/vrouter.sock", "unix socket `path` on which the agent programs the vRouter")
 	f.StringVar(&o.stateDir, "state-dir", "/var/lib/margay", "`directory` of the snapshot file, fib.snapshot")
@@ -98,6 +100,9 @@ func (o *options) run(ctx context.Context) (err error) {
 	if err := port.CheckAttach(o.attach); err != nil {
 		return err
 	}
+	if err := port.CheckIO(o.io); err != nil {
+		return err
+	}
 	routing, err := o.router.options()
 	if err != nil {
 		return err
@@ -105,7 +110,7 @@ func (o *options) run(ctx context.Context) (err error) {
 	var listener net.Listener
 	var side *sideways
 	defer func() { err = errors.Join(err, side.close()) }()
-	ports, err := port.OpenPorts(o.attach, o.tun, func() (err error) {
+	ports, err := port.OpenPorts(o.attach, o.io, o.tun, func() (err error) {
 		if err := os.MkdirAll(o.stateDir, 0o755); err != nil {
 			return fmt.Errorf("--state-dir: %w", err)
 		}

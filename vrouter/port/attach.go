@@ -37,19 +37,28 @@ func CheckAttach(attach string) error {
 	return fmt.Errorf("--attach %q: expected %s, %s, %s or %s", attach, AttachAuto, AttachTUN, AttachTUNPlain, AttachDirect)
 }
 
-// OpenPorts opens the ports of an attachment on the TUN device name. before is called between the underlay, which can
-// be refused without a trace, and the device, which stays behind; its error ends the attempt.
-func OpenPorts(attach, name string, before func() error) (*Ports, error) {
-	return openPorts(attach, name, before, OpenOffloadUnderlay, OpenOffloadTUN)
+// CheckIO returns an error for a word that is no way to read interfaces.
+func CheckIO(io string) error {
+	if io != IOPacket && io != IOXDP {
+		return fmt.Errorf("--io %q: expected %s or %s", io, IOPacket, IOXDP)
+	}
+	return nil
 }
 
-func openPorts(attach, name string, before func() error, offloadUnderlay func() (*Underlay, error),
+// OpenPorts opens the ports of an attachment on the TUN device name. io, IOPacket or IOXDP, says how pods' interfaces are
+// read. before is called between the underlay, which can
+// be refused without a trace, and the device, which stays behind; its error ends the attempt.
+func OpenPorts(attach, io, name string, before func() error) (*Ports, error) {
+	return openPorts(attach, io, name, before, OpenOffloadUnderlay, OpenOffloadTUN)
+}
+
+func openPorts(attach, io, name string, before func() error, offloadUnderlay func() (*Underlay, error),
 	offloadTUN func(string) (*TUN, error)) (*Ports, error) {
 	if err := CheckAttach(attach); err != nil {
 		return nil, err
 	}
 	if attach == AttachDirect {
-		return openDirectPorts(name, before, offloadUnderlay, offloadTUN)
+		return openDirectPorts(io, name, before, offloadUnderlay, offloadTUN)
 	}
 	underlay, chosen, why, err := chooseUnderlay(attach, offloadUnderlay)
 	if err != nil {
@@ -82,22 +91,22 @@ func openPorts(attach, name string, before func() error, offloadUnderlay func() 
 }
 
 // openDirectPorts opens those of AttachTUN, and a Direct on top of them.
-func openDirectPorts(name string, before func() error, offloadUnderlay func() (*Underlay, error),
+func openDirectPorts(io, name string, before func() error, offloadUnderlay func() (*Underlay, error),
 	offloadTUN func(string) (*TUN, error)) (*Ports, error) {
 	// What direct needs beside them is asked for first: it can be refused without a trace.
-	s, err := newSteering()
+	s, err := newSteering(io)
 	if err != nil {
 		return nil, err
 	}
 	if err := s.close(); err != nil {
 		return nil, err
 	}
-	p, err := openPorts(AttachTUN, name, before, offloadUnderlay, offloadTUN)
+	p, err := openPorts(AttachTUN, io, name, before, offloadUnderlay, offloadTUN)
 	if err != nil {
 		return nil, err
 	}
 	p.Attach = AttachDirect
-	if p.Direct, err = OpenDirect(p.TUN, p.Underlay); err != nil {
+	if p.Direct, err = OpenDirect(p.TUN, p.Underlay, io); err != nil {
 		return nil, errors.Join(err, p.Close())
 	}
 	return p, nil

@@ -37,7 +37,7 @@ func TestOpenPorts(t *testing.T) {
 		{port.AttachAuto, port.OpenOffloadUnderlay, port.OpenOffloadTUN, refused, "", "", refused},
 	} {
 		s.do(t, func() error {
-			ports, err := port.OpenPortsWith(test.attach, "vr0", func() error { return test.before }, test.underlay, test.tun)
+			ports, err := port.OpenPortsWith(test.attach, port.IOPacket, "vr0", func() error { return test.before }, test.underlay, test.tun)
 			if test.err != nil {
 				if !errors.Is(err, test.err) {
 					t.Errorf("%s: %v: expected %v", test.attach, err, test.err)

@@ -63,10 +63,21 @@ const (
 	wakeEvent = -1
 )
 
-// OpenDirect opens the port on top of the host's and the underlay's, which it takes over. Pods follow by SetPods.
-func OpenDirect(host *TUN, underlay *Underlay) (*Direct, error) { return openDirect(host, underlay) }
+// How pods' interfaces are read.
+const (
+	// IOPacket is AF_PACKET: superpackets come and go whole.
+	IOPacket = "packet"
+	// IOXDP is AF_XDP: the least work for each packet, and no superpackets from pods.
+	IOXDP = "xdp"
+)
 
-func openDirect(host, underlay reader) (_ *Direct, err error) {
+// OpenDirect opens the port on top of the host's and the underlay's, which it takes over. io is IOPacket or IOXDP. Pods
+// follow by SetPods.
+func OpenDirect(host *TUN, underlay *Underlay, io string) (*Direct, error) {
+	return openDirect(host, underlay, io)
+}
+
+func openDirect(host, underlay reader, io string) (_ *Direct, err error) {
 	d := &Direct{host: host, underlay: underlay, epoll: -1, wake: -1, table: &directTable{pods: vrouter.NewPods(nil)}}
 	d.sender.fd = -1
 	d.next.Store(d.table)
@@ -88,7 +99,7 @@ func openDirect(host, underlay reader) (_ *Direct, err error) {
 	if err := d.sender.open(); err != nil {
 		return nil, err
 	}
-	if d.pods, err = newDirectPods(d); err != nil {
+	if d.pods, err = newDirectPods(d, io); err != nil {
 		return nil, err
 	}
 	return d, nil

@@ -2,6 +2,7 @@ package port
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"sync/atomic"
 	"unsafe"
@@ -17,22 +18,38 @@ import (
 // podLink is the host's side of one pod's interface; immutable once it is in a table.
 type podLink struct {
 	index    int
-	fd       int // an AF_PACKET socket that receives what the vRouter owns
+	fd       int  // an AF_PACKET socket that receives what the vRouter owns; with AF_XDP none, -1
+	xsk      *xsk // nil: AF_PACKET
 	ethernet [ethernetHeader]byte
 	address  unix.RawSockaddrLinklayer
 	programs []link.Link
 	lost     atomic.Uint64 // packets that the socket had no room for
+	waits    bool          // the sender has packets queued for its AF_XDP socket
 }
 
-// openPodLink prepares to take over the interface index for the pod with the hardware address pod; own is the
-// interface's. Until steering.take the interface is the kernel's.
-func openPodLink(s *steering, index int, own, pod []byte) (_ *podLink, err error) {
+// newPodLink returns an interface that has nothing open.
+func newPodLink(index int, own, pod []byte) *podLink {
 	l := &podLink{index: index, fd: -1}
 	copy(l.ethernet[:6], pod)
 	copy(l.ethernet[6:12], own)
 	binary.BigEndian.PutUint16(l.ethernet[12:], unix.ETH_P_IP)
 	l.address = unix.RawSockaddrLinklayer{Family: unix.AF_PACKET, Protocol: htons(unix.ETH_P_IP), Ifindex: int32(index), Halen: 6}
 	copy(l.address.Addr[:], pod)
+	return l
+}
+
+// readFD is the descriptor that is readable when a packet has come.
+func (l *podLink) readFD() int {
+	if l.xsk != nil {
+		return l.xsk.fd
+	}
+	return l.fd
+}
+
+// openPodLink prepares to take over the interface index for the pod with the hardware address pod; own is the
+// interface's. Until steering.take the interface is the kernel's.
+func openPodLink(s *steering, index int, own, pod []byte) (_ *podLink, err error) {
+	l := newPodLink(index, own, pod)
 	defer func() {
 		if err != nil {
 			_ = l.close()
@@ -41,7 +58,7 @@ func openPodLink(s *steering, index int, own, pod []byte) (_ *podLink, err error
 	if l.fd, err = podSocket(s.filter); err != nil {
 		return nil, explainSocket("packet socket for a pod", err)
 	}
-	if l.programs, err = s.attach(index); err != nil {
+	if l.programs, err = s.attach(index, true); err != nil {
 		return nil, err
 	}
 	// ETH_P_ALL, because that is heard before the programs at tc ingress run, and ETH_P_IP after.
@@ -83,6 +100,9 @@ func (l *podLink) moved(own, pod []byte) bool {
 
 // dropped returns what the socket has lost so far.
 func (l *podLink) dropped() uint64 {
+	if l.xsk != nil {
+		return l.xsk.dropped()
+	}
 	// Reading resets the kernel's count, so the sum is kept here.
 	if s, err := unix.GetsockoptTpacketStats(l.fd, unix.SOL_PACKET, unix.PACKET_STATISTICS); err == nil {
 		l.lost.Add(uint64(s.Drops))
@@ -91,13 +111,14 @@ func (l *podLink) dropped() uint64 {
 }
 
 func (l *podLink) close() error {
-	err := closeLinks(l.programs)
+	errs := []error{closeLinks(l.programs)}
 	if l.fd >= 0 {
-		if closeErr := unix.Close(l.fd); err == nil {
-			err = closeErr
-		}
+		errs = append(errs, unix.Close(l.fd))
 	}
-	return err
+	if l.xsk != nil {
+		errs = append(errs, l.xsk.close())
+	}
+	return errors.Join(errs...)
 }
 
 // podBatch is the number of packets that one system call receives or sends.
@@ -111,6 +132,9 @@ type podReceiver struct {
 
 // recv takes what waits at an interface, as many packets as batch holds.
 func (r *podReceiver) recv(l *podLink, batch []*vrouter.Packet) int {
+	if l.xsk != nil {
+		return l.recvXSK(batch)
+	}
 	const start = vrouter.Headroom - ethernetHeader - vnetHeader
 	want := min(len(batch), podBatch)
 	for i, p := range batch[:want] {
@@ -150,6 +174,7 @@ type podSender struct {
 	pieces   [podBatch]unix.Iovec
 	owners   [podBatch]*vrouter.Packet
 	counts   [podBatch]int // packets that the message stands for
+	queued   []*podLink    // whose AF_XDP socket has packets that wait
 }
 
 func (s *podSender) open() (err error) {
@@ -167,8 +192,12 @@ func (s *podSender) open() (err error) {
 	return explainMark(unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_MARK, retagMark))
 }
 
-// send puts p into the queue.
+// send puts p into a queue. Superpackets go by AF_PACKET, whatever the interface has beside it: AF_XDP knows none.
 func (s *podSender) send(l *podLink, p *vrouter.Packet) {
+	if l.xsk != nil && p.Offload.Segmentation == vrouter.SegmentNone {
+		s.sendXSK(l, p)
+		return
+	}
 	headers, segments, fault := super(p.Bytes(), 0, &p.Offload)
 	if fault != packet.FaultNone {
 		p.Drop = vrouter.ReasonMalformed
@@ -195,6 +224,11 @@ func (s *podSender) send(l *podLink, p *vrouter.Packet) {
 // flush sends what waits, and notes the outcome with each packet. It never waits for room: a pod that does not take its
 // packets must not hold up the others.
 func (s *podSender) flush() {
+	for _, l := range s.queued {
+		l.xsk.flush(nil)
+		l.waits = false
+	}
+	s.queued = s.queued[:0]
 	for i := 0; i < s.n; {
 		sent, err := sendmmsg(s.fd, s.messages[i:s.n], unix.MSG_DONTWAIT)
 		if err == unix.EINTR {
