@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/vishvananda/netlink"
 
 	"margay/bgp"
@@ -34,6 +35,7 @@ type Config struct {
 	SyncTimeout   time.Duration // how long stale routes wait for the peers' End-of-RIB
 	GoBGPSocket   string        // GoBGP's own gRPC API, for its gobgp command; empty: none
 	Log           *slog.Logger
+	Metrics       prometheus.Registerer // where the agent's metrics go; nil: nowhere
 }
 
 // retryPause is the wait before a reconciliation that failed is tried again.
@@ -59,6 +61,8 @@ type Agent struct {
 	speaker  *bgp.Speaker
 	as       uint32
 	pods     pods
+
+	reconciled reconciliations
 
 	kick   chan struct{}
 	host   *hostWatch
@@ -151,6 +155,9 @@ func (a *Agent) open(ctx context.Context) error {
 	if err := a.cluster.start(ctx, a.wake); err != nil {
 		return err
 	}
+	if err := a.startReports(ctx); err != nil {
+		return err
+	}
 	a.locked(func() { a.as = a.cluster.asNumber() })
 	a.cni, err = server.New(server.Config{
 		Node:     a.cfg.Node,
@@ -161,6 +168,7 @@ func (a *Agent) open(ctx context.Context) error {
 		Ready:    a.attachError,
 		Log:      a.log,
 		OnPod:    a.podChanged,
+		OnVerb:   a.register(),
 	})
 	return err
 }
@@ -255,6 +263,7 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 		if ctx.Err() != nil {
 			return nil
 		}
+		a.reconciled.count(err)
 		if err != nil {
 			retry = time.After(retryPause)
 		}

@@ -9,6 +9,8 @@
 //	transit.go  the ladder among pods' own interfaces (the attachment direct), with pods.go and flows.go
 //	reason.go   every name under which a packet can be dropped
 //	router.go   what the control plane tells, in transactions; mark and sweep
+//	trace.go    a packet of ours up the same ladder, and the rungs it climbed
+//	drops.go    samples and counts of what was dropped; capture.go packets as they pass
 //	snapshot.go the state's encoding, and keeper.go the file that outlives the process
 //
 // In the attachments of this release the kernel routes pod traffic to the TUN device vr0, has already taken one from

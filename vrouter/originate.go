@@ -71,6 +71,7 @@ func (w *Worker) split(p *Packet, inner packet.IPv4, hop fib.Hop) {
 		w.drop(p, ReasonMalformed)
 		return
 	}
+	p.Sent = int(s.made)
 	w.tallies.more[moreSplit].add(1, uint64(p.Len))
 	w.tallies.more[morePieces].add(s.made, 0)
 }

@@ -117,6 +117,8 @@ type Router struct {
 	apply    func(Config) error
 	routesTo func(set []Route, del []netip.Prefix)
 	workers  []*Worker
+	captures []*Capture
+	drops    dropLog
 	changed  chan struct{}
 }
 

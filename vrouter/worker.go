@@ -3,6 +3,7 @@ package vrouter
 import (
 	"errors"
 	"runtime"
+	"sync/atomic"
 
 	"margay/vrouter/fib"
 	"margay/vrouter/packet"
@@ -34,6 +35,8 @@ type Worker struct {
 	replies   []*Packet
 	// podReplies go by the interface of the pod that they are for, on out.
 	podReplies []*Packet
+	notes      dropNotes
+	taps       atomic.Pointer[taps] // nil while nobody captures
 }
 
 // asked is a packet between the two halves of its ladder.
@@ -57,13 +60,7 @@ func (r *Router) NewWorker(direction Direction, in, out Port) *Worker {
 func (r *Router) newWorker(w *Worker) *Worker {
 	w.router = r
 	w.packets = make([]*Packet, batchSize)
-	w.outgoing = make([]*Packet, 0, 2*batchSize) // a batch, and the pieces
-	w.asked = make([]asked, 0, batchSize)
-	w.addresses = make([]uint32, 0, 2*batchSize)
-	w.hops = make([]fib.Hop, 2*batchSize)
-	w.answerer = newAnswerer()
-	w.replies = make([]*Packet, 0, batchSize)
-	w.podReplies = make([]*Packet, 0, batchSize)
+	w.makeRoom(batchSize)
 	for i := range w.packets {
 		w.packets[i] = NewPacket()
 	}
@@ -71,7 +68,21 @@ func (r *Router) newWorker(w *Worker) *Worker {
 	defer r.mu.Unlock()
 	// A new slice, because Counters reads the old one outside the lock.
 	r.workers = append(r.workers[:len(r.workers):len(r.workers)], w)
+	for _, c := range r.captures {
+		c.attach(w)
+	}
 	return w
+}
+
+// makeRoom makes what a walk with n packets needs.
+func (w *Worker) makeRoom(n int) {
+	w.outgoing = make([]*Packet, 0, 2*n) // a batch, and the pieces
+	w.asked = make([]asked, 0, n)
+	w.addresses = make([]uint32, 0, 2*n)
+	w.hops = make([]fib.Hop, 2*n)
+	w.answerer = newAnswerer()
+	w.replies = make([]*Packet, 0, n)
+	w.podReplies = make([]*Packet, 0, n)
 }
 
 // SetReply names the port on which the worker sends the ICMP errors about what it receives, beside its other port: it
@@ -102,17 +113,30 @@ func (w *Worker) turn() error {
 	if err != nil {
 		return err
 	}
+	w.tallies.countBatch(n)
 	w.view = view{routes: w.router.table.Forwarding(), state: w.router.state.Load()}
+	taps := w.taps.Load()
+	if taps != nil {
+		taps.before(w.packets[:n])
+	}
+	w.walk(w.packets[:n])
+	w.flush()
+	if taps != nil {
+		taps.after(w.packets[:n])
+	}
+	return nil
+}
+
+// walk takes a batch up the worker's ladder.
+func (w *Worker) walk(batch []*Packet) {
 	switch w.direction {
 	case Encap:
-		w.encap(&w.view, w.packets[:n])
+		w.encap(&w.view, batch)
 	case Decap:
-		w.decap(&w.view, w.packets[:n])
+		w.decap(&w.view, batch)
 	default:
-		w.transit(&transit{w.view, w.switched.Pods(), &w.kernel}, w.packets[:n])
+		w.transit(&transit{w.view, w.switched.Pods(), &w.kernel}, batch)
 	}
-	w.flush()
-	return nil
 }
 
 // flush sends what the ladder has let through, and what it answers.
@@ -128,7 +152,7 @@ func (w *Worker) flush() {
 	var sums [pathCount]struct{ packets, bytes uint64 }
 	for _, p := range w.outgoing {
 		if p.Drop != ReasonNotSet {
-			w.tallies.dropped[p.Drop].add(1, uint64(p.Len))
+			w.drop(p, p.Drop)
 			continue
 		}
 		s := &sums[w.path(p)]
@@ -188,7 +212,7 @@ func (w *Worker) transit(t *transit, batch []*Packet) {
 	for _, a := range w.asked {
 		var verdict Verdict
 		var reason Reason
-		hop := w.hops[next]
+		hop := t.toward(w.hops[next], a.inner)
 		next++
 		switch a.p.In {
 		case HostInterface:
@@ -221,8 +245,9 @@ func (w *Worker) encap(v *view, batch []*Packet) {
 	}
 	v.routes.LookupBatch(w.addresses, w.hops)
 	for i, a := range w.asked {
-		verdict, reason := v.encap(a.p, a.inner, w.hops[i], &w.outer)
-		w.settle(a, w.hops[i], verdict, reason)
+		hop := v.toward(w.hops[i], a.inner)
+		verdict, reason := v.encap(a.p, a.inner, hop, &w.outer)
+		w.settle(a, hop, verdict, reason)
 	}
 }
 
@@ -262,7 +287,10 @@ func (w *Worker) settle(a asked, hop fib.Hop, verdict Verdict, reason Reason) {
 	}
 }
 
-// drop counts a packet that a ladder has dropped. No ladder changes the length of what it drops.
+// drop counts a packet that a ladder or a port has dropped, and takes notes of it. No ladder changes the length of what it
+// drops.
 func (w *Worker) drop(p *Packet, reason Reason) {
+	p.Drop = reason
 	w.tallies.dropped[reason].add(1, uint64(p.Len))
+	w.notes.note(p, reason)
 }

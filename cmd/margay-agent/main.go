@@ -17,6 +17,7 @@ import (
 	"margay/agent"
 	"margay/datastore"
 	"margay/datastore/embedded"
+	"margay/internal/monitor"
 	"margay/internal/version"
 )
 
@@ -34,6 +35,7 @@ func newCommand() *cobra.Command {
 		cfg   agent.Config
 		flags datastore.Config
 		level string
+		watch monitor.Config
 	)
 	cmd := &cobra.Command{
 		Use:   "margay-agent",
@@ -62,7 +64,22 @@ IP_AUTODETECTION_METHOD.`,
 				return err
 			}
 			cfg.Log = log
-			return agent.Run(cmd.Context(), cfg)
+			registry := monitor.NewRegistry("agent")
+			cfg.Metrics = registry
+			watched, err := monitor.Listen(watch, registry, log)
+			if err != nil {
+				return err
+			}
+			ctx, cancel := context.WithCancel(cmd.Context())
+			done := make(chan struct{})
+			go func() {
+				watched.Serve(ctx)
+				close(done)
+			}()
+			err = agent.Run(ctx, cfg)
+			cancel()
+			<-done
+			return err
 		},
 	}
 	cmd.SetVersionTemplate(version.Line("margay-agent") + "\n")
@@ -81,6 +98,7 @@ IP_AUTODETECTION_METHOD.`,
 	f.StringVar(&flags.CACert, "etcd-ca-cert-file", "", "CA that signed etcd's certificate (PEM)")
 	f.StringVar(&flags.Cert, "etcd-cert-file", "", "client certificate (PEM)")
 	f.StringVar(&flags.Key, "etcd-key-file", "", "client key (PEM)")
+	watch.Add(f)
 	cmd.PersistentFlags().StringVar(&level, "log-level", "info", "debug, info, warn or error")
 	cmd.AddCommand(newEtcdCommand(&level))
 	cmd.CompletionOptions.HiddenDefaultCmd = true

@@ -4,8 +4,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"sync/atomic"
-	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -23,8 +21,8 @@ type podLink struct {
 	ethernet [ethernetHeader]byte
 	address  unix.RawSockaddrLinklayer
 	programs []link.Link
-	lost     atomic.Uint64 // packets that the socket had no room for
-	waits    bool          // the sender has packets queued for its AF_XDP socket
+	lost     socketLosses
+	waits    bool // the sender has packets queued for its AF_XDP socket
 }
 
 // newPodLink returns an interface that has nothing open.
@@ -103,11 +101,21 @@ func (l *podLink) dropped() uint64 {
 	if l.xsk != nil {
 		return l.xsk.dropped()
 	}
-	// Reading resets the kernel's count, so the sum is kept here.
-	if s, err := unix.GetsockoptTpacketStats(l.fd, unix.SOL_PACKET, unix.PACKET_STATISTICS); err == nil {
-		l.lost.Add(uint64(s.Drops))
+	return l.lost.read(l.fd)
+}
+
+// recv takes what waits, without waiting for more.
+func (l *podLink) recv(r *packetReader, batch []*vrouter.Packet) int {
+	if l.xsk == nil {
+		// EAGAIN, or once ENETDOWN when the interface goes: there is nothing either way.
+		n, _ := r.recv(l.fd, ethernetHeader, batch)
+		return n
 	}
-	return l.lost.Load()
+	n := l.xsk.receive(batch, ethernetHeader)
+	for _, p := range batch[:n] {
+		markUnfinished(p)
+	}
+	return n
 }
 
 func (l *podLink) close() error {
@@ -121,81 +129,41 @@ func (l *podLink) close() error {
 	return errors.Join(errs...)
 }
 
-// podBatch is the number of packets that one system call receives or sends.
-const podBatch = 64
-
-// podReceiver receives from pods' interfaces, a batch in a system call. It is used by one goroutine.
-type podReceiver struct {
-	messages [podBatch]mmsghdr
-	pieces   [podBatch]unix.Iovec
-}
-
-// recv takes what waits at an interface, as many packets as batch holds.
-func (r *podReceiver) recv(l *podLink, batch []*vrouter.Packet) int {
-	if l.xsk != nil {
-		return l.recvXSK(batch)
-	}
-	const start = vrouter.Headroom - ethernetHeader - vnetHeader
-	want := min(len(batch), podBatch)
-	for i, p := range batch[:want] {
-		r.pieces[i].Base = &p.Buf[start]
-		r.pieces[i].SetLen(len(p.Buf) - start)
-		r.messages[i].header.Iov = &r.pieces[i]
-		r.messages[i].header.SetIovlen(1)
-	}
-	var n int
-	for {
-		got, _, errno := unix.Syscall6(unix.SYS_RECVMMSG, uintptr(l.fd), uintptr(unsafe.Pointer(&r.messages[0])), uintptr(want),
-			unix.MSG_DONTWAIT, 0, 0)
-		if errno == unix.EINTR {
-			continue
-		}
-		if errno != 0 {
-			// EAGAIN, or once ENETDOWN when the interface goes.
-			return 0
-		}
-		n = int(got)
-		break
-	}
-	for i, p := range batch[:n] {
-		p.Off, p.Len = vrouter.Headroom, max(int(r.messages[i].length)-ethernetHeader-vnetHeader, 0)
-		p.Offload = parseVnet(p.Buf[start:start+vnetHeader], ethernetHeader)
-	}
-	return n
-}
-
-// podSender sends to pods' interfaces by one AF_PACKET socket, superpackets whole, a batch in a system call. It is used by
-// one goroutine. It goes through the interface's queueing discipline, so that a limit which an operator has set on it
-// holds; the mark says to the programs there that it is ours.
+// podSender sends to pods' interfaces: superpackets, and where there is no AF_XDP everything, by one AF_PACKET socket. It is
+// used by one goroutine. It goes through the interface's queueing discipline, so that a limit which an operator has set
+// on it holds; the mark says to the programs there that it is ours.
 type podSender struct {
-	fd       int
-	n        int // messages that wait
-	messages [podBatch]mmsghdr
-	pieces   [podBatch]unix.Iovec
-	owners   [podBatch]*vrouter.Packet
-	counts   [podBatch]int // packets that the message stands for
-	queued   []*podLink    // whose AF_XDP socket has packets that wait
+	writer packetWriter
+	queued []*podLink // whose AF_XDP socket has packets that wait
 }
 
 func (s *podSender) open() (err error) {
 	// Protocol 0: it receives nothing.
-	s.fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
 		return explainSocket("packet socket for sending", err)
 	}
-	if err := enlarge(s.fd, unix.SO_SNDBUFFORCE, unix.SO_SNDBUF); err != nil {
+	s.writer.fd = fd
+	if err := enlarge(fd, unix.SO_SNDBUFFORCE, unix.SO_SNDBUF); err != nil {
 		return err
 	}
-	if err := unix.SetsockoptInt(s.fd, unix.SOL_PACKET, unix.PACKET_VNET_HDR, 1); err != nil {
+	if err := unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_VNET_HDR, 1); err != nil {
 		return fmt.Errorf("PACKET_VNET_HDR: %w", err)
 	}
-	return explainMark(unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_MARK, retagMark))
+	return explainMark(unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, retagMark))
 }
 
-// send puts p into a queue. Superpackets go by AF_PACKET, whatever the interface has beside it: AF_XDP knows none.
-func (s *podSender) send(l *podLink, p *vrouter.Packet) {
+// send puts the one packet of one into a queue. Superpackets go by AF_PACKET, whatever the interface has beside it:
+// AF_XDP knows none.
+func (s *podSender) send(l *podLink, one []*vrouter.Packet) {
+	p := one[0]
+	p.Sent, p.Drop = 0, vrouter.ReasonNotSet
 	if l.xsk != nil && p.Offload.Segmentation == vrouter.SegmentNone {
-		s.sendXSK(l, p)
+		l.xsk.send(p, l.ethernet[:])
+		if !l.waits {
+			l.waits = true
+			s.queued = append(s.queued, l)
+		}
 		return
 	}
 	headers, segments, fault := super(p.Bytes(), 0, &p.Offload)
@@ -203,46 +171,22 @@ func (s *podSender) send(l *podLink, p *vrouter.Packet) {
 		p.Drop = vrouter.ReasonMalformed
 		return
 	}
-	if s.n == podBatch {
-		s.flush()
+	if !s.writer.room(1) {
+		s.writer.flush(nil)
 	}
 	start := p.Off - ethernetHeader - vnetHeader
 	putVnet(p.Buf[start:], &p.Offload, ethernetHeader, headers)
 	copy(p.Buf[p.Off-ethernetHeader:], l.ethernet[:])
-	i := s.n
-	s.pieces[i].Base = &p.Buf[start]
-	s.pieces[i].SetLen(p.Off + p.Len - start)
-	m := &s.messages[i].header
-	m.Name = (*byte)(unsafe.Pointer(&l.address))
-	m.Namelen = unix.SizeofSockaddrLinklayer
-	m.Iov = &s.pieces[i]
-	m.SetIovlen(1)
-	s.owners[i], s.counts[i] = p, segments
-	s.n++
+	s.writer.begin(&l.address, one, segments)
+	s.writer.piece(p.Buf[start : p.Off+p.Len])
 }
 
-// flush sends what waits, and notes the outcome with each packet. It never waits for room: a pod that does not take its
-// packets must not hold up the others.
+// flush sends what waits. It never waits for room: a pod that does not take its packets must not hold up the others.
 func (s *podSender) flush() {
 	for _, l := range s.queued {
 		l.xsk.flush(nil)
 		l.waits = false
 	}
 	s.queued = s.queued[:0]
-	for i := 0; i < s.n; {
-		sent, err := sendmmsg(s.fd, s.messages[i:s.n], unix.MSG_DONTWAIT)
-		if err == unix.EINTR {
-			continue
-		}
-		if err != nil {
-			s.owners[i].Drop = sendFailure(err)
-			i++
-			continue
-		}
-		for range sent {
-			s.owners[i].Sent = s.counts[i]
-			i++
-		}
-	}
-	s.n = 0
+	s.writer.flush(nil)
 }

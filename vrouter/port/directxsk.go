@@ -4,9 +4,6 @@ import (
 	"fmt"
 
 	"github.com/cilium/ebpf/link"
-
-	"margay/vrouter"
-	"margay/vrouter/packet"
 )
 
 // podSlots is the number of frames of a pod's AF_XDP socket in each direction: a mebibyte a pod.
@@ -36,40 +33,4 @@ func openPodXSK(s *steering, index, slot, mtu int, own, pod []byte) (_ *podLink,
 		return nil, fmt.Errorf("map of AF_XDP sockets: %w", err)
 	}
 	return l, nil
-}
-
-// recvXSK takes what waits at the interface's AF_XDP socket.
-func (l *podLink) recvXSK(batch []*vrouter.Packet) int {
-	n := l.xsk.receive(batch, ethernetHeader)
-	for _, p := range batch[:n] {
-		markUnfinished(p)
-	}
-	return n
-}
-
-// sendXSK puts p into the queue of the interface's AF_XDP socket, finished: nothing behind it would do what is left
-// undone.
-func (s *podSender) sendXSK(l *podLink, p *vrouter.Packet) {
-	b, o := p.Bytes(), &p.Offload
-	if o.NeedsChecksum && !packet.CompleteChecksum(b, int(o.ChecksumStart), int(o.ChecksumOffset)) {
-		p.Drop = vrouter.ReasonMalformed
-		return
-	}
-	f := l.xsk.next()
-	switch {
-	case f == nil:
-		p.Drop = vrouter.ReasonSendQueueFull
-		return
-	case ethernetHeader+len(b) > len(f):
-		p.Drop = vrouter.ReasonSendTooBig
-		return
-	}
-	copy(f, l.ethernet[:])
-	copy(f[ethernetHeader:], b)
-	l.xsk.queue(ethernetHeader + len(b))
-	p.Sent = 1
-	if !l.waits {
-		l.waits = true
-		s.queued = append(s.queued, l)
-	}
 }

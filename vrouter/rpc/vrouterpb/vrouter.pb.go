@@ -81,6 +81,58 @@ func (Kind) EnumDescriptor() ([]byte, []int) {
 	return file_vrouter_proto_rawDescGZIP(), []int{0}
 }
 
+type Direction int32
+
+const (
+	Direction_DIRECTION_UNSPECIFIED Direction = 0
+	Direction_DIRECTION_ENCAP       Direction = 1 // what comes by vr0
+	Direction_DIRECTION_DECAP       Direction = 2 // what comes by the underlay
+	Direction_DIRECTION_TRANSIT     Direction = 3 // what comes from a pod by its own interface; of a worker: all of it
+)
+
+// Enum value maps for Direction.
+var (
+	Direction_name = map[int32]string{
+		0: "DIRECTION_UNSPECIFIED",
+		1: "DIRECTION_ENCAP",
+		2: "DIRECTION_DECAP",
+		3: "DIRECTION_TRANSIT",
+	}
+	Direction_value = map[string]int32{
+		"DIRECTION_UNSPECIFIED": 0,
+		"DIRECTION_ENCAP":       1,
+		"DIRECTION_DECAP":       2,
+		"DIRECTION_TRANSIT":     3,
+	}
+)
+
+func (x Direction) Enum() *Direction {
+	p := new(Direction)
+	*p = x
+	return p
+}
+
+func (x Direction) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Direction) Descriptor() protoreflect.EnumDescriptor {
+	return file_vrouter_proto_enumTypes[1].Descriptor()
+}
+
+func (Direction) Type() protoreflect.EnumType {
+	return &file_vrouter_proto_enumTypes[1]
+}
+
+func (x Direction) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Direction.Descriptor instead.
+func (Direction) EnumDescriptor() ([]byte, []int) {
+	return file_vrouter_proto_rawDescGZIP(), []int{1}
+}
+
 // Prefix is an address prefix in canonical form: no bits set beyond its length.
 type Prefix struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -135,11 +187,14 @@ func (x *Prefix) GetBits() uint32 {
 }
 
 type Route struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Prefix        *Prefix                `protobuf:"bytes,1,opt,name=prefix,proto3" json:"prefix,omitempty"`
-	Kind          Kind                   `protobuf:"varint,2,opt,name=kind,proto3,enum=margay.vrouter.v1.Kind" json:"kind,omitempty"`
-	Gateway       []byte                 `protobuf:"bytes,3,opt,name=gateway,proto3" json:"gateway,omitempty"` // for KIND_TUNNEL and KIND_DIRECT; 4 or 16 bytes
-	Stale         bool                   `protobuf:"varint,4,opt,name=stale,proto3" json:"stale,omitempty"`    // in replies only
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Prefix  *Prefix                `protobuf:"bytes,1,opt,name=prefix,proto3" json:"prefix,omitempty"`
+	Kind    Kind                   `protobuf:"varint,2,opt,name=kind,proto3,enum=margay.vrouter.v1.Kind" json:"kind,omitempty"`
+	Gateway []byte                 `protobuf:"bytes,3,opt,name=gateway,proto3" json:"gateway,omitempty"` // for KIND_TUNNEL and KIND_DIRECT; 4 or 16 bytes
+	Stale   bool                   `protobuf:"varint,4,opt,name=stale,proto3" json:"stale,omitempty"`    // in replies only
+	// For a route over which flows are spread: its gateways but the first, which is the lowest, sorted. Who does not know
+	// this field uses the first.
+	MoreGateways  [][]byte `protobuf:"bytes,5,rep,name=more_gateways,json=moreGateways,proto3" json:"more_gateways,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -200,6 +255,13 @@ func (x *Route) GetStale() bool {
 		return x.Stale
 	}
 	return false
+}
+
+func (x *Route) GetMoreGateways() [][]byte {
+	if x != nil {
+		return x.MoreGateways
+	}
+	return nil
 }
 
 type Config struct {
@@ -979,6 +1041,735 @@ func (x *ListCountersReply) GetCounters() []*Counter {
 	return nil
 }
 
+type TraceRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Direction     Direction              `protobuf:"varint,1,opt,name=direction,proto3,enum=margay.vrouter.v1.Direction" json:"direction,omitempty"`
+	Packet        []byte                 `protobuf:"bytes,2,opt,name=packet,proto3" json:"packet,omitempty"` // from its IP header on
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TraceRequest) Reset() {
+	*x = TraceRequest{}
+	mi := &file_vrouter_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TraceRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TraceRequest) ProtoMessage() {}
+
+func (x *TraceRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vrouter_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TraceRequest.ProtoReflect.Descriptor instead.
+func (*TraceRequest) Descriptor() ([]byte, []int) {
+	return file_vrouter_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *TraceRequest) GetDirection() Direction {
+	if x != nil {
+		return x.Direction
+	}
+	return Direction_DIRECTION_UNSPECIFIED
+}
+
+func (x *TraceRequest) GetPacket() []byte {
+	if x != nil {
+		return x.Packet
+	}
+	return nil
+}
+
+type Rung struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Detail        string                 `protobuf:"bytes,2,opt,name=detail,proto3" json:"detail,omitempty"`
+	Passed        bool                   `protobuf:"varint,3,opt,name=passed,proto3" json:"passed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Rung) Reset() {
+	*x = Rung{}
+	mi := &file_vrouter_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Rung) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Rung) ProtoMessage() {}
+
+func (x *Rung) ProtoReflect() protoreflect.Message {
+	mi := &file_vrouter_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Rung.ProtoReflect.Descriptor instead.
+func (*Rung) Descriptor() ([]byte, []int) {
+	return file_vrouter_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *Rung) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Rung) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+func (x *Rung) GetPassed() bool {
+	if x != nil {
+		return x.Passed
+	}
+	return false
+}
+
+type TraceReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Forwarded     bool                   `protobuf:"varint,1,opt,name=forwarded,proto3" json:"forwarded,omitempty"`
+	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"` // of the drop, as counters name it
+	Rungs         []*Rung                `protobuf:"bytes,3,rep,name=rungs,proto3" json:"rungs,omitempty"`
+	Packet        []byte                 `protobuf:"bytes,4,opt,name=packet,proto3" json:"packet,omitempty"`                                 // as it would be sent
+	Route         *Route                 `protobuf:"bytes,5,opt,name=route,proto3" json:"route,omitempty"`                                   // longest match for the inner destination; absent: none
+	Back          *Route                 `protobuf:"bytes,6,opt,name=back,proto3" json:"back,omitempty"`                                     // longest match for the inner source; absent: none
+	Out           string                 `protobuf:"bytes,7,opt,name=out,proto3" json:"out,omitempty"`                                       // host, underlay or pod
+	OutInterface  string                 `protobuf:"bytes,8,opt,name=out_interface,json=outInterface,proto3" json:"out_interface,omitempty"` // for pod: the host's side of its interface
+	Pieces        uint32                 `protobuf:"varint,9,opt,name=pieces,proto3" json:"pieces,omitempty"`                                // more than 1 when it has to be split; packet is the first then
+	Answer        []byte                 `protobuf:"bytes,10,opt,name=answer,proto3" json:"answer,omitempty"`                                // the ICMP error that its sender is told by
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TraceReply) Reset() {
+	*x = TraceReply{}
+	mi := &file_vrouter_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TraceReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TraceReply) ProtoMessage() {}
+
+func (x *TraceReply) ProtoReflect() protoreflect.Message {
+	mi := &file_vrouter_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TraceReply.ProtoReflect.Descriptor instead.
+func (*TraceReply) Descriptor() ([]byte, []int) {
+	return file_vrouter_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *TraceReply) GetForwarded() bool {
+	if x != nil {
+		return x.Forwarded
+	}
+	return false
+}
+
+func (x *TraceReply) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *TraceReply) GetRungs() []*Rung {
+	if x != nil {
+		return x.Rungs
+	}
+	return nil
+}
+
+func (x *TraceReply) GetPacket() []byte {
+	if x != nil {
+		return x.Packet
+	}
+	return nil
+}
+
+func (x *TraceReply) GetRoute() *Route {
+	if x != nil {
+		return x.Route
+	}
+	return nil
+}
+
+func (x *TraceReply) GetBack() *Route {
+	if x != nil {
+		return x.Back
+	}
+	return nil
+}
+
+func (x *TraceReply) GetOut() string {
+	if x != nil {
+		return x.Out
+	}
+	return ""
+}
+
+func (x *TraceReply) GetOutInterface() string {
+	if x != nil {
+		return x.OutInterface
+	}
+	return ""
+}
+
+func (x *TraceReply) GetPieces() uint32 {
+	if x != nil {
+		return x.Pieces
+	}
+	return 0
+}
+
+func (x *TraceReply) GetAnswer() []byte {
+	if x != nil {
+		return x.Answer
+	}
+	return nil
+}
+
+type ListDropsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Since         uint64                 `protobuf:"varint,1,opt,name=since,proto3" json:"since,omitempty"` // only samples with a greater number
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListDropsRequest) Reset() {
+	*x = ListDropsRequest{}
+	mi := &file_vrouter_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListDropsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListDropsRequest) ProtoMessage() {}
+
+func (x *ListDropsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vrouter_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListDropsRequest.ProtoReflect.Descriptor instead.
+func (*ListDropsRequest) Descriptor() ([]byte, []int) {
+	return file_vrouter_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *ListDropsRequest) GetSince() uint64 {
+	if x != nil {
+		return x.Since
+	}
+	return 0
+}
+
+type DropFlow struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Direction     Direction              `protobuf:"varint,1,opt,name=direction,proto3,enum=margay.vrouter.v1.Direction" json:"direction,omitempty"`
+	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"` // empty: flows that had to make room for others
+	Source        []byte                 `protobuf:"bytes,3,opt,name=source,proto3" json:"source,omitempty"` // absent: the packet bore none
+	Destination   []byte                 `protobuf:"bytes,4,opt,name=destination,proto3" json:"destination,omitempty"`
+	Packets       uint64                 `protobuf:"varint,5,opt,name=packets,proto3" json:"packets,omitempty"`
+	Bytes         uint64                 `protobuf:"varint,6,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DropFlow) Reset() {
+	*x = DropFlow{}
+	mi := &file_vrouter_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DropFlow) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DropFlow) ProtoMessage() {}
+
+func (x *DropFlow) ProtoReflect() protoreflect.Message {
+	mi := &file_vrouter_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DropFlow.ProtoReflect.Descriptor instead.
+func (*DropFlow) Descriptor() ([]byte, []int) {
+	return file_vrouter_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *DropFlow) GetDirection() Direction {
+	if x != nil {
+		return x.Direction
+	}
+	return Direction_DIRECTION_UNSPECIFIED
+}
+
+func (x *DropFlow) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *DropFlow) GetSource() []byte {
+	if x != nil {
+		return x.Source
+	}
+	return nil
+}
+
+func (x *DropFlow) GetDestination() []byte {
+	if x != nil {
+		return x.Destination
+	}
+	return nil
+}
+
+func (x *DropFlow) GetPackets() uint64 {
+	if x != nil {
+		return x.Packets
+	}
+	return 0
+}
+
+func (x *DropFlow) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+type DropSample struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Number        uint64                 `protobuf:"varint,1,opt,name=number,proto3" json:"number,omitempty"`
+	UnixNano      int64                  `protobuf:"varint,2,opt,name=unix_nano,json=unixNano,proto3" json:"unix_nano,omitempty"`
+	Direction     Direction              `protobuf:"varint,3,opt,name=direction,proto3,enum=margay.vrouter.v1.Direction" json:"direction,omitempty"`
+	Reason        string                 `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
+	Length        uint32                 `protobuf:"varint,5,opt,name=length,proto3" json:"length,omitempty"` // of the packet
+	Packet        []byte                 `protobuf:"bytes,6,opt,name=packet,proto3" json:"packet,omitempty"`  // its first bytes
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DropSample) Reset() {
+	*x = DropSample{}
+	mi := &file_vrouter_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DropSample) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DropSample) ProtoMessage() {}
+
+func (x *DropSample) ProtoReflect() protoreflect.Message {
+	mi := &file_vrouter_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DropSample.ProtoReflect.Descriptor instead.
+func (*DropSample) Descriptor() ([]byte, []int) {
+	return file_vrouter_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *DropSample) GetNumber() uint64 {
+	if x != nil {
+		return x.Number
+	}
+	return 0
+}
+
+func (x *DropSample) GetUnixNano() int64 {
+	if x != nil {
+		return x.UnixNano
+	}
+	return 0
+}
+
+func (x *DropSample) GetDirection() Direction {
+	if x != nil {
+		return x.Direction
+	}
+	return Direction_DIRECTION_UNSPECIFIED
+}
+
+func (x *DropSample) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *DropSample) GetLength() uint32 {
+	if x != nil {
+		return x.Length
+	}
+	return 0
+}
+
+func (x *DropSample) GetPacket() []byte {
+	if x != nil {
+		return x.Packet
+	}
+	return nil
+}
+
+type ListDropsReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Flows         []*DropFlow            `protobuf:"bytes,1,rep,name=flows,proto3" json:"flows,omitempty"`
+	Samples       []*DropSample          `protobuf:"bytes,2,rep,name=samples,proto3" json:"samples,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListDropsReply) Reset() {
+	*x = ListDropsReply{}
+	mi := &file_vrouter_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListDropsReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListDropsReply) ProtoMessage() {}
+
+func (x *ListDropsReply) ProtoReflect() protoreflect.Message {
+	mi := &file_vrouter_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListDropsReply.ProtoReflect.Descriptor instead.
+func (*ListDropsReply) Descriptor() ([]byte, []int) {
+	return file_vrouter_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *ListDropsReply) GetFlows() []*DropFlow {
+	if x != nil {
+		return x.Flows
+	}
+	return nil
+}
+
+func (x *ListDropsReply) GetSamples() []*DropSample {
+	if x != nil {
+		return x.Samples
+	}
+	return nil
+}
+
+type CaptureRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Filter        string                 `protobuf:"bytes,1,opt,name=filter,proto3" json:"filter,omitempty"`                   // of package vrouter/filter
+	Outer         bool                   `protobuf:"varint,2,opt,name=outer,proto3" json:"outer,omitempty"`                    // ask it about the packet on the wire, not about the inner one
+	SnapLen       uint32                 `protobuf:"varint,3,opt,name=snap_len,json=snapLen,proto3" json:"snap_len,omitempty"` // bytes of each packet; 0: all
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CaptureRequest) Reset() {
+	*x = CaptureRequest{}
+	mi := &file_vrouter_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CaptureRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CaptureRequest) ProtoMessage() {}
+
+func (x *CaptureRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vrouter_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CaptureRequest.ProtoReflect.Descriptor instead.
+func (*CaptureRequest) Descriptor() ([]byte, []int) {
+	return file_vrouter_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *CaptureRequest) GetFilter() string {
+	if x != nil {
+		return x.Filter
+	}
+	return ""
+}
+
+func (x *CaptureRequest) GetOuter() bool {
+	if x != nil {
+		return x.Outer
+	}
+	return false
+}
+
+func (x *CaptureRequest) GetSnapLen() uint32 {
+	if x != nil {
+		return x.SnapLen
+	}
+	return 0
+}
+
+type CapturedPacket struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	UnixNano        int64                  `protobuf:"varint,1,opt,name=unix_nano,json=unixNano,proto3" json:"unix_nano,omitempty"`
+	Port            string                 `protobuf:"bytes,2,opt,name=port,proto3" json:"port,omitempty"`
+	Direction       Direction              `protobuf:"varint,3,opt,name=direction,proto3,enum=margay.vrouter.v1.Direction" json:"direction,omitempty"`
+	Forwarded       bool                   `protobuf:"varint,4,opt,name=forwarded,proto3" json:"forwarded,omitempty"`
+	Reason          string                 `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
+	Gateway         []byte                 `protobuf:"bytes,6,opt,name=gateway,proto3" json:"gateway,omitempty"` // the node it was encapsulated for
+	Sent            uint32                 `protobuf:"varint,7,opt,name=sent,proto3" json:"sent,omitempty"`
+	Length          uint32                 `protobuf:"varint,8,opt,name=length,proto3" json:"length,omitempty"`
+	Packet          []byte                 `protobuf:"bytes,9,opt,name=packet,proto3" json:"packet,omitempty"`
+	SegmentSize     uint32                 `protobuf:"varint,10,opt,name=segment_size,json=segmentSize,proto3" json:"segment_size,omitempty"` // of a superpacket
+	PartialChecksum bool                   `protobuf:"varint,11,opt,name=partial_checksum,json=partialChecksum,proto3" json:"partial_checksum,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *CapturedPacket) Reset() {
+	*x = CapturedPacket{}
+	mi := &file_vrouter_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CapturedPacket) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CapturedPacket) ProtoMessage() {}
+
+func (x *CapturedPacket) ProtoReflect() protoreflect.Message {
+	mi := &file_vrouter_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CapturedPacket.ProtoReflect.Descriptor instead.
+func (*CapturedPacket) Descriptor() ([]byte, []int) {
+	return file_vrouter_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *CapturedPacket) GetUnixNano() int64 {
+	if x != nil {
+		return x.UnixNano
+	}
+	return 0
+}
+
+func (x *CapturedPacket) GetPort() string {
+	if x != nil {
+		return x.Port
+	}
+	return ""
+}
+
+func (x *CapturedPacket) GetDirection() Direction {
+	if x != nil {
+		return x.Direction
+	}
+	return Direction_DIRECTION_UNSPECIFIED
+}
+
+func (x *CapturedPacket) GetForwarded() bool {
+	if x != nil {
+		return x.Forwarded
+	}
+	return false
+}
+
+func (x *CapturedPacket) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *CapturedPacket) GetGateway() []byte {
+	if x != nil {
+		return x.Gateway
+	}
+	return nil
+}
+
+func (x *CapturedPacket) GetSent() uint32 {
+	if x != nil {
+		return x.Sent
+	}
+	return 0
+}
+
+func (x *CapturedPacket) GetLength() uint32 {
+	if x != nil {
+		return x.Length
+	}
+	return 0
+}
+
+func (x *CapturedPacket) GetPacket() []byte {
+	if x != nil {
+		return x.Packet
+	}
+	return nil
+}
+
+func (x *CapturedPacket) GetSegmentSize() uint32 {
+	if x != nil {
+		return x.SegmentSize
+	}
+	return 0
+}
+
+func (x *CapturedPacket) GetPartialChecksum() bool {
+	if x != nil {
+		return x.PartialChecksum
+	}
+	return false
+}
+
+// CaptureReply without packets is the first one, which says that the capture runs, or only brings lost up to date.
+type CaptureReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Packets       []*CapturedPacket      `protobuf:"bytes,1,rep,name=packets,proto3" json:"packets,omitempty"`
+	Lost          uint64                 `protobuf:"varint,2,opt,name=lost,proto3" json:"lost,omitempty"` // so far, for want of room
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CaptureReply) Reset() {
+	*x = CaptureReply{}
+	mi := &file_vrouter_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CaptureReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CaptureReply) ProtoMessage() {}
+
+func (x *CaptureReply) ProtoReflect() protoreflect.Message {
+	mi := &file_vrouter_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CaptureReply.ProtoReflect.Descriptor instead.
+func (*CaptureReply) Descriptor() ([]byte, []int) {
+	return file_vrouter_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *CaptureReply) GetPackets() []*CapturedPacket {
+	if x != nil {
+		return x.Packets
+	}
+	return nil
+}
+
+func (x *CaptureReply) GetLost() uint64 {
+	if x != nil {
+		return x.Lost
+	}
+	return 0
+}
+
 var File_vrouter_proto protoreflect.FileDescriptor
 
 const file_vrouter_proto_rawDesc = "" +
@@ -986,12 +1777,13 @@ const file_vrouter_proto_rawDesc = "" +
 	"\rvrouter.proto\x12\x11margay.vrouter.v1\"6\n" +
 	"\x06Prefix\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\fR\aaddress\x12\x12\n" +
-	"\x04bits\x18\x02 \x01(\rR\x04bits\"\x97\x01\n" +
+	"\x04bits\x18\x02 \x01(\rR\x04bits\"\xbc\x01\n" +
 	"\x05Route\x121\n" +
 	"\x06prefix\x18\x01 \x01(\v2\x19.margay.vrouter.v1.PrefixR\x06prefix\x12+\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x17.margay.vrouter.v1.KindR\x04kind\x12\x18\n" +
 	"\agateway\x18\x03 \x01(\fR\agateway\x12\x14\n" +
-	"\x05stale\x18\x04 \x01(\bR\x05stale\"\x80\x01\n" +
+	"\x05stale\x18\x04 \x01(\bR\x05stale\x12#\n" +
+	"\rmore_gateways\x18\x05 \x03(\fR\fmoreGateways\"\x80\x01\n" +
 	"\x06Config\x12!\n" +
 	"\fnode_address\x18\x01 \x01(\fR\vnodeAddress\x12\x1a\n" +
 	"\bunderlay\x18\x02 \x01(\tR\bunderlay\x12\x10\n" +
@@ -1046,14 +1838,79 @@ const file_vrouter_proto_rawDesc = "" +
 	"\apackets\x18\x02 \x01(\x04R\apackets\x12\x14\n" +
 	"\x05bytes\x18\x03 \x01(\x04R\x05bytes\"K\n" +
 	"\x11ListCountersReply\x126\n" +
-	"\bcounters\x18\x01 \x03(\v2\x1a.margay.vrouter.v1.CounterR\bcounters*]\n" +
+	"\bcounters\x18\x01 \x03(\v2\x1a.margay.vrouter.v1.CounterR\bcounters\"b\n" +
+	"\fTraceRequest\x12:\n" +
+	"\tdirection\x18\x01 \x01(\x0e2\x1c.margay.vrouter.v1.DirectionR\tdirection\x12\x16\n" +
+	"\x06packet\x18\x02 \x01(\fR\x06packet\"J\n" +
+	"\x04Rung\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x16\n" +
+	"\x06passed\x18\x03 \x01(\bR\x06passed\"\xce\x02\n" +
+	"\n" +
+	"TraceReply\x12\x1c\n" +
+	"\tforwarded\x18\x01 \x01(\bR\tforwarded\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x12-\n" +
+	"\x05rungs\x18\x03 \x03(\v2\x17.margay.vrouter.v1.RungR\x05rungs\x12\x16\n" +
+	"\x06packet\x18\x04 \x01(\fR\x06packet\x12.\n" +
+	"\x05route\x18\x05 \x01(\v2\x18.margay.vrouter.v1.RouteR\x05route\x12,\n" +
+	"\x04back\x18\x06 \x01(\v2\x18.margay.vrouter.v1.RouteR\x04back\x12\x10\n" +
+	"\x03out\x18\a \x01(\tR\x03out\x12#\n" +
+	"\rout_interface\x18\b \x01(\tR\foutInterface\x12\x16\n" +
+	"\x06pieces\x18\t \x01(\rR\x06pieces\x12\x16\n" +
+	"\x06answer\x18\n" +
+	" \x01(\fR\x06answer\"(\n" +
+	"\x10ListDropsRequest\x12\x14\n" +
+	"\x05since\x18\x01 \x01(\x04R\x05since\"\xc8\x01\n" +
+	"\bDropFlow\x12:\n" +
+	"\tdirection\x18\x01 \x01(\x0e2\x1c.margay.vrouter.v1.DirectionR\tdirection\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x16\n" +
+	"\x06source\x18\x03 \x01(\fR\x06source\x12 \n" +
+	"\vdestination\x18\x04 \x01(\fR\vdestination\x12\x18\n" +
+	"\apackets\x18\x05 \x01(\x04R\apackets\x12\x14\n" +
+	"\x05bytes\x18\x06 \x01(\x04R\x05bytes\"\xc5\x01\n" +
+	"\n" +
+	"DropSample\x12\x16\n" +
+	"\x06number\x18\x01 \x01(\x04R\x06number\x12\x1b\n" +
+	"\tunix_nano\x18\x02 \x01(\x03R\bunixNano\x12:\n" +
+	"\tdirection\x18\x03 \x01(\x0e2\x1c.margay.vrouter.v1.DirectionR\tdirection\x12\x16\n" +
+	"\x06reason\x18\x04 \x01(\tR\x06reason\x12\x16\n" +
+	"\x06length\x18\x05 \x01(\rR\x06length\x12\x16\n" +
+	"\x06packet\x18\x06 \x01(\fR\x06packet\"|\n" +
+	"\x0eListDropsReply\x121\n" +
+	"\x05flows\x18\x01 \x03(\v2\x1b.margay.vrouter.v1.DropFlowR\x05flows\x127\n" +
+	"\asamples\x18\x02 \x03(\v2\x1d.margay.vrouter.v1.DropSampleR\asamples\"Y\n" +
+	"\x0eCaptureRequest\x12\x16\n" +
+	"\x06filter\x18\x01 \x01(\tR\x06filter\x12\x14\n" +
+	"\x05outer\x18\x02 \x01(\bR\x05outer\x12\x19\n" +
+	"\bsnap_len\x18\x03 \x01(\rR\asnapLen\"\xdf\x02\n" +
+	"\x0eCapturedPacket\x12\x1b\n" +
+	"\tunix_nano\x18\x01 \x01(\x03R\bunixNano\x12\x12\n" +
+	"\x04port\x18\x02 \x01(\tR\x04port\x12:\n" +
+	"\tdirection\x18\x03 \x01(\x0e2\x1c.margay.vrouter.v1.DirectionR\tdirection\x12\x1c\n" +
+	"\tforwarded\x18\x04 \x01(\bR\tforwarded\x12\x16\n" +
+	"\x06reason\x18\x05 \x01(\tR\x06reason\x12\x18\n" +
+	"\agateway\x18\x06 \x01(\fR\agateway\x12\x12\n" +
+	"\x04sent\x18\a \x01(\rR\x04sent\x12\x16\n" +
+	"\x06length\x18\b \x01(\rR\x06length\x12\x16\n" +
+	"\x06packet\x18\t \x01(\fR\x06packet\x12!\n" +
+	"\fsegment_size\x18\n" +
+	" \x01(\rR\vsegmentSize\x12)\n" +
+	"\x10partial_checksum\x18\v \x01(\bR\x0fpartialChecksum\"_\n" +
+	"\fCaptureReply\x12;\n" +
+	"\apackets\x18\x01 \x03(\v2!.margay.vrouter.v1.CapturedPacketR\apackets\x12\x12\n" +
+	"\x04lost\x18\x02 \x01(\x04R\x04lost*]\n" +
 	"\x04Kind\x12\x14\n" +
 	"\x10KIND_UNSPECIFIED\x10\x00\x12\r\n" +
 	"\tKIND_DROP\x10\x01\x12\x0e\n" +
 	"\n" +
 	"KIND_LOCAL\x10\x02\x12\x0f\n" +
 	"\vKIND_TUNNEL\x10\x03\x12\x0f\n" +
-	"\vKIND_DIRECT\x10\x042\xe7\x03\n" +
+	"\vKIND_DIRECT\x10\x04*g\n" +
+	"\tDirection\x12\x19\n" +
+	"\x15DIRECTION_UNSPECIFIED\x10\x00\x12\x13\n" +
+	"\x0fDIRECTION_ENCAP\x10\x01\x12\x13\n" +
+	"\x0fDIRECTION_DECAP\x10\x02\x12\x15\n" +
+	"\x11DIRECTION_TRANSIT\x10\x032\xd6\x05\n" +
 	"\aVRouter\x12M\n" +
 	"\tGetStatus\x12 .margay.vrouter.v1.StatusRequest\x1a\x1e.margay.vrouter.v1.StatusReply\x12H\n" +
 	"\x05Begin\x12\x1f.margay.vrouter.v1.BeginRequest\x1a\x1e.margay.vrouter.v1.StatusReply\x12J\n" +
@@ -1061,7 +1918,10 @@ const file_vrouter_proto_rawDesc = "" +
 	"\x03End\x12\x1d.margay.vrouter.v1.EndRequest\x1a\x1b.margay.vrouter.v1.EndReply\x12V\n" +
 	"\n" +
 	"ListRoutes\x12$.margay.vrouter.v1.ListRoutesRequest\x1a\".margay.vrouter.v1.ListRoutesReply\x12\\\n" +
-	"\fListCounters\x12&.margay.vrouter.v1.ListCountersRequest\x1a$.margay.vrouter.v1.ListCountersReplyB\x1eZ\x1cmargay/vrouter/rpc/vrouterpbb\x06proto3"
+	"\fListCounters\x12&.margay.vrouter.v1.ListCountersRequest\x1a$.margay.vrouter.v1.ListCountersReply\x12G\n" +
+	"\x05Trace\x12\x1f.margay.vrouter.v1.TraceRequest\x1a\x1d.margay.vrouter.v1.TraceReply\x12S\n" +
+	"\tListDrops\x12#.margay.vrouter.v1.ListDropsRequest\x1a!.margay.vrouter.v1.ListDropsReply\x12O\n" +
+	"\aCapture\x12!.margay.vrouter.v1.CaptureRequest\x1a\x1f.margay.vrouter.v1.CaptureReply0\x01B\x1eZ\x1cmargay/vrouter/rpc/vrouterpbb\x06proto3"
 
 var (
 	file_vrouter_proto_rawDescOnce sync.Once
@@ -1075,54 +1935,81 @@ func file_vrouter_proto_rawDescGZIP() []byte {
 	return file_vrouter_proto_rawDescData
 }
 
-var file_vrouter_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_vrouter_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
+var file_vrouter_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
+var file_vrouter_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_vrouter_proto_goTypes = []any{
 	(Kind)(0),                   // 0: margay.vrouter.v1.Kind
-	(*Prefix)(nil),              // 1: margay.vrouter.v1.Prefix
-	(*Route)(nil),               // 2: margay.vrouter.v1.Route
-	(*Config)(nil),              // 3: margay.vrouter.v1.Config
-	(*Pod)(nil),                 // 4: margay.vrouter.v1.Pod
-	(*StatusRequest)(nil),       // 5: margay.vrouter.v1.StatusRequest
-	(*StatusReply)(nil),         // 6: margay.vrouter.v1.StatusReply
-	(*BeginRequest)(nil),        // 7: margay.vrouter.v1.BeginRequest
-	(*UpdateRequest)(nil),       // 8: margay.vrouter.v1.UpdateRequest
-	(*UpdateReply)(nil),         // 9: margay.vrouter.v1.UpdateReply
-	(*EndRequest)(nil),          // 10: margay.vrouter.v1.EndRequest
-	(*EndReply)(nil),            // 11: margay.vrouter.v1.EndReply
-	(*ListRoutesRequest)(nil),   // 12: margay.vrouter.v1.ListRoutesRequest
-	(*ListRoutesReply)(nil),     // 13: margay.vrouter.v1.ListRoutesReply
-	(*ListCountersRequest)(nil), // 14: margay.vrouter.v1.ListCountersRequest
-	(*Counter)(nil),             // 15: margay.vrouter.v1.Counter
-	(*ListCountersReply)(nil),   // 16: margay.vrouter.v1.ListCountersReply
+	(Direction)(0),              // 1: margay.vrouter.v1.Direction
+	(*Prefix)(nil),              // 2: margay.vrouter.v1.Prefix
+	(*Route)(nil),               // 3: margay.vrouter.v1.Route
+	(*Config)(nil),              // 4: margay.vrouter.v1.Config
+	(*Pod)(nil),                 // 5: margay.vrouter.v1.Pod
+	(*StatusRequest)(nil),       // 6: margay.vrouter.v1.StatusRequest
+	(*StatusReply)(nil),         // 7: margay.vrouter.v1.StatusReply
+	(*BeginRequest)(nil),        // 8: margay.vrouter.v1.BeginRequest
+	(*UpdateRequest)(nil),       // 9: margay.vrouter.v1.UpdateRequest
+	(*UpdateReply)(nil),         // 10: margay.vrouter.v1.UpdateReply
+	(*EndRequest)(nil),          // 11: margay.vrouter.v1.EndRequest
+	(*EndReply)(nil),            // 12: margay.vrouter.v1.EndReply
+	(*ListRoutesRequest)(nil),   // 13: margay.vrouter.v1.ListRoutesRequest
+	(*ListRoutesReply)(nil),     // 14: margay.vrouter.v1.ListRoutesReply
+	(*ListCountersRequest)(nil), // 15: margay.vrouter.v1.ListCountersRequest
+	(*Counter)(nil),             // 16: margay.vrouter.v1.Counter
+	(*ListCountersReply)(nil),   // 17: margay.vrouter.v1.ListCountersReply
+	(*TraceRequest)(nil),        // 18: margay.vrouter.v1.TraceRequest
+	(*Rung)(nil),                // 19: margay.vrouter.v1.Rung
+	(*TraceReply)(nil),          // 20: margay.vrouter.v1.TraceReply
+	(*ListDropsRequest)(nil),    // 21: margay.vrouter.v1.ListDropsRequest
+	(*DropFlow)(nil),            // 22: margay.vrouter.v1.DropFlow
+	(*DropSample)(nil),          // 23: margay.vrouter.v1.DropSample
+	(*ListDropsReply)(nil),      // 24: margay.vrouter.v1.ListDropsReply
+	(*CaptureRequest)(nil),      // 25: margay.vrouter.v1.CaptureRequest
+	(*CapturedPacket)(nil),      // 26: margay.vrouter.v1.CapturedPacket
+	(*CaptureReply)(nil),        // 27: margay.vrouter.v1.CaptureReply
 }
 var file_vrouter_proto_depIdxs = []int32{
-	1,  // 0: margay.vrouter.v1.Route.prefix:type_name -> margay.vrouter.v1.Prefix
+	2,  // 0: margay.vrouter.v1.Route.prefix:type_name -> margay.vrouter.v1.Prefix
 	0,  // 1: margay.vrouter.v1.Route.kind:type_name -> margay.vrouter.v1.Kind
-	3,  // 2: margay.vrouter.v1.StatusReply.config:type_name -> margay.vrouter.v1.Config
-	3,  // 3: margay.vrouter.v1.UpdateRequest.config:type_name -> margay.vrouter.v1.Config
-	2,  // 4: margay.vrouter.v1.UpdateRequest.set:type_name -> margay.vrouter.v1.Route
-	1,  // 5: margay.vrouter.v1.UpdateRequest.del:type_name -> margay.vrouter.v1.Prefix
-	4,  // 6: margay.vrouter.v1.UpdateRequest.add_pods:type_name -> margay.vrouter.v1.Pod
-	2,  // 7: margay.vrouter.v1.ListRoutesReply.routes:type_name -> margay.vrouter.v1.Route
-	15, // 8: margay.vrouter.v1.ListCountersReply.counters:type_name -> margay.vrouter.v1.Counter
-	5,  // 9: margay.vrouter.v1.VRouter.GetStatus:input_type -> margay.vrouter.v1.StatusRequest
-	7,  // 10: margay.vrouter.v1.VRouter.Begin:input_type -> margay.vrouter.v1.BeginRequest
-	8,  // 11: margay.vrouter.v1.VRouter.Update:input_type -> margay.vrouter.v1.UpdateRequest
-	10, // 12: margay.vrouter.v1.VRouter.End:input_type -> margay.vrouter.v1.EndRequest
-	12, // 13: margay.vrouter.v1.VRouter.ListRoutes:input_type -> margay.vrouter.v1.ListRoutesRequest
-	14, // 14: margay.vrouter.v1.VRouter.ListCounters:input_type -> margay.vrouter.v1.ListCountersRequest
-	6,  // 15: margay.vrouter.v1.VRouter.GetStatus:output_type -> margay.vrouter.v1.StatusReply
-	6,  // 16: margay.vrouter.v1.VRouter.Begin:output_type -> margay.vrouter.v1.StatusReply
-	9,  // 17: margay.vrouter.v1.VRouter.Update:output_type -> margay.vrouter.v1.UpdateReply
-	11, // 18: margay.vrouter.v1.VRouter.End:output_type -> margay.vrouter.v1.EndReply
-	13, // 19: margay.vrouter.v1.VRouter.ListRoutes:output_type -> margay.vrouter.v1.ListRoutesReply
-	16, // 20: margay.vrouter.v1.VRouter.ListCounters:output_type -> margay.vrouter.v1.ListCountersReply
-	15, // [15:21] is the sub-list for method output_type
-	9,  // [9:15] is the sub-list for method input_type
-	9,  // [9:9] is the sub-list for extension type_name
-	9,  // [9:9] is the sub-list for extension extendee
-	0,  // [0:9] is the sub-list for field type_name
+	4,  // 2: margay.vrouter.v1.StatusReply.config:type_name -> margay.vrouter.v1.Config
+	4,  // 3: margay.vrouter.v1.UpdateRequest.config:type_name -> margay.vrouter.v1.Config
+	3,  // 4: margay.vrouter.v1.UpdateRequest.set:type_name -> margay.vrouter.v1.Route
+	2,  // 5: margay.vrouter.v1.UpdateRequest.del:type_name -> margay.vrouter.v1.Prefix
+	5,  // 6: margay.vrouter.v1.UpdateRequest.add_pods:type_name -> margay.vrouter.v1.Pod
+	3,  // 7: margay.vrouter.v1.ListRoutesReply.routes:type_name -> margay.vrouter.v1.Route
+	16, // 8: margay.vrouter.v1.ListCountersReply.counters:type_name -> margay.vrouter.v1.Counter
+	1,  // 9: margay.vrouter.v1.TraceRequest.direction:type_name -> margay.vrouter.v1.Direction
+	19, // 10: margay.vrouter.v1.TraceReply.rungs:type_name -> margay.vrouter.v1.Rung
+	3,  // 11: margay.vrouter.v1.TraceReply.route:type_name -> margay.vrouter.v1.Route
+	3,  // 12: margay.vrouter.v1.TraceReply.back:type_name -> margay.vrouter.v1.Route
+	1,  // 13: margay.vrouter.v1.DropFlow.direction:type_name -> margay.vrouter.v1.Direction
+	1,  // 14: margay.vrouter.v1.DropSample.direction:type_name -> margay.vrouter.v1.Direction
+	22, // 15: margay.vrouter.v1.ListDropsReply.flows:type_name -> margay.vrouter.v1.DropFlow
+	23, // 16: margay.vrouter.v1.ListDropsReply.samples:type_name -> margay.vrouter.v1.DropSample
+	1,  // 17: margay.vrouter.v1.CapturedPacket.direction:type_name -> margay.vrouter.v1.Direction
+	26, // 18: margay.vrouter.v1.CaptureReply.packets:type_name -> margay.vrouter.v1.CapturedPacket
+	6,  // 19: margay.vrouter.v1.VRouter.GetStatus:input_type -> margay.vrouter.v1.StatusRequest
+	8,  // 20: margay.vrouter.v1.VRouter.Begin:input_type -> margay.vrouter.v1.BeginRequest
+	9,  // 21: margay.vrouter.v1.VRouter.Update:input_type -> margay.vrouter.v1.UpdateRequest
+	11, // 22: margay.vrouter.v1.VRouter.End:input_type -> margay.vrouter.v1.EndRequest
+	13, // 23: margay.vrouter.v1.VRouter.ListRoutes:input_type -> margay.vrouter.v1.ListRoutesRequest
+	15, // 24: margay.vrouter.v1.VRouter.ListCounters:input_type -> margay.vrouter.v1.ListCountersRequest
+	18, // 25: margay.vrouter.v1.VRouter.Trace:input_type -> margay.vrouter.v1.TraceRequest
+	21, // 26: margay.vrouter.v1.VRouter.ListDrops:input_type -> margay.vrouter.v1.ListDropsRequest
+	25, // 27: margay.vrouter.v1.VRouter.Capture:input_type -> margay.vrouter.v1.CaptureRequest
+	7,  // 28: margay.vrouter.v1.VRouter.GetStatus:output_type -> margay.vrouter.v1.StatusReply
+	7,  // 29: margay.vrouter.v1.VRouter.Begin:output_type -> margay.vrouter.v1.StatusReply
+	10, // 30: margay.vrouter.v1.VRouter.Update:output_type -> margay.vrouter.v1.UpdateReply
+	12, // 31: margay.vrouter.v1.VRouter.End:output_type -> margay.vrouter.v1.EndReply
+	14, // 32: margay.vrouter.v1.VRouter.ListRoutes:output_type -> margay.vrouter.v1.ListRoutesReply
+	17, // 33: margay.vrouter.v1.VRouter.ListCounters:output_type -> margay.vrouter.v1.ListCountersReply
+	20, // 34: margay.vrouter.v1.VRouter.Trace:output_type -> margay.vrouter.v1.TraceReply
+	24, // 35: margay.vrouter.v1.VRouter.ListDrops:output_type -> margay.vrouter.v1.ListDropsReply
+	27, // 36: margay.vrouter.v1.VRouter.Capture:output_type -> margay.vrouter.v1.CaptureReply
+	28, // [28:37] is the sub-list for method output_type
+	19, // [19:28] is the sub-list for method input_type
+	19, // [19:19] is the sub-list for extension type_name
+	19, // [19:19] is the sub-list for extension extendee
+	0,  // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_vrouter_proto_init() }
@@ -1135,8 +2022,8 @@ func file_vrouter_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vrouter_proto_rawDesc), len(file_vrouter_proto_rawDesc)),
-			NumEnums:      1,
-			NumMessages:   16,
+			NumEnums:      2,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -30,6 +30,9 @@ const (
 	VRouter_End_FullMethodName          = "/margay.vrouter.v1.VRouter/End"
 	VRouter_ListRoutes_FullMethodName   = "/margay.vrouter.v1.VRouter/ListRoutes"
 	VRouter_ListCounters_FullMethodName = "/margay.vrouter.v1.VRouter/ListCounters"
+	VRouter_Trace_FullMethodName        = "/margay.vrouter.v1.VRouter/Trace"
+	VRouter_ListDrops_FullMethodName    = "/margay.vrouter.v1.VRouter/ListDrops"
+	VRouter_Capture_FullMethodName      = "/margay.vrouter.v1.VRouter/Capture"
 )
 
 // VRouterClient is the client API for VRouter service.
@@ -50,6 +53,12 @@ type VRouterClient interface {
 	ListRoutes(ctx context.Context, in *ListRoutesRequest, opts ...grpc.CallOption) (*ListRoutesReply, error)
 	// ListCounters returns every counter, zero ones included.
 	ListCounters(ctx context.Context, in *ListCountersRequest, opts ...grpc.CallOption) (*ListCountersReply, error)
+	// Trace walks a ladder with a packet, and sends and counts nothing.
+	Trace(ctx context.Context, in *TraceRequest, opts ...grpc.CallOption) (*TraceReply, error)
+	// ListDrops returns the drops by flow, and samples.
+	ListDrops(ctx context.Context, in *ListDropsRequest, opts ...grpc.CallOption) (*ListDropsReply, error)
+	// Capture streams packets as they pass, until the caller ends it.
+	Capture(ctx context.Context, in *CaptureRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[CaptureReply], error)
 }
 
 type vRouterClient struct {
@@ -120,6 +129,45 @@ func (c *vRouterClient) ListCounters(ctx context.Context, in *ListCountersReques
 	return out, nil
 }
 
+func (c *vRouterClient) Trace(ctx context.Context, in *TraceRequest, opts ...grpc.CallOption) (*TraceReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(TraceReply)
+	err := c.cc.Invoke(ctx, VRouter_Trace_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *vRouterClient) ListDrops(ctx context.Context, in *ListDropsRequest, opts ...grpc.CallOption) (*ListDropsReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListDropsReply)
+	err := c.cc.Invoke(ctx, VRouter_ListDrops_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *vRouterClient) Capture(ctx context.Context, in *CaptureRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[CaptureReply], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &VRouter_ServiceDesc.Streams[0], VRouter_Capture_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[CaptureRequest, CaptureReply]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type VRouter_CaptureClient = grpc.ServerStreamingClient[CaptureReply]
+
 // VRouterServer is the server API for VRouter service.
 // All implementations must embed UnimplementedVRouterServer
 // for forward compatibility.
@@ -138,6 +186,12 @@ type VRouterServer interface {
 	ListRoutes(context.Context, *ListRoutesRequest) (*ListRoutesReply, error)
 	// ListCounters returns every counter, zero ones included.
 	ListCounters(context.Context, *ListCountersRequest) (*ListCountersReply, error)
+	// Trace walks a ladder with a packet, and sends and counts nothing.
+	Trace(context.Context, *TraceRequest) (*TraceReply, error)
+	// ListDrops returns the drops by flow, and samples.
+	ListDrops(context.Context, *ListDropsRequest) (*ListDropsReply, error)
+	// Capture streams packets as they pass, until the caller ends it.
+	Capture(*CaptureRequest, grpc.ServerStreamingServer[CaptureReply]) error
 	mustEmbedUnimplementedVRouterServer()
 }
 
@@ -165,6 +219,15 @@ func (UnimplementedVRouterServer) ListRoutes(context.Context, *ListRoutesRequest
 }
 func (UnimplementedVRouterServer) ListCounters(context.Context, *ListCountersRequest) (*ListCountersReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListCounters not implemented")
+}
+func (UnimplementedVRouterServer) Trace(context.Context, *TraceRequest) (*TraceReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Trace not implemented")
+}
+func (UnimplementedVRouterServer) ListDrops(context.Context, *ListDropsRequest) (*ListDropsReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListDrops not implemented")
+}
+func (UnimplementedVRouterServer) Capture(*CaptureRequest, grpc.ServerStreamingServer[CaptureReply]) error {
+	return status.Error(codes.Unimplemented, "method Capture not implemented")
 }
 func (UnimplementedVRouterServer) mustEmbedUnimplementedVRouterServer() {}
 func (UnimplementedVRouterServer) testEmbeddedByValue()                 {}
@@ -295,6 +358,53 @@ func _VRouter_ListCounters_Handler(srv interface{}, ctx context.Context, dec fun
 	return interceptor(ctx, in, info, handler)
 }
 
+func _VRouter_Trace_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(TraceRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(VRouterServer).Trace(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: VRouter_Trace_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(VRouterServer).Trace(ctx, req.(*TraceRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _VRouter_ListDrops_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListDropsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(VRouterServer).ListDrops(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: VRouter_ListDrops_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(VRouterServer).ListDrops(ctx, req.(*ListDropsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _VRouter_Capture_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(CaptureRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(VRouterServer).Capture(m, &grpc.GenericServerStream[CaptureRequest, CaptureReply]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type VRouter_CaptureServer = grpc.ServerStreamingServer[CaptureReply]
+
 // VRouter_ServiceDesc is the grpc.ServiceDesc for VRouter service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -326,7 +436,21 @@ var VRouter_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "ListCounters",
 			Handler:    _VRouter_ListCounters_Handler,
 		},
+		{
+			MethodName: "Trace",
+			Handler:    _VRouter_Trace_Handler,
+		},
+		{
+			MethodName: "ListDrops",
+			Handler:    _VRouter_ListDrops_Handler,
+		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "Capture",
+			Handler:       _VRouter_Capture_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "vrouter.proto",
 }

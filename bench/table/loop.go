@@ -1,4 +1,4 @@
-package bench
+package table
 
 import (
 	"bufio"
@@ -11,7 +11,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"testing"
 
 	"margay/vrouter"
 	"margay/vrouter/fib"
@@ -58,40 +57,43 @@ func (s *sink) Send(batch []*vrouter.Packet) {
 	s.sent += len(batch)
 }
 
-// realTable reads the 901,899 IPv4 prefixes that the bart module ships.
-func realTable(tb testing.TB) []netip.Prefix {
-	tb.Helper()
+// FullTable is the number of prefixes that Real returns.
+const FullTable = 901_899
+
+// Real reads the FullTable IPv4 prefixes of the Internet that the bart module ships. It asks `go list` where that is, so it
+// wants to be called in a checkout.
+func Real() ([]netip.Prefix, error) {
 	out, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", "github.com/gaissmai/bart").Output()
 	if err != nil {
-		tb.Fatalf("find the bart module: %v", err)
+		return nil, fmt.Errorf("find the bart module, whose prefixes these are (stand in the checkout): %w", err)
 	}
 	f, err := os.Open(filepath.Join(strings.TrimSpace(string(out)), "internal/tests/testdata/prefixes.txt.gz"))
 	if err != nil {
-		tb.Fatal(err)
+		return nil, err
 	}
 	defer f.Close()
 	z, err := gzip.NewReader(f)
 	if err != nil {
-		tb.Fatal(err)
+		return nil, fmt.Errorf("%s: %w", f.Name(), err)
 	}
-	var table []netip.Prefix
+	var prefixes []netip.Prefix
 	for sc := bufio.NewScanner(z); sc.Scan(); {
 		p, err := netip.ParsePrefix(strings.TrimSpace(sc.Text()))
 		if err != nil {
-			tb.Fatalf("prefix list: %v", err)
+			return nil, fmt.Errorf("%s: %w", f.Name(), err)
 		}
 		if p.Addr().Is4() {
-			table = append(table, p)
+			prefixes = append(prefixes, p)
 		}
 	}
-	if len(table) != 901_899 {
-		tb.Fatalf("prefix list: expected 901899 IPv4 prefixes, got %d", len(table))
+	if len(prefixes) != FullTable {
+		return nil, fmt.Errorf("%s: %d IPv4 prefixes: expected %d", f.Name(), len(prefixes), FullTable)
 	}
-	return table
+	return prefixes, nil
 }
 
-// someTable makes n prefixes of 24 bits.
-func someTable(n int) []netip.Prefix {
+// Some makes n prefixes of 24 bits, 65,536 at most.
+func Some(n int) []netip.Prefix {
 	table := make([]netip.Prefix, n)
 	for i := range table {
 		table[i] = netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(i >> 8), byte(i), 0}), 24)
@@ -115,15 +117,11 @@ func inside(rnd *rand.Rand, p netip.Prefix) uint32 {
 }
 
 // router returns a configured router whose every route is a tunnel.
-func router(tb testing.TB, table []netip.Prefix) *vrouter.Router {
-	tb.Helper()
+func router(prefixes []netip.Prefix) (*vrouter.Router, error) {
 	r := vrouter.New()
 	up := vrouter.Update{Config: &vrouter.Config{NodeAddress: netip.MustParseAddr("198.18.0.1"), Underlay: "eth0", MTU: 1480}}
-	up.Set = routesOf(table)
-	if err := r.Update(up); err != nil {
-		tb.Fatal(err)
-	}
-	return r
+	up.Set = routesOf(prefixes)
+	return r, r.Update(up)
 }
 
 // packets makes small UDP packets to random addresses inside the table.
@@ -152,42 +150,32 @@ func udp(dst uint32) []byte {
 	return b
 }
 
-// BenchmarkLoop is the forwarding loop alone, encapsulating: ns/op is nanoseconds per packet.
-func BenchmarkLoop(b *testing.B) {
-	for _, size := range []int{1, 10_000, 901_899} {
-		b.Run(fmt.Sprintf("routes=%d", size), func(b *testing.B) {
-			table := someTable(min(size, 10_000))
-			if size > 10_000 {
-				table = realTable(b)
-			}
-			r := router(b, table)
-			in, out := &source{packets: packets(table, 1<<16)}, &sink{}
-			w := r.NewWorker(vrouter.Encap, in, out)
-			b.ReportAllocs()
-			b.ResetTimer()
-			in.left = b.N
-			if err := w.Run(); err != nil {
-				b.Fatal(err)
-			}
-			b.StopTimer()
-			if out.sent != b.N {
-				b.Fatalf("%d of %d packets came through: %v", out.sent, b.N, r.Counters())
-			}
-		})
-	}
+// Loop is the forwarding loop alone, encapsulating: in-memory ports, no system calls, the real ladder and table.
+type Loop struct {
+	router *vrouter.Router
+	worker *vrouter.Worker
+	in     *source
+	out    *sink
 }
 
-// TestBenchmarksRun keeps the benchmarks from rotting: each must run and forward every packet.
-func TestBenchmarksRun(t *testing.T) {
-	for _, table := range [][]netip.Prefix{someTable(1), someTable(10_000), realTable(t)} {
-		const n = 100_000
-		r := router(t, table)
-		in, out := &source{packets: packets(table, 1<<10), left: n}, &sink{}
-		if err := r.NewWorker(vrouter.Encap, in, out).Run(); err != nil {
-			t.Fatal(err)
-		}
-		if out.sent != n {
-			t.Errorf("%d routes: %d of %d packets came through: %v", len(table), out.sent, n, r.Counters())
-		}
+// NewLoop returns a loop that has prefixes for its routes, and packets to random addresses in them.
+func NewLoop(prefixes []netip.Prefix) (*Loop, error) {
+	r, err := router(prefixes)
+	if err != nil {
+		return nil, err
 	}
+	in, out := &source{packets: packets(prefixes, 1<<16)}, &sink{}
+	return &Loop{router: r, worker: r.NewWorker(vrouter.Encap, in, out), in: in, out: out}, nil
+}
+
+// Run forwards n packets. Every one has to come through.
+func (l *Loop) Run(n int) error {
+	l.in.left, l.out.sent = n, 0
+	if err := l.worker.Run(); err != nil {
+		return err
+	}
+	if l.out.sent != n {
+		return fmt.Errorf("%d of %d packets came through: %v", l.out.sent, n, l.router.Counters())
+	}
+	return nil
 }
