@@ -144,7 +144,10 @@ func (t *TUN) setUp() error {
 	if err != nil {
 		return err
 	}
-	if err := t.links.LinkSetTxQLen(link, tunQueue); err != nil {
+	// The first change that needs a privilege where the device was there already.
+	if err := t.links.LinkSetTxQLen(link, tunQueue); errors.Is(err, unix.EPERM) {
+		return &Missing{What: "queue length of " + t.name, Err: unwrapErrno(err), Do: needPrivilege}
+	} else if err != nil {
 		return fmt.Errorf("set queue length: %w", err)
 	}
 	if mtu := int(t.mtu.Load()); mtu != 0 {
