@@ -113,6 +113,7 @@ func (w *Worker) turn() error {
 	if err != nil {
 		return err
 	}
+	w.tallies.countBatch(n)
 	w.view = view{routes: w.router.table.Forwarding(), state: w.router.state.Load()}
 	taps := w.taps.Load()
 	if taps != nil {

@@ -105,6 +105,19 @@ func (t *Table) Len() int {
 
 func (t *Table) size() int { return t.v4.Size() + t.v6.Size() }
 
+// Size is how much a table holds.
+type Size struct {
+	IPv4, IPv6 int // routes
+	Bytes      int // of what workers look addresses up in
+}
+
+// Size returns how much the table holds now.
+func (t *Table) Size() Size {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return Size{IPv4: t.v4.Size(), IPv6: t.v6.Size(), Bytes: t.forwarding.Load().Bytes()}
+}
+
 // Update is one transaction: it removes the routes for exactly the prefixes in del, then adds or replaces those in
 // set (of two for one prefix the later stays). A prefix in del that has no route is no error. A route in set is no
 // longer stale, whether it is new, changed or as it was.
