@@ -251,3 +251,5 @@ func eachNode(nodes []string, f func(i int, node string)) {
 	}
 	wg.Wait()
 }
+
+func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
