@@ -16,6 +16,7 @@ var rooms = map[string][]string{
 	"vrouter":          {"vrouter/packet", "vrouter/fib"},
 	"vrouter/port":     {"vrouter", "vrouter/packet"},
 	"vrouter/rpc":      {"vrouter", "vrouter/fib"},
+	"vrouter/metrics":  {"vrouter"},
 	"datastore":        {},
 	"ipam":             {"datastore"},
 	"bgp":              {},
@@ -26,6 +27,7 @@ var rooms = map[string][]string{
 	"lab":              {"datastore"},
 	"ctl":              {"datastore", "ipam", "bgp", "lab", "vrouter/rpc", "vrouter/packet", "agent/api"},
 	"internal/version": {},
+	"internal/monitor": {},
 }
 
 // anywhere lists the packages that every room may import.
@@ -41,6 +43,7 @@ var homes = map[string][]string{
 	"github.com/vishvananda/netlink": {"vrouter/port", "cni/server", "agent", "lab"},
 	"google.golang.org/grpc":         {"vrouter/rpc", "datastore"}, // datastore reads the codes of etcd's errors
 	"github.com/google/gopacket":     {},
+	"github.com/prometheus/":         {"vrouter/metrics", "internal/monitor", "agent"},
 }
 
 // roomOf returns the row of the table that a package of ours (path relative to the module) belongs to.

@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/vishvananda/netlink"
 
 	"margay/bgp"
@@ -31,10 +32,12 @@ type Config struct {
 	BGPPort       int
 	HoldTime      time.Duration
 	RestartTime   time.Duration // how long peers keep our routes while we are dead (RFC 4724)
+	IPAMGrace     time.Duration // how long an address must be nobody's before it is given back; 0: it never is
 	SyncTimeout   time.Duration // how long stale routes wait for the peers' End-of-RIB
 	GoBGPSocket   string        // GoBGP's own gRPC API, for its gobgp command; empty: none
 	DiagPort      int           // TCP port of trace, drops and capture, on the node's address; 0: none
 	Log           *slog.Logger
+	Metrics       prometheus.Registerer // where the agent's metrics go; nil: nowhere
 }
 
 // retryPause is the wait before a reconciliation that failed is tried again.
@@ -60,6 +63,8 @@ type Agent struct {
 	speaker  *bgp.Speaker
 	as       uint32
 	pods     pods
+
+	reconciled reconciliations
 
 	kick   chan struct{}
 	host   *hostWatch
@@ -111,6 +116,7 @@ func Run(ctx context.Context, cfg Config) error {
 			failed <- fmt.Errorf("cni server: %w", err)
 		}
 	})
+	done.Go(func() { a.collect(ctx) })
 	err = a.loop(ctx, failed)
 	cancel()
 	a.log.Info("stopping: telling the peers")
@@ -155,6 +161,9 @@ func (a *Agent) open(ctx context.Context) error {
 	if err := a.cluster.start(ctx, a.wake); err != nil {
 		return err
 	}
+	if err := a.startReports(ctx); err != nil {
+		return err
+	}
 	a.locked(func() { a.as = a.cluster.asNumber() })
 	a.cni, err = server.New(server.Config{
 		Node:     a.cfg.Node,
@@ -165,6 +174,7 @@ func (a *Agent) open(ctx context.Context) error {
 		Ready:    a.attachError,
 		Log:      a.log,
 		OnPod:    a.podChanged,
+		OnVerb:   a.register(),
 	})
 	return err
 }
@@ -259,6 +269,7 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 		if ctx.Err() != nil {
 			return nil
 		}
+		a.reconciled.count(err)
 		if err != nil {
 			retry = time.After(retryPause)
 		}

@@ -48,9 +48,10 @@ type Inputs struct {
 type KernelRoute struct {
 	Prefix    netip.Prefix
 	Blackhole bool
-	Device    string     // empty for a blackhole
-	Gateway   netip.Addr // invalid: on the device itself
-	Source    netip.Addr // invalid: the kernel's choice
+	Device    string       // empty for a blackhole
+	Gateway   netip.Addr   // invalid: on the device itself
+	Others    rpc.Gateways // of a route with several gateways: all but the first
+	Source    netip.Addr   // invalid: the kernel's choice
 	Metric    int
 }
 
@@ -103,9 +104,7 @@ func Compute(in Inputs) Desired {
 	d.ownBlocks(in)
 	d.borrowed(in)
 	for prefix, path := range in.Paths {
-		if why := d.learned(in, members, prefix, path); why != "" {
-			d.Rejected = append(d.Rejected, Rejected{Prefix: prefix, Peer: path.Peer, Why: why})
-		}
+		d.learned(in, members, prefix, path)
 	}
 	slices.SortFunc(d.Nodes, netip.Addr.Compare)
 	d.Kernel = unique(d.Kernel)
@@ -194,25 +193,68 @@ func lent(in Inputs, members map[netip.Addr]bool, b, prefix netip.Prefix, path b
 	return ""
 }
 
-// learned places one BGP route; it returns why the route is refused, or "".
-func (d *Desired) learned(in Inputs, members map[netip.Addr]bool, prefix netip.Prefix, path bgp.Path) string {
-	if why := martian(in, prefix); why != "" {
-		return why
+// way is how a learned route leads to its next hop.
+type way struct {
+	kind    rpc.Kind // KindTunnel, or KindDirect
+	outside bool     // of the pools: a route of the kernel's alone
+	lent    bool     // inside this node's own block
+}
+
+// learned places one BGP route, over all of its equally good paths that are not refused and lead the same way.
+func (d *Desired) learned(in Inputs, members map[netip.Addr]bool, prefix netip.Prefix, path bgp.Path) {
+	var hops []netip.Addr
+	var first way
+	for _, p := range path.All() {
+		w, why := d.judge(in, members, prefix, p)
+		switch {
+		case why != "":
+			d.Rejected = append(d.Rejected, Rejected{Prefix: prefix, Peer: p.Peer, Why: why})
+			continue
+		case len(hops) == 0:
+			first = w
+		case w != first:
+			continue
+		}
+		hops = append(hops, p.NextHop)
 	}
-	isLent := false
+	if len(hops) == 0 {
+		return
+	}
+	if len(hops) > rpc.MaxGateways {
+		hops = hops[:rpc.MaxGateways]
+	}
+	hop := rpc.Multipath(first.kind, hops...)
+	switch {
+	case first.outside:
+		d.direct(in, prefix, hop, learnedMetric)
+		return
+	case first.kind == rpc.KindDirect:
+		d.direct(in, prefix, hop, 0)
+	case first.lent:
+		// The blackhole under the own block lies over the pool's route to vr0.
+		d.Kernel = append(d.Kernel, KernelRoute{Prefix: prefix, Device: tunnelDevice, Source: in.Tunnel})
+	}
+	d.Routes[prefix] = hop
+}
+
+// judge says how one path leads to its next hop, or why it is refused.
+func (d *Desired) judge(in Inputs, members map[netip.Addr]bool, prefix netip.Prefix, path bgp.Path) (w way, why string) {
+	if why := martian(in, prefix); why != "" {
+		return w, why
+	}
 	for _, b := range in.Blocks {
 		if b.Overlaps(prefix) && prefix.Bits() >= b.Bits() {
 			if why := lent(in, members, b, prefix, path); why != "" {
-				return why
+				return w, why
 			}
-			isLent = true
+			w.lent = true
 		}
 	}
 	if _, here := d.Routes[prefix]; here {
-		return "the address of a pod of this node"
+		return w, "the address of a pod of this node"
 	}
 	if path.NextHop == in.Underlay.Prefix.Addr() {
-		return "next hop is this node itself"
+		return w, "next hop is this node itself"
 	}
 	pool, inPool := poolOf(in.Pools, prefix)
 	switch {
@@ -221,36 +263,31 @@ func (d *Desired) learned(in Inputs, members map[netip.Addr]bool, prefix netip.P
 		if !in.Blind && prefix.Bits() >= widestBlock && orphaned(in) {
 			d.Kernel = append(d.Kernel, KernelRoute{Prefix: prefix, Blackhole: true, Metric: blackholeMetric})
 		}
-		return "sent by a node of the mesh, but inside no pool"
+		return w, "sent by a node of the mesh, but inside no pool"
 	case inPool && pool.Unsupported != "":
-		return fmt.Sprintf("pool %s: %s", pool.Name, pool.Unsupported)
+		return w, fmt.Sprintf("pool %s: %s", pool.Name, pool.Unsupported)
 	case inPool && prefix.Bits() != pool.BlockSize && !(prefix.IsSingleIP() && members[path.Peer]):
-		return fmt.Sprintf("inside pool %s, but neither a block (/%d) nor an address that a node of the mesh has borrowed", pool.Name, pool.BlockSize)
+		return w, fmt.Sprintf("inside pool %s, but neither a block (/%d) nor an address that a node of the mesh has borrowed", pool.Name, pool.BlockSize)
 	case !inPool:
 		for _, p := range in.Pools {
 			if prefix.Bits() > 0 && prefix.Overlaps(p.CIDR) {
-				return fmt.Sprintf("covers pool %s", p.Name)
+				return w, fmt.Sprintf("covers pool %s", p.Name)
 			}
 		}
-		d.direct(in, prefix, path.NextHop, learnedMetric)
-		return ""
+		w.outside, w.kind = true, rpc.KindDirect
+		return w, ""
 	case encapsulates(pool.IPIPMode) && !members[path.NextHop]:
-		return fmt.Sprintf("next hop %s is no node of the cluster, and pool %s needs IP-in-IP", path.NextHop, pool.Name)
+		return w, fmt.Sprintf("next hop %s is no node of the cluster, and pool %s needs IP-in-IP", path.NextHop, pool.Name)
 	case pool.IPIPMode == "Always", pool.IPIPMode == "CrossSubnet" && !in.Underlay.Prefix.Masked().Contains(path.NextHop):
-		d.Routes[prefix] = rpc.Tunnel(path.NextHop)
-		if isLent {
-			// The blackhole under the own block lies over the pool's route to vr0.
-			d.Kernel = append(d.Kernel, KernelRoute{Prefix: prefix, Device: tunnelDevice, Source: in.Tunnel})
-		}
-		return ""
+		w.kind = rpc.KindTunnel
+		return w, ""
 	}
-	d.Routes[prefix] = rpc.Direct(path.NextHop)
-	d.direct(in, prefix, path.NextHop, 0)
-	return ""
+	w.kind = rpc.KindDirect
+	return w, ""
 }
 
-func (d *Desired) direct(in Inputs, prefix netip.Prefix, via netip.Addr, metric int) {
-	d.Kernel = append(d.Kernel, KernelRoute{Prefix: prefix, Device: in.Underlay.Interface, Gateway: via, Metric: metric})
+func (d *Desired) direct(in Inputs, prefix netip.Prefix, via rpc.NextHop, metric int) {
+	d.Kernel = append(d.Kernel, KernelRoute{Prefix: prefix, Device: in.Underlay.Interface, Gateway: via.Gateway, Others: via.Others, Metric: metric})
 }
 
 // orphaned tells whether a block of this node lies in no pool.

@@ -5,9 +5,12 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"margay/vrouter/rpc"
 )
 
 // routeProtocol marks the kernel routes that the agent owns (rtm_protocol); it touches no others. The pods' /32
@@ -41,7 +44,9 @@ func (k *kernelTable) Apply(want []KernelRoute, sweep bool) error {
 		route, err := k.toNetlink(w, links)
 		if err != nil {
 			errs = append(errs, err)
-			continue
+			if route.Gw == nil && route.MultiPath == nil { // none of its gateways can be reached
+				continue
+			}
 		}
 		old, ours := have[key]
 		switch {
@@ -126,24 +131,59 @@ func (k *kernelTable) toNetlink(w KernelRoute, links map[string]int) (netlink.Ro
 		r.Scope = unix.RT_SCOPE_LINK
 		return r, nil
 	}
-	r.Gw = w.Gateway.AsSlice()
-	via, err := k.nl.RouteGet(w.Gateway.AsSlice())
+	gateways := w.gateways()
+	hops := make([]*netlink.NexthopInfo, 0, len(gateways))
+	var errs []error
+	for _, gw := range gateways {
+		hop, err := k.resolve(gw, index)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("route %s: next hop %s is not reachable: %w", w, gw, err))
+			continue
+		}
+		same := func(o *netlink.NexthopInfo) bool { return o.LinkIndex == hop.LinkIndex && o.Gw.Equal(hop.Gw) }
+		if !slices.ContainsFunc(hops, same) { // two behind one router are one way
+			hops = append(hops, hop)
+		}
+	}
+	switch len(hops) {
+	case 0:
+	case 1:
+		r.Gw, r.LinkIndex = hops[0].Gw, hops[0].LinkIndex
+	default:
+		r.LinkIndex, r.MultiPath = 0, hops
+	}
+	return r, errors.Join(errs...)
+}
+
+// resolve returns the hop on the link that leads to gw, which may be several hops away; index is the link's where the
+// kernel does not say.
+func (k *kernelTable) resolve(gw netip.Addr, index int) (*netlink.NexthopInfo, error) {
+	hop := &netlink.NexthopInfo{LinkIndex: index, Gw: gw.AsSlice()}
+	via, err := k.nl.RouteGet(gw.AsSlice())
 	if err != nil {
-		return r, fmt.Errorf("route %s: next hop %s is not reachable: %w", w, w.Gateway, err)
+		return nil, err
 	}
 	if i := slices.IndexFunc(via, func(v netlink.Route) bool { return v.Gw != nil }); i >= 0 {
-		r.Gw, r.LinkIndex = via[i].Gw, via[i].LinkIndex
+		hop.Gw, hop.LinkIndex = via[i].Gw, via[i].LinkIndex
 	} else if len(via) > 0 {
-		r.LinkIndex = via[0].LinkIndex
+		hop.LinkIndex = via[0].LinkIndex
 	}
-	return r, nil
+	return hop, nil
 }
 
 func sameRoute(a, b netlink.Route) bool {
 	if a.Type != b.Type {
 		return false
 	}
-	return a.Type != unix.RTN_UNICAST || a.LinkIndex == b.LinkIndex && a.Gw.Equal(b.Gw) && a.Src.Equal(b.Src)
+	return a.Type != unix.RTN_UNICAST || a.LinkIndex == b.LinkIndex && a.Gw.Equal(b.Gw) && a.Src.Equal(b.Src) &&
+		slices.EqualFunc(a.MultiPath, b.MultiPath, func(a, b *netlink.NexthopInfo) bool {
+			return a.LinkIndex == b.LinkIndex && a.Gw.Equal(b.Gw)
+		})
+}
+
+// gateways returns all of them, sorted.
+func (w KernelRoute) gateways() []netip.Addr {
+	return rpc.NextHop{Gateway: w.Gateway, Others: w.Others}.Gateways()
 }
 
 // String is how `ip route` would write it.
@@ -154,11 +194,20 @@ func (w KernelRoute) String() string {
 	if w.Blackhole {
 		return fmt.Sprintf("blackhole %s metric %d", w.Prefix, w.Metric)
 	}
+	var b strings.Builder
+	fmt.Fprintf(&b, "%s", w.Prefix)
+	switch gateways := w.gateways(); len(gateways) {
+	case 0:
+		fmt.Fprintf(&b, " dev %s", w.Device)
+	case 1:
+		fmt.Fprintf(&b, " via %s dev %s", w.Gateway, w.Device)
+	default:
+		for _, gw := range gateways {
+			fmt.Fprintf(&b, " nexthop via %s dev %s", gw, w.Device)
+		}
+	}
 	if w.Gateway.IsValid() && w.Metric != 0 {
-		return fmt.Sprintf("%s via %s dev %s metric %d", w.Prefix, w.Gateway, w.Device, w.Metric)
+		fmt.Fprintf(&b, " metric %d", w.Metric)
 	}
-	if w.Gateway.IsValid() {
-		return fmt.Sprintf("%s via %s dev %s", w.Prefix, w.Gateway, w.Device)
-	}
-	return fmt.Sprintf("%s dev %s", w.Prefix, w.Device)
+	return b.String()
 }

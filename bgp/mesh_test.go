@@ -217,3 +217,46 @@ func TestHoldTimeOver(t *testing.T) {
 	t.Logf("hold time of 3s over: gone after %v", took)
 	a.await(time.Second, "the reason", func(r response) bool { return !r.Peers[0].Restarting && r.Peers[0].LastError != "" })
 }
+
+// One prefix that two peers announce equally well is told with both next hops; the one that remains is told alone.
+func TestEqualPaths(t *testing.T) {
+	t.Parallel()
+	n := network(t, 3)
+	const shared = "192.0.2.0/24"
+	var c [3]*child
+	for i := range n {
+		c[i] = n[i].startSpeaker(t, childConfig{})
+	}
+	c[0].announce("10.244.1.0/26")
+	c[1].announce(shared)
+	c[2].announce(shared, "10.244.3.0/26")
+	c[0].setPeers(n[1].peer(n[0]), n[2].peer(n[0]))
+	c[1].setPeers(n[0].peer(n[1]))
+	c[2].setPeers(n[0].peer(n[2]))
+	hops := func(r response) (all []netip.Addr) {
+		p, ok := r.Best[netip.MustParsePrefix(shared)]
+		if !ok {
+			return nil
+		}
+		for _, p := range p.All() {
+			all = append(all, p.NextHop)
+		}
+		return all
+	}
+	both := []netip.Addr{n[1].addr, n[2].addr}
+	c[0].await(10*time.Second, "both paths", func(r response) bool { return slices.Equal(hops(r), both) })
+	if ch := c[0].do(request{Op: "changes"}).Changes[netip.MustParsePrefix(shared)]; len(ch) != 2 {
+		t.Errorf("changes: %+v", ch)
+	}
+	c[1].announce("10.244.2.0/26")
+	c[0].await(2*time.Second, "one path", func(r response) bool { return slices.Equal(hops(r), both[1:]) })
+	c[1].announce(shared)
+	c[0].await(2*time.Second, "both again", func(r response) bool { return slices.Equal(hops(r), both) })
+	// What this node announces itself is nobody's route to it; and then it is the others' again.
+	c[0].announce(shared)
+	c[0].await(2*time.Second, "our own", func(r response) bool { return len(hops(r)) == 0 })
+	c[0].announce("10.244.1.0/26")
+	c[0].await(2*time.Second, "the others' again", func(r response) bool { return slices.Equal(hops(r), both) })
+	c[2].stop()
+	c[0].await(2*time.Second, "one after a stop", func(r response) bool { return slices.Equal(hops(r), both[:1]) })
+}

@@ -1,6 +1,7 @@
 package bgp
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -23,7 +24,14 @@ type Path struct {
 	Communities []uint32   // RFC 1997
 	Since       time.Time  // when this became the best path
 	Stale       bool       // kept while its peer restarts (RFC 4724), not confirmed since
+	// Equal are the paths from other peers that are as good, up to the tie-breaks of the decision process (RFC 4271,
+	// 9.1.2.2, before step e): flows may be spread over all of them. Sorted by next hop and peer, as this path is sorted
+	// before them.
+	Equal []Path
 }
+
+// All returns p and its equals.
+func (p Path) All() []Path { return append([]Path{p}, p.Equal...) }
 
 // SetAnnounced makes prefixes the set that this speaker originates, with Config.Listen as next hop: new ones are
 // announced to every peer, the others withdrawn. Nothing changes when one is invalid; the error names it.
@@ -86,7 +94,8 @@ func (s *Speaker) ownPath(p netip.Prefix) *apiutil.Path {
 	}
 }
 
-// onBestPath takes a change of best paths from the watch.
+// onBestPath takes a change of best paths from the watch: each is one path that now is, or no longer is, among the best
+// for its prefix.
 func (s *Speaker) onBestPath(paths []*apiutil.Path, at time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -97,15 +106,21 @@ func (s *Speaker) onBestPath(paths []*apiutil.Path, at time.Time) {
 			continue
 		}
 		path.Since = at
-		_, had := s.best[prefix]
+		now, had := s.best[prefix]
 		switch {
 		case !p.Withdrawal && p.PeerAddress.IsValid():
-			s.best[prefix] = path
-		case had:
-			// Gone, or now announced by ourselves, which is the same to who wants to know what the others have.
-			delete(s.best, prefix)
-		default:
+			s.best[prefix] = now.with(path, had)
+		case !had:
 			continue
+		case p.Withdrawal:
+			if now, had = now.without(p.PeerAddress); had {
+				s.best[prefix] = now
+			} else {
+				delete(s.best, prefix)
+			}
+		default:
+			// Now announced by ourselves, which is the same as gone to who wants to know what the others have.
+			delete(s.best, prefix)
 		}
 		s.changed[prefix] = struct{}{}
 		touched = true
@@ -116,6 +131,34 @@ func (s *Speaker) onBestPath(paths []*apiutil.Path, at time.Time) {
 		default:
 		}
 	}
+}
+
+// with returns p and its equals with one more, which replaces what its peer had sent before. had is false where there is
+// no p yet.
+func (p Path) with(one Path, had bool) Path {
+	if !had || p.Peer == one.Peer && len(p.Equal) == 0 {
+		return one
+	}
+	return joined(append(slices.DeleteFunc(p.All(), func(o Path) bool { return o.Peer == one.Peer }), one))
+}
+
+// without returns p and its equals without what peer has sent; false when nothing is left.
+func (p Path) without(peer netip.Addr) (Path, bool) {
+	rest := slices.DeleteFunc(p.All(), func(o Path) bool { return o.Peer == peer })
+	if len(rest) == 0 {
+		return Path{}, false
+	}
+	return joined(rest), true
+}
+
+// joined makes one path of several, which it may change.
+func joined(all []Path) Path {
+	for i := range all {
+		all[i].Equal = nil
+	}
+	slices.SortFunc(all, func(a, b Path) int { return cmp.Or(a.NextHop.Compare(b.NextHop), a.Peer.Compare(b.Peer)) })
+	all[0].Equal = slices.Clone(all[1:])
+	return all[0]
 }
 
 // pathFrom converts what a peer sent; ok is false for anything but a unicast prefix with a next hop.
@@ -152,8 +195,8 @@ func pathFrom(p *apiutil.Path) (prefix netip.Prefix, path Path, ok bool) {
 // Updates returns a channel of capacity one that is signalled after Changes has something new.
 func (s *Speaker) Updates() <-chan struct{} { return s.updates }
 
-// Changes returns what changed since its last call: for each prefix the paths to use now, one at present, or none when
-// it was withdrawn. However often a prefix changed, it is there once, with its latest state. The maps and slices are
+// Changes returns what changed since its last call: for each prefix the paths to use now, several where they are equally
+// good, or none when it was withdrawn. However often a prefix changed, it is there once, with its latest state. The maps and slices are
 // the caller's.
 func (s *Speaker) Changes() map[netip.Prefix][]Path {
 	s.mu.Lock()
@@ -161,7 +204,7 @@ func (s *Speaker) Changes() map[netip.Prefix][]Path {
 	out := make(map[netip.Prefix][]Path, len(s.changed))
 	for prefix := range s.changed {
 		if path, ok := s.best[prefix]; ok {
-			out[prefix] = []Path{s.withStaleness(path)}
+			out[prefix] = s.withStaleness(path).All()
 		} else {
 			out[prefix] = nil
 		}
@@ -170,8 +213,8 @@ func (s *Speaker) Changes() map[netip.Prefix][]Path {
 	return out
 }
 
-// Best returns the best path of every prefix that a peer announces, our own announcements excluded. The map is the
-// caller's.
+// Best returns the best path of every prefix that a peer announces, with its equals, our own announcements excluded. The
+// map is the caller's.
 func (s *Speaker) Best() map[netip.Prefix]Path {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -187,6 +230,12 @@ func (s *Speaker) Best() map[netip.Prefix]Path {
 func (s *Speaker) withStaleness(p Path) Path {
 	if from := s.peers[p.Peer]; from != nil {
 		p.Stale = from.restarting && p.Since.Before(from.lostAt)
+	}
+	if len(p.Equal) > 0 {
+		p.Equal = slices.Clone(p.Equal)
+		for i, o := range p.Equal {
+			p.Equal[i] = s.withStaleness(o)
+		}
 	}
 	return p
 }

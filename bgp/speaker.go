@@ -183,6 +183,8 @@ func (s *Speaker) start(ctx context.Context) error {
 		RouterId:        s.cfg.RouterID.String(),
 		ListenPort:      int32(s.cfg.Port),
 		ListenAddresses: []string{s.cfg.Listen.String()},
+		// Paths as good as the best are told too (ECMP).
+		UseMultiplePaths: true,
 	}})
 	if err != nil {
 		return fmt.Errorf("bgp listen on %s: %w", at, err)

@@ -1,8 +1,7 @@
 package ctl
 
 import (
-	"errors"
-	"fmt"
+	"encoding/json"
 
 	"github.com/spf13/cobra"
 
@@ -10,10 +9,13 @@ import (
 )
 
 func newConvertCommand() *cobra.Command {
-	var file, output string
+	var (
+		in     input
+		output string
+	)
 	cmd := &cobra.Command{
 		Use:   "convert -f FILE",
-		Short: "Convert a manifest of Calico's v1 API (ipPool, bgpPeer, node) to v3; no datastore is asked",
+		Short: "Convert manifests of Calico's v1 API (ipPool, bgpPeer, node) to v3; no datastore is asked",
 		Example: `  margayctl convert -f v1.yaml > v3.yaml
   margayctl convert -f - -o json < v1.yaml`,
 		Args: cobra.NoArgs,
@@ -21,26 +23,56 @@ func newConvertCommand() *cobra.Command {
 			if err := checkOutput(output, "yaml", "json"); err != nil {
 				return err
 			}
-			data, err := readInput(cmd, file)
+			objs, err := in.convert(cmd)
 			if err != nil {
-				return invalid{err}
+				return nothing(cmd, err)
 			}
-			objs, err := datastore.ConvertV1(data)
-			if errors.Is(err, datastore.ErrNoResources) {
-				return fmt.Errorf("no resources specified in file %s", file)
-			}
+			v, err := converted(objs)
 			if err != nil {
-				return invalid{fmt.Errorf("%s: %w", file, err)}
+				return err
 			}
-			var answers []found
-			for _, obj := range objs {
-				answers = append(answers, found{kind: datastore.KindOf(obj), objs: []datastore.Object{obj}})
-			}
-			return (&printer{format: output}).print(cmd.OutOrStdout(), answers)
+			return printDocument(cmd.OutOrStdout(), output, v)
 		},
 	}
-	cmd.Flags().StringVarP(&file, "filename", "f", "", "the manifest; - for standard input")
+	addFiles(cmd, &in)
 	_ = cmd.MarkFlagRequired("filename") // fails only for a flag that does not exist
 	addOutput(cmd, &output, "yaml", "yaml or json")
 	return cmd
+}
+
+// convert reads all v1 manifests. Nothing is returned if anything in any of them is wrong.
+func (in *input) convert(cmd *cobra.Command) ([]datastore.Object, error) {
+	return in.each(func(file string) ([]datastore.Object, error) {
+		data, err := readInput(cmd, file)
+		if err != nil {
+			return nil, err
+		}
+		return datastore.ConvertV1(data)
+	})
+}
+
+// converted is what convert prints, in calicoctl's form: a resource, or a List of several.
+func converted(objs []datastore.Object) (any, error) {
+	items := make([]json.RawMessage, len(objs))
+	for i, obj := range objs {
+		doc, err := datastore.Document(obj)
+		if err != nil {
+			return nil, err
+		}
+		if meta, ok := doc["metadata"].(map[string]any); ok {
+			meta["creationTimestamp"] = nil
+		}
+		if items[i], err = datastore.OrderedJSON(obj, doc); err != nil {
+			return nil, err
+		}
+	}
+	if len(items) == 1 {
+		return items[0], nil
+	}
+	return struct {
+		Kind       string            `json:"kind"`
+		APIVersion string            `json:"apiVersion"`
+		Metadata   struct{}          `json:"metadata"`
+		Items      []json.RawMessage `json:"items"`
+	}{"List", "v1", struct{}{}, items}, nil
 }

@@ -90,7 +90,7 @@ func (in *input) query(cmd *cobra.Command, args []string, all bool) (query, erro
 	}
 	kind, err := datastore.LookupKind(args[0])
 	if err != nil {
-		return query{}, err
+		return query{}, fmt.Errorf("failed to get resources: %w", err)
 	}
 	q := query{kind: kind}
 	switch {
@@ -199,6 +199,14 @@ func completeResources(cmd *cobra.Command, args []string, _ string) ([]string, c
 		return out, cobra.ShellCompDirectiveNoFileComp | cobra.ShellCompDirectiveError
 	}
 	return out, cobra.ShellCompDirectiveNoFileComp
+}
+
+// completeNodes completes the name of a node.
+func completeNodes(cmd *cobra.Command, args []string, prefix string) ([]string, cobra.ShellCompDirective) {
+	if len(args) > 0 {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	return completeResources(cmd, []string{datastore.Nodes.Plural}, prefix)
 }
 
 // completionTimeout is how long somebody who presses Tab waits for a datastore that does not answer.

@@ -25,11 +25,16 @@ type input struct {
 
 // addInput gives cmd the flags that say which resources it is about.
 func addInput(cmd *cobra.Command, in *input) {
+	addFiles(cmd, in)
+	addNamespace(cmd, &in.namespace)
+}
+
+// addFiles is addInput for resources that have no namespace.
+func addFiles(cmd *cobra.Command, in *input) {
 	f := cmd.Flags()
 	f.StringArrayVarP(&in.files, "filename", "f", nil, "a file, or a directory of .yaml, .yml and .json files; - for standard input")
 	f.BoolVarP(&in.recursive, "recursive", "R", false, "go through the directories under the one of -f, too")
 	f.BoolVar(&in.skipEmpty, "skip-empty", false, "files without a resource are no error")
-	addNamespace(cmd, &in.namespace)
 }
 
 func addNamespace(cmd *cobra.Command, namespace *string) {
@@ -48,11 +53,16 @@ func (e invalid) Unwrap() error { return e.err }
 
 // read reads all manifests. Nothing is returned if anything in any of them is wrong.
 func (in *input) read(cmd *cobra.Command, storedFields bool) ([]datastore.Object, error) {
+	opts := datastore.ManifestOptions{Namespace: in.namespace, StoredFields: storedFields}
+	return in.each(func(file string) ([]datastore.Object, error) { return readFile(cmd, file, opts) })
+}
+
+// each gives what reading of all files makes of them, all or nothing.
+func (in *input) each(read func(file string) ([]datastore.Object, error)) ([]datastore.Object, error) {
 	var (
 		objs []datastore.Object
 		errs []error
 	)
-	opts := datastore.ManifestOptions{Namespace: in.namespace, StoredFields: storedFields}
 	for _, name := range in.files {
 		files, err := in.walk(name)
 		if err != nil {
@@ -60,7 +70,7 @@ func (in *input) read(cmd *cobra.Command, storedFields bool) ([]datastore.Object
 		}
 		before := len(objs)
 		for _, file := range files {
-			got, err := readFile(cmd, file, opts)
+			got, err := read(file)
 			if errors.Is(err, datastore.ErrNoResources) {
 				if in.skipEmpty {
 					continue

@@ -1,10 +1,13 @@
 package ctl
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"slices"
+	"strings"
 
 	"github.com/olekukonko/tablewriter"
 	"github.com/spf13/cobra"
@@ -20,7 +23,7 @@ func newIPAMCommand() *cobra.Command {
 		Args:  cobra.NoArgs,
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newIPAMShowCommand(), newIPAMCheckCommand(), newIPAMReleaseCommand(), newIPAMConfigureCommand())
+	cmd.AddCommand(newIPAMShowCommand(), newIPAMCheckCommand(), newIPAMReleaseCommand(), newIPAMSplitCommand(), newIPAMConfigureCommand())
 	return cmd
 }
 
@@ -76,16 +79,24 @@ func printUsage(w io.Writer, pools []ipam.PoolUsage, blocks bool) {
 	row := func(kind, cidr string, total, inUse float64) {
 		table.Append([]string{kind, cidr, fmt.Sprintf("%.5g", total), cell(inUse, total), cell(total-inUse, total)})
 	}
-	for _, p := range pools {
-		name := p.Name // only the blocks that have lost their pool are known by name alone
-		if p.CIDR.IsValid() {
-			name = p.CIDR.String()
+	// In the order of the keys, as calicoctl does: pools by name, blocks by what is written.
+	pools = slices.Clone(pools)
+	slices.SortStableFunc(pools, func(a, b ipam.PoolUsage) int {
+		if a.CIDR.IsValid() != b.CIDR.IsValid() {
+			return cmp.Compare(b.CIDR.Bits(), a.CIDR.Bits()) // -1 where there is none
 		}
-		row("IP Pool", name, p.Total, p.InUse)
+		return strings.Compare(a.Name, b.Name)
+	})
+	for _, p := range pools {
+		if p.CIDR.IsValid() { // blocks that have lost their pool have no row of their own
+			row("IP Pool", p.CIDR.String(), p.Total, p.InUse)
+		}
 		if !blocks {
 			continue
 		}
-		for _, b := range p.Blocks {
+		list := slices.Clone(p.Blocks)
+		slices.SortFunc(list, func(a, b ipam.BlockUsage) int { return strings.Compare(a.CIDR.String(), b.CIDR.String()) })
+		for _, b := range list {
 			row("Block", b.CIDR.String(), float64(b.Total), float64(b.InUse))
 		}
 	}

@@ -32,7 +32,7 @@ func newLabelCommand() *cobra.Command {
 			}
 			kind, err := datastore.LookupKind(args[0])
 			if err != nil {
-				return err
+				return fmt.Errorf("failed to get %s %s, error %w", args[0], args[1], err)
 			}
 			name, err := path(kind, namespace, args[1])
 			if err != nil {

@@ -14,7 +14,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"margay/agent/api"
-	"margay/internal/version"
 	"margay/vrouter/rpc"
 )
 
@@ -25,23 +24,35 @@ func newNodeCommand() *cobra.Command {
 		Args:  cobra.NoArgs,
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newNodeStatusCommand(), newNodeRoutesCommand(), newNodeCountersCommand())
+	cmd.AddCommand(newNodeStatusCommand(), newNodeRoutesCommand(), newNodeCountersCommand(),
+		newNodeDiagsCommand())
 	return cmd
 }
 
 func newNodeStatusCommand() *cobra.Command {
 	var output string
 	cmd := &cobra.Command{
-		Use:   "status",
-		Short: "The BGP peers of this node, as calicoctl shows them, and whether it is ready",
-		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
+		Use:   "status [NODE]",
+		Short: "The BGP peers of this node, or of another, as calicoctl shows them, and whether it is ready",
+		Long: `The BGP peers of this node, as calicoctl shows them, and whether it is ready; asked of the agent's socket.
+
+With NODE, of another node: it is asked by way of the datastore, with a CalicoNodeStatus that its agent fills in, and that is
+deleted again. A node whose agent does not answer within ten seconds is an error.`,
+		Example: `  margayctl node status
+  margayctl node status node2 -o json`,
+		Args:              cobra.MaximumNArgs(1),
+		ValidArgsFunction: completeNodes,
+		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := checkOutput(output, "text", "json"); err != nil {
 				return err
 			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), callTimeout)
 			defer cancel()
-			st, err := api.Get(ctx, agentSocket())
+			ask := func() (api.Status, error) { return api.Get(ctx, agentSocket()) }
+			if len(args) == 1 {
+				ask = func() (api.Status, error) { return remoteStatus(cmd, args[0]) }
+			}
+			st, err := ask()
 			if err != nil {
 				return err
 			}
@@ -110,6 +121,9 @@ func info(p api.Peer) string {
 
 // since is the time of day for the last day, the date before that, as BIRD writes it.
 func since(t, now time.Time) string {
+	if t.IsZero() {
+		return "unknown"
+	}
 	if now.Sub(t) < 24*time.Hour {
 		return t.Local().Format(time.TimeOnly)
 	}
@@ -137,7 +151,32 @@ type routeRow struct {
 	Prefix  netip.Prefix `json:"prefix"`
 	Kind    string       `json:"kind"`
 	Gateway netip.Addr   `json:"gateway"`
-	Stale   bool         `json:"stale"`
+	// Gateways is all of them, where flows are spread over several.
+	Gateways []netip.Addr `json:"gateways,omitempty"`
+	Stale    bool         `json:"stale"`
+}
+
+func newRouteRow(e rpc.RouteEntry) routeRow {
+	row := routeRow{Prefix: e.Prefix, Kind: e.NextHop.Kind.String(), Gateway: e.NextHop.Gateway, Stale: e.Stale}
+	if e.NextHop.IsGroup() {
+		row.Gateways = e.NextHop.Gateways()
+	}
+	return row
+}
+
+// gateways returns the column of that name: "-" for none, several separated by commas.
+func (r routeRow) gateways() string {
+	switch {
+	case !r.Gateway.IsValid():
+		return "-"
+	case len(r.Gateways) == 0:
+		return r.Gateway.String()
+	}
+	all := make([]string, len(r.Gateways))
+	for i, a := range r.Gateways {
+		all[i] = a.String()
+	}
+	return strings.Join(all, ",")
 }
 
 func newNodeRoutesCommand() *cobra.Command {
@@ -157,7 +196,7 @@ func newNodeRoutesCommand() *cobra.Command {
 				}
 				rows := make([]routeRow, len(entries))
 				for i, e := range entries {
-					rows[i] = routeRow{e.Prefix, e.NextHop.Kind.String(), e.NextHop.Gateway, e.Stale}
+					rows[i] = newRouteRow(e)
 				}
 				if output == "json" {
 					return printJSON(cmd.OutOrStdout(), struct {
@@ -168,11 +207,7 @@ func newNodeRoutesCommand() *cobra.Command {
 				tw := tabwriter.NewWriter(cmd.OutOrStdout(), 5, 1, 3, ' ', 0)
 				fmt.Fprintln(tw, "PREFIX\tKIND\tGATEWAY\tSTALE\t")
 				for _, r := range rows {
-					gw := "-"
-					if r.Gateway.IsValid() {
-						gw = r.Gateway.String()
-					}
-					fmt.Fprintf(tw, "%s\t%s\t%s\t%t\t\n", r.Prefix, r.Kind, gw, r.Stale)
+					fmt.Fprintf(tw, "%s\t%s\t%s\t%t\t\n", r.Prefix, r.Kind, r.gateways(), r.Stale)
 				}
 				return tw.Flush()
 			})
@@ -225,27 +260,4 @@ func newNodeCountersCommand() *cobra.Command {
 	addOutput(cmd, &output, "text", "text or json")
 	cmd.Flags().BoolVar(&all, "all", false, "also the counters that are zero")
 	return cmd
-}
-
-// versionInfo is what `margayctl version -o json` prints.
-type versionInfo struct {
-	Client  string `json:"client"`
-	Agent   string `json:"agent,omitempty"`
-	VRouter string `json:"vrouter,omitempty"`
-}
-
-func versions(ctx context.Context) versionInfo {
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
-	defer cancel()
-	v := versionInfo{Client: version.String()}
-	if st, err := api.Get(ctx, agentSocket()); err == nil {
-		v.Agent = st.Version
-	}
-	if c, err := rpc.Dial(vrouterSocket()); err == nil {
-		defer c.Close()
-		if st, err := c.Status(ctx); err == nil {
-			v.VRouter = st.Version
-		}
-	}
-	return v
 }

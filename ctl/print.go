@@ -151,7 +151,12 @@ func (p *printer) printDocuments(w io.Writer, answers []found) error {
 	if len(docs) == 1 {
 		v = docs[0]
 	}
-	if p.format == "json" {
+	return printDocument(w, p.format, v)
+}
+
+// printDocument prints v as YAML or JSON.
+func printDocument(w io.Writer, format string, v any) error {
+	if format == "json" {
 		return printJSON(w, v)
 	}
 	out, err := yaml.Marshal(v)

@@ -135,36 +135,6 @@ func printJSON(w io.Writer, v any) error {
 	return enc.Encode(v)
 }
 
-func newVersionCommand() *cobra.Command {
-	var output string
-	cmd := &cobra.Command{
-		Use:   "version",
-		Short: "The version of margayctl, and of this node's daemons where they answer",
-		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := checkOutput(output, "text", "json"); err != nil {
-				return err
-			}
-			v := versions(cmd.Context())
-			if output == "json" {
-				return printJSON(cmd.OutOrStdout(), v)
-			}
-			fmt.Fprintf(cmd.OutOrStdout(), "Client Version:   %s\nAgent Version:    %s\nvRouter Version:  %s\n",
-				v.Client, orNone(v.Agent), orNone(v.VRouter))
-			return nil
-		},
-	}
-	addOutput(cmd, &output, "text", "text or json")
-	return cmd
-}
-
-func orNone(s string) string {
-	if s == "" {
-		return "(not running here)"
-	}
-	return s
-}
-
 func addOutput(cmd *cobra.Command, output *string, def, help string) {
 	cmd.Flags().StringVarP(output, "output", "o", def, "output format: "+help)
 }

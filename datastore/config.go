@@ -1,12 +1,10 @@
 package datastore
 
 import (
-	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"net"
 	"net/url"
 	"os"
 	"strings"
@@ -129,45 +127,4 @@ func (c Config) check() (*tls.Config, error) {
 		conf.Certificates = []tls.Certificate{pair}
 	}
 	return conf, nil
-}
-
-// probe connects to all endpoints at once and is content with the first that works. The gRPC client alone would only
-// say "deadline exceeded" where this says "connection refused" or "certificate signed by unknown authority".
-func probe(ctx context.Context, endpoints []string, tlsConfig *tls.Config) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	results := make(chan error, len(endpoints))
-	for _, e := range endpoints {
-		go func() {
-			u, err := url.Parse(e)
-			if err != nil {
-				results <- err
-				return
-			}
-			var conn net.Conn
-			if u.Scheme == "https" {
-				conn, err = (&tls.Dialer{Config: tlsConfig}).DialContext(ctx, "tcp", u.Host)
-				if op := (*net.OpError)(nil); err != nil && (!errors.As(err, &op) || op.Op != "dial") {
-					err = fmt.Errorf("tls handshake: %w", err)
-				}
-			} else {
-				conn, err = (&net.Dialer{}).DialContext(ctx, "tcp", u.Host)
-			}
-			if err == nil {
-				err = conn.Close()
-			}
-			results <- err
-		}()
-	}
-	var first error
-	for range endpoints {
-		err := <-results
-		if err == nil {
-			return nil
-		}
-		if first == nil {
-			first = err
-		}
-	}
-	return first
 }

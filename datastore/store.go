@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 	"google.golang.org/grpc/codes"
@@ -24,6 +25,8 @@ var (
 	ErrConflict = errors.New("changed since it was read")
 	// ErrUnreachable says that etcd gave no answer; whether a write took effect is then unknown.
 	ErrUnreachable = errors.New("not reachable")
+	// ErrRefused says that etcd does not let this user do it: a wrong password, or a permission that is missing.
+	ErrRefused = errors.New("refused")
 )
 
 // pageSize is the number of keys that List asks for at a time: a page of blocks stays well under etcd's message limit.
@@ -70,10 +73,10 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 		Password:             cfg.Password,
 		Logger:               zap.NewNop(),
 	})
-	if err != nil {
-		return nil, fmt.Errorf("etcd at %s: %w", names, err)
-	}
 	s := &Store{client: client, endpoints: names, timeout: timeout}
+	if err != nil {
+		return nil, s.wrap(ctx, err)
+	}
 	// Any read will do: it shows that TLS, credentials and quorum are in order.
 	if _, err := s.Get(ctx, resourceRoot); err != nil && !errors.Is(err, ErrNotFound) {
 		_ = client.Close() // the read's error is the one to report
@@ -203,6 +206,10 @@ func (s *Store) bound(ctx context.Context) (context.Context, context.CancelFunc)
 func (s *Store) wrap(ctx context.Context, err error) error {
 	code := status.Code(err)
 	switch {
+	case errors.Is(err, rpctypes.ErrAuthFailed), errors.Is(err, rpctypes.ErrUserEmpty), errors.Is(err, rpctypes.ErrInvalidAuthToken):
+		return fmt.Errorf("etcd at %s: %w: %w: check ETCD_USERNAME and ETCD_PASSWORD, or etcdUsername and etcdPassword in the file", s.endpoints, ErrRefused, err)
+	case errors.Is(err, rpctypes.ErrPermissionDenied):
+		return fmt.Errorf("etcd at %s: %w: %w: grant the user's role read and write on /calico/", s.endpoints, ErrRefused, err)
 	case errors.Is(err, context.Canceled) || code == codes.Canceled:
 		return fmt.Errorf("etcd at %s: %w", s.endpoints, context.Canceled)
 	case ctx.Err() != nil, errors.Is(err, context.DeadlineExceeded), code == codes.DeadlineExceeded, code == codes.Unavailable:

@@ -184,7 +184,7 @@ func (v v1Peer) convert() (Object, error) {
 	if err != nil {
 		return nil, fmt.Errorf("metadata.peerIP %q: expected an address", m.PeerIP)
 	}
-	p := NewBGPPeer(addressName(ip.String()))
+	p := NewBGPPeer(addressName(ip.WithZone("").StringExpanded()))
 	p.Spec.PeerIP, p.Spec.ASNumber = ip.String(), v.Spec.ASNumber
 	switch {
 	case m.Scope == "global" && m.Node == "":
@@ -209,7 +209,8 @@ func (v v1Node) convert() (Object, error) {
 	return n, nil
 }
 
-// addressName makes a v3 name of an address or a prefix, as Calico does: 10.0.0.0/8 is 10-0-0-0-8.
+// addressName makes a v3 name of an address or a prefix, as Calico does: 10.0.0.0/8 is 10-0-0-0-8. (Of a peer's IPv6
+// address nothing is left out, of a pool's the zeros are.)
 func addressName(text string) string {
 	return strings.NewReplacer(".", "-", ":", "-", "/", "-").Replace(text)
 }

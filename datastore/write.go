@@ -161,21 +161,26 @@ func apply(ctx context.Context, s *Store, obj Object, mayCreate bool) (created b
 // ModifyResource reads a resource, lets change alter it and writes it back, again from the start when somebody else was
 // faster, within bounds. When change alters nothing, nothing is written.
 func ModifyResource[T any, P Pointer[T]](ctx context.Context, s *Store, name string, change func(P) error) error {
+	return ModifyObject(ctx, s, kindOf[T, P](), name, func(obj Object) error { return change(obj.(P)) })
+}
+
+// ModifyObject is ModifyResource for a kind found with LookupKind.
+func ModifyObject(ctx context.Context, s *Store, k *Kind, name string, change func(Object) error) error {
 	for try := range modifyTries {
-		obj, err := GetResource[T, P](ctx, s, name)
+		obj, err := GetObject(ctx, s, k, name)
 		if err != nil {
 			return err
 		}
 		before, err := json.Marshal(obj)
 		if err != nil {
-			return resourceError(obj.kind(), name, err)
+			return resourceError(k, name, err)
 		}
 		if err := change(obj); err != nil {
 			return err
 		}
 		after, err := json.Marshal(obj)
 		if err != nil {
-			return resourceError(obj.kind(), name, err)
+			return resourceError(k, name, err)
 		}
 		if bytes.Equal(before, after) {
 			return nil
@@ -187,7 +192,7 @@ func ModifyResource[T any, P Pointer[T]](ctx context.Context, s *Store, name str
 			return err
 		}
 	}
-	return resourceError(kindOf[T, P](), name, ErrConflict)
+	return resourceError(k, name, ErrConflict)
 }
 
 // DeleteObject removes a resource of a kind found with LookupKind; ErrNotFound if there is none.

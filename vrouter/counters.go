@@ -38,6 +38,7 @@ var pathNames = [pathCount]string{pathEncap: "encap", pathDecap: "decap", pathLo
 type tallies struct {
 	forwarded [pathCount]tally
 	dropped   [reasonCount]tally
+	batches   [batchBuckets]tally // packets: batches, bytes: packets in them
 	more      [moreCount]tally
 }
 

@@ -65,7 +65,16 @@ func (v *view) encapParse(p *Packet) (packet.IPv4, Reason) {
 	return inner, ReasonNotSet
 }
 
-// encap is the second half; hop is the answer for the destination. It pushes the outer header:
+// toward returns the hop that a packet takes of the answer for its destination: where that has several gateways, its
+// flow's.
+func (v *view) toward(hop fib.Hop, inner packet.IPv4) fib.Hop {
+	if hop.IsGroup() {
+		return v.routes.Select(hop, packet.FlowHash(inner))
+	}
+	return hop
+}
+
+// encap is the second half; hop is the answer for the destination, one gateway of it. It pushes the outer header:
 //
 //	3 the longest match for the destination is a tunnel to another node
 //	4 no tunnel within the tunnel
@@ -195,7 +204,7 @@ func isTunnel(inner packet.IPv4) bool {
 //	7 DSCP as configured (RFC 2983, 3.1)
 func (v *view) decap(p *Packet, inner packet.IPv4, back, here fib.Hop) (Verdict, Reason) {
 	outer := packet.IPv4(p.Bytes())
-	if (back.Gateway() != outer.SrcU32() || (back.Kind() != fib.KindTunnel && back.Kind() != fib.KindDirect)) &&
+	if (!v.routes.LeadsTo(back, outer.SrcU32()) || (back.Kind() != fib.KindTunnel && back.Kind() != fib.KindDirect)) &&
 		!v.state.accepts(inner, back) {
 		return VerdictDrop, ReasonInnerSource
 	}

@@ -1,6 +1,10 @@
 package vrouter
 
-import "margay/vrouter/fib"
+import (
+	"net/netip"
+
+	"margay/vrouter/fib"
+)
 
 // The table's types, for the rooms that program the router and do not import its table.
 type (
@@ -8,9 +12,14 @@ type (
 	Route = fib.Route
 	// NextHop is what becomes of a packet, and by way of which gateway.
 	NextHop = fib.NextHop
+	// Gateways is a set of gateways.
+	Gateways = fib.Gateways
 	// Kind is what becomes of a packet.
 	Kind = fib.Kind
 )
+
+// MaxGateways is the largest number of gateways that a route may have.
+const MaxGateways = fib.MaxGateways
 
 // The kinds of next hop.
 const (
@@ -19,3 +28,6 @@ const (
 	KindTunnel = fib.KindTunnel
 	KindDirect = fib.KindDirect
 )
+
+// Multipath returns the next hop for flows that are spread over all of gateways.
+func Multipath(kind Kind, gateways ...netip.Addr) NextHop { return fib.Multipath(kind, gateways...) }

@@ -113,6 +113,7 @@ func (w *Worker) turn() error {
 	if err != nil {
 		return err
 	}
+	w.tallies.countBatch(n)
 	w.view = view{routes: w.router.table.Forwarding(), state: w.router.state.Load()}
 	taps := w.taps.Load()
 	if taps != nil {
@@ -211,7 +212,7 @@ func (w *Worker) transit(t *transit, batch []*Packet) {
 	for _, a := range w.asked {
 		var verdict Verdict
 		var reason Reason
-		hop := w.hops[next]
+		hop := t.toward(w.hops[next], a.inner)
 		next++
 		switch a.p.In {
 		case HostInterface:
@@ -244,8 +245,9 @@ func (w *Worker) encap(v *view, batch []*Packet) {
 	}
 	v.routes.LookupBatch(w.addresses, w.hops)
 	for i, a := range w.asked {
-		verdict, reason := v.encap(a.p, a.inner, w.hops[i], &w.outer)
-		w.settle(a, w.hops[i], verdict, reason)
+		hop := v.toward(w.hops[i], a.inner)
+		verdict, reason := v.encap(a.p, a.inner, hop, &w.outer)
+		w.settle(a, hop, verdict, reason)
 	}
 }
 

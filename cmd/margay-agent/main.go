@@ -18,7 +18,9 @@ import (
 	"margay/agent/api"
 	"margay/datastore"
 	"margay/datastore/embedded"
+	"margay/internal/monitor"
 	"margay/internal/version"
+	"margay/ipam"
 )
 
 func main() {
@@ -35,6 +37,7 @@ func newCommand() *cobra.Command {
 		cfg   agent.Config
 		flags datastore.Config
 		level string
+		watch monitor.Config
 	)
 	cmd := &cobra.Command{
 		Use:   "margay-agent",
@@ -62,8 +65,28 @@ IP_AUTODETECTION_METHOD.`,
 			if cfg.Datastore, err = datastoreConfig(flags); err != nil {
 				return err
 			}
+			if text := os.Getenv("IPAM_GRACE_PERIOD"); text != "" && !cmd.Flags().Changed("ipam-grace-period") {
+				if cfg.IPAMGrace, err = time.ParseDuration(text); err != nil {
+					return fmt.Errorf("IPAM_GRACE_PERIOD %q: expected a duration such as 15m", text)
+				}
+			}
 			cfg.Log = log
-			return agent.Run(cmd.Context(), cfg)
+			registry := monitor.NewRegistry("agent")
+			cfg.Metrics = registry
+			watched, err := monitor.Listen(watch, registry, log)
+			if err != nil {
+				return err
+			}
+			ctx, cancel := context.WithCancel(cmd.Context())
+			done := make(chan struct{})
+			go func() {
+				watched.Serve(ctx)
+				close(done)
+			}()
+			err = agent.Run(ctx, cfg)
+			cancel()
+			<-done
+			return err
 		},
 	}
 	cmd.SetVersionTemplate(version.Line("margay-agent") + "\n")
@@ -78,11 +101,14 @@ IP_AUTODETECTION_METHOD.`,
 	f.DurationVar(&cfg.RestartTime, "bgp-restart-time", 120*time.Second, "how long peers keep this node's routes while its agent is dead (RFC 4724)")
 	f.DurationVar(&cfg.SyncTimeout, "sync-timeout", 20*time.Second, "how long routes of before a restart wait for a peer's End-of-RIB")
 	f.IntVar(&cfg.DiagPort, "diag-port", api.DefaultDiagPort, "TCP port, on the node's address, for margayctl's trace, drops and capture from other nodes; 0: none")
+	f.DurationVar(&cfg.IPAMGrace, "ipam-grace-period", ipam.DefaultGrace,
+		"how long an address or block must be nobody's before it is given back; 0: it never is (environment: IPAM_GRACE_PERIOD)")
 	f.StringVar(&cfg.GoBGPSocket, "gobgp-socket", "", "serve GoBGP's gRPC API on this unix socket, for the gobgp command; empty: no")
 	f.StringSliceVar(&flags.Endpoints, "etcd-endpoints", nil, "etcd's client URLs, separated by commas")
 	f.StringVar(&flags.CACert, "etcd-ca-cert-file", "", "CA that signed etcd's certificate (PEM)")
 	f.StringVar(&flags.Cert, "etcd-cert-file", "", "client certificate (PEM)")
 	f.StringVar(&flags.Key, "etcd-key-file", "", "client key (PEM)")
+	watch.Add(f)
 	cmd.PersistentFlags().StringVar(&level, "log-level", "info", "debug, info, warn or error")
 	cmd.AddCommand(newEtcdCommand(&level))
 	cmd.CompletionOptions.HiddenDefaultCmd = true

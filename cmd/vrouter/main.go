@@ -17,8 +17,10 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"margay/internal/monitor"
 	"margay/internal/version"
 	"margay/vrouter"
+	"margay/vrouter/metrics"
 	"margay/vrouter/port"
 	"margay/vrouter/rpc"
 )
@@ -39,6 +41,7 @@ type options struct {
 	stateDir string
 	logLevel string
 	router   routerFlags
+	monitor  monitor.Config
 }
 
 func newCommand() *cobra.Command {
@@ -83,6 +86,7 @@ cannot be had.`,
 	f.StringVar(&o.stateDir, "state-dir", "/var/lib/margay", "`directory` of the snapshot file, fib.snapshot")
 	f.StringVar(&o.logLevel, "log-level", "info", "least `level` of log lines: debug, info, warn or error")
 	o.router.add(f)
+	o.monitor.Add(f)
 	return cmd
 }
 
@@ -129,6 +133,12 @@ func (o *options) run(ctx context.Context) (err error) {
 	if err := router.SetOptions(routing); err != nil {
 		return err
 	}
+	registry := monitor.NewRegistry("vrouter")
+	registry.MustRegister(metrics.New(router))
+	watched, err := monitor.Listen(o.monitor, registry, log)
+	if err != nil {
+		return errors.Join(err, listener.Close())
+	}
 	router.OnConfig(func(c vrouter.Config) error {
 		log.Info("configured", "address", c.NodeAddress, "underlay", c.Underlay, "mtu", c.MTU)
 		return errors.Join(underlay.SetInterface(c.Underlay), tun.SetMTU(c.MTU))
@@ -141,6 +151,7 @@ func (o *options) run(ctx context.Context) (err error) {
 	defer cancel()
 	var wg sync.WaitGroup
 	wg.Go(func() { keeper.Run(ctx) })
+	wg.Go(func() { watched.Serve(ctx) })
 	wg.Go(func() { router.CollectDrops(ctx) })
 	workers[0].SetReply(side.reply)
 	var sideErr error

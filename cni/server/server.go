@@ -67,6 +67,9 @@ type Config struct {
 	Ready func() error
 	// Log takes the server's messages; nil means slog.Default().
 	Log *slog.Logger
+	// OnVerb, when set, is told of each request that was understood: its verb, how long it took, and its error. It is called
+	// from several goroutines.
+	OnVerb func(verb string, took time.Duration, err error)
 	// OnPod, when set, is told of each attachment's IPv4 address: added after ADD and once per attachment that Reconcile finds,
 	// removed after DEL. It is called from several goroutines and must not call the server.
 	OnPod func(added bool, addr netip.Addr, hostName string)
@@ -226,8 +229,12 @@ func (s *Server) serve(ctx context.Context, conn *net.UnixConn) {
 	} else {
 		// A verb that has begun is finished even if the agent is told to stop.
 		vctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), verbTimeout)
+		began := time.Now()
 		resp.Attachment, err = s.handle(vctx, req, ns)
 		cancel()
+		if s.cfg.OnVerb != nil {
+			s.cfg.OnVerb(req.Verb, time.Since(began), err)
+		}
 		resp.Error = cni.AsError(err, types.ErrInternal)
 	}
 	data, err := json.Marshal(resp)

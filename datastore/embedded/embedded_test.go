@@ -140,3 +140,42 @@ func (b *lockedBuffer) String() string {
 	defer b.mu.Unlock()
 	return b.buf.String()
 }
+
+// Calls that are made while the server is away wait for it, within their deadline, and succeed when it comes back in time.
+func TestCallsOutliveARestart(t *testing.T) {
+	dir := t.TempDir()
+	url, stop := serve(t, embedded.Config{Dir: dir, ClientURLs: []string{"http://127.0.0.1:0"}})
+	s, err := datastore.Open(t.Context(), datastore.Config{Endpoints: []string{url}, DialTimeout: time.Minute})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	rev, err := s.Create(t.Context(), "/calico/x", []byte("1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	stop()
+	begun, results := make(chan struct{}, 3), make(chan error, 3)
+	for _, call := range []func() error{
+		func() error { _, err := s.Get(t.Context(), "/calico/x"); return err },
+		func() error { _, _, err := s.List(t.Context(), "/calico/"); return err },
+		func() error { _, err := s.Update(t.Context(), "/calico/x", []byte("2"), rev); return err },
+	} {
+		go func() {
+			begun <- struct{}{}
+			results <- call()
+		}()
+	}
+	for range 3 {
+		<-begun
+	}
+	serve(t, embedded.Config{Dir: dir, ClientURLs: []string{url}})
+	for range 3 {
+		if err := <-results; err != nil {
+			t.Errorf("a call across the restart: %v", err)
+		}
+	}
+	if kv, err := s.Get(t.Context(), "/calico/x"); err != nil || string(kv.Value) != "2" {
+		t.Errorf("afterwards: %q, %v", kv.Value, err)
+	}
+}

@@ -24,9 +24,12 @@ metadata: {name: Node_1}
 spec: {bgp: {ipv4Address: 192.0.2.1/24, asNumber: 64514}, orchRefs: [{orchestrator: k8s, nodeName: n1}]}
 `
 
-const v3 = `- apiVersion: projectcalico.org/v3
+const v3 = `apiVersion: v1
+items:
+- apiVersion: projectcalico.org/v3
   kind: IPPool
   metadata:
+    creationTimestamp: null
     name: 10-1-0-0-16
   spec:
     allowedUses:
@@ -42,6 +45,7 @@ const v3 = `- apiVersion: projectcalico.org/v3
 - apiVersion: projectcalico.org/v3
   kind: BGPPeer
   metadata:
+    creationTimestamp: null
     name: node-1.192-0-2-9
   spec:
     asNumber: 64513
@@ -50,13 +54,15 @@ const v3 = `- apiVersion: projectcalico.org/v3
 - apiVersion: projectcalico.org/v3
   kind: BGPPeer
   metadata:
-    name: 2001-db8--9
+    creationTimestamp: null
+    name: 2001-0db8-0000-0000-0000-0000-0000-0009
   spec:
     asNumber: 65546
     peerIP: 2001:db8::9
 - apiVersion: projectcalico.org/v3
   kind: Node
   metadata:
+    creationTimestamp: null
     name: node-1
   spec:
     bgp:
@@ -66,6 +72,8 @@ const v3 = `- apiVersion: projectcalico.org/v3
     - nodeName: n1
       orchestrator: k8s
   status: {}
+kind: List
+metadata: {}
 `
 
 func TestConvert(t *testing.T) {
@@ -77,7 +85,7 @@ func TestConvert(t *testing.T) {
 	play(t, t.TempDir(), []step{
 		{args: "convert -f -", stdin: v1, out: v3},
 		{args: "apply -f -", stdin: v3, out: "Successfully applied 4 resource(s)\n"},
-		{args: "convert -f - -o json", stdin: doc("node", "{name: n1}", "{}"), out: "{\n  \"kind\": \"Node\",\n  \"apiVersion\": \"projectcalico.org/v3\",\n  \"metadata\": {\n    \"name\": \"n1\"\n  },\n  \"spec\": {},\n  \"status\": {}\n}\n"},
+		{args: "convert -f - -o json", stdin: doc("node", "{name: n1}", "{}"), out: "{\n  \"kind\": \"Node\",\n  \"apiVersion\": \"projectcalico.org/v3\",\n  \"metadata\": {\n    \"name\": \"n1\",\n    \"creationTimestamp\": null\n  },\n  \"spec\": {},\n  \"status\": {}\n}\n"},
 		{args: "convert -f -", stdin: doc("ipPool", "{cidr: 10.1.0.0}", "{}"), err: failed + `ipPool: metadata.cidr "10.1.0.0": expected a prefix such as 10.244.0.0/16`},
 		{args: "convert -f -", stdin: doc("ipPool", "{cidr: 10.1.0.0/16}", "{ipip: {mode: never}}"), err: failed + `ipPool: spec.ipip.mode "never": expected always or cross-subnet`},
 		{args: "convert -f -", stdin: doc("ipPool", "{cidr: 10.1.0.0/16}", "{natOutgoing: true}"), err: failed + `ipPool: unknown field "natOutgoing"`},
@@ -89,7 +97,7 @@ func TestConvert(t *testing.T) {
 		{args: "convert -f -", stdin: pool("p", "10.1.0.0/16", ""), err: failed + `IPPool: apiVersion "projectcalico.org/v3": expected v1, the version that is converted`},
 		{args: "convert -f -", stdin: "[[]]", err: failed + "[0]: expected a resource, not a list"},
 		{args: "convert -f -", stdin: "# nothing", err: "no resources specified in file -"},
-		{args: "convert -f {dir}/none", err: "failed to execute command: open {dir}/none: no such file or directory"},
+		{args: "convert -f {dir}/none", err: "failed to execute command: stat {dir}/none: no such file or directory"},
 		{args: "convert -f - -o xml", err: `--output "xml": expected one of [yaml json]`},
 	})
 }

@@ -107,7 +107,7 @@ func TestGetTables(t *testing.T) {
 		{args: "get node n1 -o go-template={{range␣.}}{{.Spec.BGP.IPv4Address}}␣{{config␣\"asnumber\"}}{{end}}", out: "192.0.2.1/24 64513"},
 		{args: "get node n1 -o go-template={{.Nope}}", err: `template: get:1:2: executing "get" at <.Nope>: can't evaluate field Nope in type []interface {}`},
 		{args: "get node -o go-template=", err: "need to specify a template"},
-		{args: "get pods", err: "resource type 'pods' is not supported: expected one of " + plurals()},
+		{args: "get pods", err: "failed to get resources: resource type 'pods' is not supported: expected one of " + plurals()},
 		{args: "get", err: "arguments: expected KIND and at least one NAME, or --filename"},
 		{args: "get -f - -o name", stdin: pool("a", "10.1.0.0/16", "") + policy("x", "q"), out: "ippool/a\nnetworkpolicy/q\n"},
 	})

@@ -13,15 +13,18 @@ import (
 // The format, all numbers big-endian:
 //
 //	magic    8 bytes  "margyfib"
-//	version  uint16   1
+//	version  uint16   1, or 2 if a route has several gateways: who knows only 1 reads all else
 //	count    uint32   number of routes
 //	length   uint32   bytes of the routes that follow
 //	routes            each: kind (1), family 4 or 6 (1), prefix length (1), address (4 or 16),
-//	                  and the gateway (4 or 16) where the kind has one
+//	                  and the gateway (4 or 16) where the kind has one; with several the highest bit of
+//	                  kind is set, and the number of the others (1) and they (4 or 16 each) follow
 //	crc      uint32   CRC-32 (IEEE) of all that precedes
 const (
 	codecMagic   = "margyfib"
 	codecVersion = 1
+	codecGroups  = 2 // the version with groups
+	codecGroup   = 0x80
 	headerLen    = len(codecMagic) + 2 + 4 + 4
 	// minRecord is the shortest route: IPv4, no gateway.
 	minRecord = 3 + 4
@@ -37,9 +40,13 @@ var ErrCorrupt = errors.New("corrupt FIB snapshot")
 // [Route.Validate] refuses, with its index, and then has written nothing.
 func Encode(w io.Writer, routes []Route) error {
 	buf := make([]byte, headerLen, headerLen+len(routes)*(minRecord+4)+4)
+	version := uint16(codecVersion)
 	for i, r := range routes {
 		if err := r.Validate(); err != nil {
 			return fmt.Errorf("encode FIB snapshot: routes[%d]: %w", i, err)
+		}
+		if r.NextHop.IsGroup() {
+			version = codecGroups
 		}
 		buf = appendRoute(buf, r)
 	}
@@ -48,7 +55,7 @@ func Encode(w io.Writer, routes []Route) error {
 		return fmt.Errorf("encode FIB snapshot: %d routes: want at most %d bytes of them, have %d", len(routes), maxPayload, length)
 	}
 	f := buf[copy(buf, codecMagic):]
-	binary.BigEndian.PutUint16(f, codecVersion)
+	binary.BigEndian.PutUint16(f, version)
 	binary.BigEndian.PutUint32(f[2:], uint32(len(routes)))
 	binary.BigEndian.PutUint32(f[6:], uint32(length))
 	buf = binary.BigEndian.AppendUint32(buf, crc32.ChecksumIEEE(buf))
@@ -63,9 +70,21 @@ func appendRoute(buf []byte, r Route) []byte {
 	if r.Prefix.Addr().Is4() {
 		family = 4
 	}
-	buf = append(buf, byte(r.NextHop.Kind), family, byte(r.Prefix.Bits()))
+	kind := byte(r.NextHop.Kind)
+	if r.NextHop.IsGroup() {
+		kind |= codecGroup
+	}
+	buf = append(buf, kind, family, byte(r.Prefix.Bits()))
 	buf = append(buf, r.Prefix.Addr().AsSlice()...)
-	return append(buf, r.NextHop.Gateway.AsSlice()...) // nothing where there is no gateway
+	buf = append(buf, r.NextHop.Gateway.AsSlice()...) // nothing where there is no gateway
+	if r.NextHop.IsGroup() {
+		others := r.NextHop.Others.append(nil)
+		buf = append(buf, byte(len(others)))
+		for _, a := range others {
+			buf = append(buf, a.AsSlice()...)
+		}
+	}
+	return buf
 }
 
 // Decode reads what Encode wrote, and not a byte more, so that other sections may follow in the same file. The routes
@@ -81,8 +100,8 @@ func Decode(r io.Reader) ([]Route, error) {
 	}
 	f := head[len(codecMagic):]
 	version, count, length := binary.BigEndian.Uint16(f), binary.BigEndian.Uint32(f[2:]), binary.BigEndian.Uint32(f[6:])
-	if version != codecVersion {
-		return nil, fmt.Errorf("decode: %w: version: %d: want %d", ErrCorrupt, version, codecVersion)
+	if version != codecVersion && version != codecGroups {
+		return nil, fmt.Errorf("decode: %w: version: %d: want %d or %d", ErrCorrupt, version, codecVersion, codecGroups)
 	}
 	if length > maxPayload || uint64(count)*minRecord > uint64(length) {
 		return nil, fmt.Errorf("decode: %w: length: %d bytes for %d routes: want %d to %d", ErrCorrupt, length, count, uint64(count)*minRecord, maxPayload)
@@ -97,11 +116,11 @@ func Decode(r io.Reader) ([]Route, error) {
 	if got := binary.BigEndian.Uint32(tail); got != sum {
 		return nil, fmt.Errorf("decode: %w: checksum: %08x: want %08x", ErrCorrupt, got, sum)
 	}
-	return decodeRoutes(payload, int(count))
+	return decodeRoutes(payload, int(count), version)
 }
 
-func decodeRoutes(b []byte, count int) ([]Route, error) {
-	routes := make([]Route, 0, count)
+func decodeRoutes(b []byte, count int, version uint16) ([]Route, error) {
+	routes, groups := make([]Route, 0, count), false
 	for i := range count {
 		r, rest, err := decodeRoute(b)
 		if err == nil {
@@ -110,7 +129,11 @@ func decodeRoutes(b []byte, count int) ([]Route, error) {
 		if err != nil {
 			return nil, fmt.Errorf("decode: %w: routes[%d]: %w", ErrCorrupt, i, err)
 		}
+		groups = groups || r.NextHop.IsGroup()
 		routes, b = append(routes, r), rest
+	}
+	if groups != (version == codecGroups) {
+		return nil, fmt.Errorf("decode: %w: routes: with several gateways: %v: want what version %d says", ErrCorrupt, groups, version)
 	}
 	if len(b) != 0 {
 		return nil, fmt.Errorf("decode: %w: routes: %d bytes behind the last: want none", ErrCorrupt, len(b))
@@ -123,7 +146,8 @@ func decodeRoute(b []byte) (r Route, rest []byte, err error) {
 	if len(b) < 3 {
 		return r, nil, errors.New("cut short: want kind, family and length")
 	}
-	kind, family, bits := Kind(b[0]), b[1], int(b[2])
+	kind, isGroup := Kind(b[0]&^codecGroup), b[0]&codecGroup != 0
+	family, bits := b[1], int(b[2])
 	b = b[3:]
 	size := 4
 	switch family {
@@ -136,6 +160,8 @@ func decodeRoute(b []byte) (r Route, rest []byte, err error) {
 	need := size
 	if kind == KindTunnel || kind == KindDirect {
 		need += size
+	} else if isGroup {
+		return r, nil, fmt.Errorf("kind: %v: want tunnel or direct with several gateways", kind)
 	}
 	if len(b) < need {
 		return r, nil, fmt.Errorf("cut short: %d bytes: want %d of addresses", len(b), need)
@@ -145,7 +171,25 @@ func decodeRoute(b []byte) (r Route, rest []byte, err error) {
 	if need > size {
 		r.NextHop.Gateway, _ = netip.AddrFromSlice(b[size:need])
 	}
-	return r, b[need:], nil
+	b = b[need:]
+	if isGroup {
+		r.NextHop.Others, b, err = decodeOthers(b, size)
+	}
+	return r, b, err
+}
+
+// decodeOthers takes the gateways of a group but the first off b, size bytes each.
+func decodeOthers(b []byte, size int) (g Gateways, rest []byte, err error) {
+	if len(b) == 0 || b[0] == 0 || len(b) < 1+int(b[0])*size {
+		return g, nil, errors.New("cut short: want the number of the other gateways, from 1, and they")
+	}
+	others := make([]netip.Addr, b[0])
+	b = b[1:]
+	for i := range others {
+		others[i], _ = netip.AddrFromSlice(b[:size])
+		b = b[size:]
+	}
+	return gatewaysOf(others), b, nil
 }
 
 // readError tells an input that ends too early, which is corruption, from a reader that failed.

@@ -26,7 +26,7 @@ func encode(t testing.TB, routes []Route) []byte {
 
 var sample = []Route{
 	drop("0.0.0.0/0"), local("10.244.0.0/26"), tunnel("10.244.0.64/26", "198.18.0.2"),
-	{pfx("fd00::/64"), NextHop{KindDirect, addr("fd01::2")}},
+	{pfx("fd00::/64"), NextHop{Kind: KindDirect, Gateway: addr("fd01::2")}},
 }
 
 // The bytes on disk are a contract with older and newer versions.
@@ -99,6 +99,16 @@ func TestDamageIsFound(t *testing.T) {
 	}
 }
 
+// A file with groups has a version of its own.
+func TestEncodedGroups(t *testing.T) {
+	const want = "6d61726779666962" + "0002" + "00000001" + "00000014" +
+		"82041a" + "0af40040" + "c6120002" + "02" + "c6120003" + "c6120004"
+	got := encode(t, []Route{{pfx("10.244.0.64/26"), Multipath(KindTunnel, addr("198.18.0.4"), addr("198.18.0.2"), addr("198.18.0.3"))}})
+	if hex.EncodeToString(got[:len(got)-4]) != want {
+		t.Errorf("got  %x\nwant %s", got[:len(got)-4], want)
+	}
+}
+
 // seal gives b a right checksum, so that what it says is what is tested.
 func seal(b []byte) []byte {
 	return binary.BigEndian.AppendUint32(b, crc32.ChecksumIEEE(b))
@@ -113,6 +123,7 @@ func snapshotOf(version uint16, count uint32, payload []byte) []byte {
 
 func TestDecodeRefuses(t *testing.T) {
 	route := []byte{1, 4, 8, 10, 0, 0, 0}
+	group := []byte{0x82, 4, 8, 10, 0, 0, 0, 198, 18, 0, 1, 1, 198, 18, 0, 2}
 	huge := binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint16([]byte(codecMagic), 1), 1<<32-1)
 	for _, c := range []struct {
 		name string
@@ -120,7 +131,13 @@ func TestDecodeRefuses(t *testing.T) {
 		want string
 	}{
 		{"text", []byte("this is not a snapshot at all"), "magic"},
-		{"a newer version", snapshotOf(2, 1, route), "version: 2"},
+		{"a newer version", snapshotOf(3, 1, route), "version: 3"},
+		{"groups promised and not there", snapshotOf(2, 1, route), "want what version 2 says"},
+		{"a group that was not promised", snapshotOf(1, 1, group), "want what version 1 says"},
+		{"a group of a local route", snapshotOf(2, 1, []byte{0x81, 4, 8, 10, 0, 0, 0}), "kind"},
+		{"a group of one", snapshotOf(2, 1, append(group[:11:11], 0)), "cut short"},
+		{"a group cut short", snapshotOf(2, 1, group[:len(group)-1]), "cut short"},
+		{"a group that is not sorted", snapshotOf(2, 1, append(group[:12:12], 198, 18, 0, 1)), "sorted"},
 		{"count too high for the length", snapshotOf(1, 2, route), "length"},
 		{"count too low", snapshotOf(1, 1, append(slices.Clone(route), route...)), "7 bytes behind"},
 		{"a length of 4 GiB", binary.BigEndian.AppendUint32(huge, 1<<32-1), "length"},
@@ -145,6 +162,7 @@ func FuzzDecode(f *testing.F) {
 	f.Add(encode(f, nil), false)
 	f.Add(encode(f, sample), false)
 	f.Add(snapshotOf(1, 1, []byte{2, 4, 8, 10, 0, 0, 0, 198, 18, 0, 1}), true)
+	f.Add(snapshotOf(2, 1, []byte{0x82, 4, 8, 10, 0, 0, 0, 198, 18, 0, 1, 1, 198, 18, 0, 2}), true)
 	f.Add(snapshotOf(1, 1, append([]byte{1, 6, 96, 15: 0}, 0xff, 0xff, 0, 0)), true)
 	f.Fuzz(func(t *testing.T, b []byte, fix bool) {
 		if fix && len(b) >= headerLen+4 { // a fuzzer cannot guess a length and a checksum

@@ -16,7 +16,7 @@ const (
 // edit makes a valid transaction, in the way that suits its size.
 func (t *Table) edit(set []Route, del []netip.Prefix) {
 	t.snapshot = weak.Pointer[Snapshot]{}
-	if n := len(set) + len(del); n < wholeChanges || n < t.v4.Size()/wholeShare {
+	if n := len(set) + len(del); n < wholeChanges || n < t.size()/wholeShare {
 		t.inPlace(set, del)
 		return
 	}
@@ -26,22 +26,22 @@ func (t *Table) edit(set []Route, del []netip.Prefix) {
 	for _, r := range set {
 		t.keep(r)
 	}
-	t.remake()
+	t.publish(t.remake4(), t.remake6())
 }
 
 // editWhole removes routes that exist, so that readers see it at once.
 func (t *Table) editWhole(del []netip.Prefix) {
 	t.snapshot = weak.Pointer[Snapshot]{}
-	if len(del) < t.v4.Size()/wholeShare {
-		f := t.forwarding.Load().clone()
-		t.change(f, nil, del)
-		f.publish(&t.forwarding)
+	if len(del) < t.size()/wholeShare {
+		now := t.forwarding.Load()
+		f := t.change(Forwarding{now.v4.clone(), now.v6.clone()}, nil, del)
+		t.publish(f.v4, f.v6)
 		return
 	}
 	for _, p := range del {
 		t.drop(p)
 	}
-	t.remake()
+	t.publish(t.remake4(), t.remake6())
 }
 
 // inPlace makes a transaction under the readers' eyes.
@@ -66,7 +66,10 @@ func (t *Table) inPlace(set []Route, del []netip.Prefix) {
 	if len(del) > 1 {
 		del = slices.SortedStableFunc(slices.Values(del), func(a, b netip.Prefix) int { return a.Bits() - b.Bits() })
 	}
-	t.change(t.forwarding.Load(), set, del)
+	was := *t.forwarding.Load()
+	if f := t.change(was, set, del); f != was {
+		t.publish(f.v4, f.v6)
+	}
 }
 
 // lastOfEach returns a copy of set in which no prefix is twice: the last one stays.
@@ -82,62 +85,99 @@ func lastOfEach(set []Route) []Route {
 	return last
 }
 
-// change sets and then deletes, in the table of routes and in f. Where f runs out of room, it is made anew from the
-// routes, which at every step say the same.
-func (t *Table) change(f *Forwarding, set []Route, del []netip.Prefix) {
+// change sets and then deletes, in the table of routes and in f, and returns f. A trie that runs out of room is made anew
+// from the routes, which at every step say the same, and published.
+func (t *Table) change(f Forwarding, set []Route, del []netip.Prefix) Forwarding {
 	for _, r := range set {
-		if !t.keep(r) || !r.Prefix.Addr().Is4() {
+		h, changed := t.keep(r)
+		if !changed {
 			continue
 		}
-		if !f.insert(r.Prefix, hopOf(r.NextHop)) {
-			f = t.remake()
+		if r.Prefix.Addr().Is4() {
+			if !f.v4.insert(r.Prefix, h) {
+				f.v4 = t.remake4()
+			}
+		} else if !f.v6.insert(r.Prefix, r.NextHop) {
+			f.v6 = t.remake6()
 		}
 	}
 	for _, p := range del {
-		if !t.drop(p) || !p.Addr().Is4() {
+		if !t.drop(p) {
 			continue
 		}
-		parent, h, _ := t.v4.LookupPrefixLPM(p)
-		if !f.remove(p, parent, h) {
-			f = t.remake()
+		if p.Addr().Is4() {
+			parent, h, _ := t.v4.LookupPrefixLPM(p)
+			if !f.v4.remove(p, parent, h) {
+				f.v4 = t.remake4()
+			}
+			continue
+		}
+		parent, n, _ := t.v6.LookupPrefixLPM(p)
+		if !f.v6.remove(p, parent, n) {
+			f.v6 = t.remake6()
 		}
 	}
+	return f
 }
 
-// keep adds or replaces one route, and reports whether that changed anything.
-func (t *Table) keep(r Route) bool {
+// keep adds or replaces one route, and reports whether that changed anything. The Hop is that of an IPv4 route.
+func (t *Table) keep(r Route) (h Hop, changed bool) {
 	delete(t.stale, r.Prefix)
 	if !r.Prefix.Addr().Is4() {
-		t.v6.Insert(r.Prefix, r.NextHop)
-		return true
+		t.v6.Modify(r.Prefix, func(had NextHop, ok bool) (NextHop, bool) {
+			changed = !ok || had != r.NextHop
+			return r.NextHop, false
+		})
+		return 0, changed
 	}
-	changed := false
+	h = t.groups.hop(r.NextHop)
 	t.v4.Modify(r.Prefix, func(had Hop, ok bool) (Hop, bool) {
-		h := hopOf(r.NextHop)
 		changed = !ok || had != h
+		t.groups.release(had)
 		return h, false
 	})
-	return changed
+	return h, changed
 }
 
 // drop takes one route away, and reports whether there was one.
-func (t *Table) drop(p netip.Prefix) bool {
+func (t *Table) drop(p netip.Prefix) (was bool) {
 	delete(t.stale, p)
-	n := t.v4.Size() + t.v6.Size()
-	if p.Addr().Is4() {
-		t.v4.Delete(p)
-	} else {
-		t.v6.Delete(p)
+	if !p.Addr().Is4() {
+		t.v6.Modify(p, func(had NextHop, ok bool) (NextHop, bool) {
+			was = ok
+			return had, true
+		})
+		return was
 	}
-	return t.v4.Size()+t.v6.Size() < n
+	t.v4.Modify(p, func(had Hop, ok bool) (Hop, bool) {
+		was = ok
+		t.groups.release(had)
+		return had, true
+	})
+	return was
 }
 
-// remake makes the forwarding table anew from the routes, without what nothing leads to any more, and publishes it.
-func (t *Table) remake() *Forwarding {
-	f := newForwarding()
+// remake4 makes the IPv4 trie anew from the routes, without what nothing leads to any more.
+func (t *Table) remake4() *trie4 {
+	f := newTrie4(&t.groups)
 	for p, h := range t.v4.All() {
 		f.insert(p, h)
 	}
-	f.publish(&t.forwarding)
 	return f
+}
+
+// remake6 is the same for IPv6.
+func (t *Table) remake6() *trie6 {
+	f := newTrie6()
+	for p, n := range t.v6.All() {
+		f.insert(p, n)
+	}
+	return f
+}
+
+// publish hands the tries to the readers, as one.
+func (t *Table) publish(v4 *trie4, v6 *trie6) {
+	v4.ready()
+	v6.ready()
+	t.forwarding.Store(&Forwarding{v4, v6})
 }

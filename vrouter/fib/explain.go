@@ -16,5 +16,5 @@ func (t *Table) Match(a netip.Addr) (Route, bool) {
 		return Route{prefix, n}, ok
 	}
 	prefix, h, ok := t.v4.LookupPrefixLPM(p)
-	return Route{prefix, h.NextHop()}, ok
+	return Route{prefix, nextHop(h, t.groups.all)}, ok
 }

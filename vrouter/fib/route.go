@@ -41,19 +41,13 @@ func ParseKind(s string) (Kind, error) {
 	return KindDrop, fmt.Errorf("kind: %q: want drop, local, tunnel or direct", s)
 }
 
-// NextHop is where a route leads. Gateway is set for KindTunnel and KindDirect and the zero Addr otherwise. NextHops
-// may be compared with ==. The zero NextHop drops.
+// NextHop is where a route leads. Gateway is set for KindTunnel and KindDirect and the zero Addr otherwise. A route with
+// several gateways (ECMP), which [Multipath] makes, has the lowest there and the rest in Others; each flow keeps to one
+// of them. NextHops may be compared with ==. The zero NextHop drops.
 type NextHop struct {
 	Kind    Kind
 	Gateway netip.Addr
-}
-
-// String returns the kind, followed by the gateway where there is one: "tunnel 198.18.0.2".
-func (n NextHop) String() string {
-	if n.Gateway.IsValid() {
-		return n.Kind.String() + " " + n.Gateway.String()
-	}
-	return n.Kind.String()
+	Others  Gateways
 }
 
 // Route is one entry of the table.
@@ -64,27 +58,40 @@ type Route struct {
 }
 
 // Validate returns nil for a route that the table accepts, and an error that names the field and what was expected
-// otherwise: a masked IPv4 or IPv6 prefix (not IPv4-mapped); a known kind; for tunnel and direct a unicast gateway of
-// the prefix' family and without a zone, for the others none.
+// otherwise: a masked IPv4 or IPv6 prefix (not IPv4-mapped); a known kind; for tunnel and direct unicast gateways of
+// the prefix' family and without a zone, at most [MaxGateways] and as Multipath orders them; for the others none.
 func (r Route) Validate() error {
 	if err := validatePrefix(r.Prefix); err != nil {
 		return err
 	}
-	gw := r.NextHop.Gateway
 	switch r.NextHop.Kind {
 	case KindDrop, KindLocal:
-		if gw.IsValid() {
-			return fmt.Errorf("route %v: gateway: %v: a %v route has none", r.Prefix, gw, r.NextHop.Kind)
+		if all := r.NextHop.Gateways(); len(all) > 0 {
+			return fmt.Errorf("route %v: gateway: %v: a %v route has none", r.Prefix, all[0], r.NextHop.Kind)
 		}
 		return nil
 	case KindTunnel, KindDirect:
 	default:
 		return fmt.Errorf("route %v: kind: %v: want drop, local, tunnel or direct", r.Prefix, r.NextHop.Kind)
 	}
-	switch {
-	case !gw.IsValid():
+	if !r.NextHop.Gateway.IsValid() {
 		return fmt.Errorf("route %v: gateway: missing: a %v route needs one", r.Prefix, r.NextHop.Kind)
-	case gw.Is4In6() || gw.Zone() != "":
+	}
+	if err := r.validateGateway(r.NextHop.Gateway); err != nil || !r.NextHop.IsGroup() {
+		return err
+	}
+	all := r.NextHop.Gateways()
+	for _, gw := range all[1:] {
+		if err := r.validateGateway(gw); err != nil {
+			return err
+		}
+	}
+	return r.validateGroup(all)
+}
+
+func (r Route) validateGateway(gw netip.Addr) error {
+	switch {
+	case !gw.IsValid() || gw.Is4In6() || gw.Zone() != "":
 		return fmt.Errorf("route %v: gateway: %v: want a plain IPv4 or IPv6 address", r.Prefix, gw)
 	case gw.Is4() != r.Prefix.Addr().Is4():
 		return fmt.Errorf("route %v: gateway: %v: want an address of the prefix' family", r.Prefix, gw)

@@ -15,18 +15,19 @@ import (
 // Snapshot is one state of the table, for the control plane. It never changes, and may be used by any number of
 // goroutines for as long as they like.
 type Snapshot struct {
-	v4 *bart.Table[Hop]
-	v6 *bart.Table[NextHop]
+	v4     *bart.Table[Hop]
+	v6     *bart.Table[NextHop]
+	groups []NextHop // what the numbers of groups in v4 stand for
 }
 
 // Lookup returns the next hop of the longest prefix that contains a, false when none does. It does not allocate. An
-// IPv4-mapped IPv6 address is an IPv6 address: it matches no IPv4 route. Who forwards IPv4 asks [Forwarding].
+// IPv4-mapped IPv6 address is an IPv6 address: it matches no IPv4 route. Who forwards asks [Forwarding].
 func (s *Snapshot) Lookup(a netip.Addr) (NextHop, bool) {
 	if !a.Is4() {
 		return s.v6.Lookup(a)
 	}
 	h, ok := s.v4.Lookup(a)
-	return h.NextHop(), ok
+	return nextHop(h, s.groups), ok
 }
 
 // Get returns the next hop of the route for exactly p.
@@ -35,7 +36,7 @@ func (s *Snapshot) Get(p netip.Prefix) (NextHop, bool) {
 		return s.v6.Get(p)
 	}
 	h, ok := s.v4.Get(p)
-	return h.NextHop(), ok
+	return nextHop(h, s.groups), ok
 }
 
 // Len returns the number of routes.
@@ -45,7 +46,7 @@ func (s *Snapshot) Len() int { return s.v4.Size() + s.v6.Size() }
 func (s *Snapshot) All() iter.Seq[Route] {
 	return func(yield func(Route) bool) {
 		for p, h := range s.v4.AllSorted4() {
-			if !yield(Route{p, h.NextHop()}) {
+			if !yield(Route{p, nextHop(h, s.groups)}) {
 				return
 			}
 		}
@@ -62,23 +63,24 @@ func (s *Snapshot) All() iter.Seq[Route] {
 type Table struct {
 	forwarding atomic.Pointer[Forwarding]
 
-	mu    sync.Mutex // serializes writers, and guards what follows
-	v4    *bart.Table[Hop]
-	v6    *bart.Table[NextHop]
-	stale map[netip.Prefix]struct{}
+	mu     sync.Mutex // serializes writers, and guards what follows
+	v4     *bart.Table[Hop]
+	v6     *bart.Table[NextHop]
+	groups groups
+	stale  map[netip.Prefix]struct{}
 	// snapshot is a copy of the routes as they are, for as long as someone uses it.
 	snapshot weak.Pointer[Snapshot]
-	most     int // IPv4 routes
+	most     int // routes of a family
 }
 
 // New returns an empty table.
 func New() *Table {
 	t := &Table{v4: new(bart.Table[Hop]), v6: new(bart.Table[NextHop]), stale: make(map[netip.Prefix]struct{}), most: maxRoutes}
-	newForwarding().publish(&t.forwarding)
+	t.publish(newTrie4(&t.groups), newTrie6())
 	return t
 }
 
-// Forwarding returns the IPv4 table that workers look addresses up in. The hot path calls it once per batch, and keeps
+// Forwarding returns the table that workers look addresses up in. The hot path calls it once per batch, and keeps
 // it no longer.
 func (t *Table) Forwarding() *Forwarding { return t.forwarding.Load() }
 
@@ -89,7 +91,7 @@ func (t *Table) Load() *Snapshot {
 	if s := t.snapshot.Value(); s != nil {
 		return s
 	}
-	s := &Snapshot{v4: t.v4.Clone(), v6: t.v6.Clone()}
+	s := &Snapshot{v4: t.v4.Clone(), v6: t.v6.Clone(), groups: slices.Clone(t.groups.all)}
 	t.snapshot = weak.Make(s)
 	return s
 }
@@ -98,7 +100,22 @@ func (t *Table) Load() *Snapshot {
 func (t *Table) Len() int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t.v4.Size() + t.v6.Size()
+	return t.size()
+}
+
+func (t *Table) size() int { return t.v4.Size() + t.v6.Size() }
+
+// Size is how much a table holds.
+type Size struct {
+	IPv4, IPv6 int // routes
+	Bytes      int // of what workers look addresses up in
+}
+
+// Size returns how much the table holds now.
+func (t *Table) Size() Size {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return Size{IPv4: t.v4.Size(), IPv6: t.v6.Size(), Bytes: t.forwarding.Load().Bytes()}
 }
 
 // Update is one transaction: it removes the routes for exactly the prefixes in del, then adds or replaces those in
@@ -123,8 +140,8 @@ func (t *Table) Update(set []Route, del []netip.Prefix) error {
 
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if n := t.v4.Size() + len(set); n > t.most {
-		return fmt.Errorf("set: %d routes, and there are %d: want at most %d", len(set), t.v4.Size(), t.most)
+	if had := max(t.v4.Size(), t.v6.Size()); had+len(set) > t.most {
+		return fmt.Errorf("set: %d routes, and there are %d of a family: want at most %d", len(set), had, t.most)
 	}
 	t.edit(set, del)
 	return nil
@@ -167,7 +184,7 @@ func (t *Table) Sweep() []Route {
 	}
 	swept := make([]Route, 0, len(t.stale))
 	del := make([]netip.Prefix, 0, len(t.stale))
-	now := Snapshot{t.v4, t.v6}
+	now := Snapshot{t.v4, t.v6, t.groups.all}
 	for p := range t.stale {
 		n, _ := now.Get(p) // marks are only on routes that exist: Update takes both away
 		swept, del = append(swept, Route{p, n}), append(del, p)

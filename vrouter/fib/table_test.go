@@ -15,7 +15,7 @@ import (
 func pfx(s string) netip.Prefix { return netip.MustParsePrefix(s) }
 func addr(s string) netip.Addr  { return netip.MustParseAddr(s) }
 
-func tunnel(p, gw string) Route { return Route{pfx(p), NextHop{KindTunnel, addr(gw)}} }
+func tunnel(p, gw string) Route { return Route{pfx(p), NextHop{Kind: KindTunnel, Gateway: addr(gw)}} }
 func local(p string) Route      { return Route{pfx(p), NextHop{Kind: KindLocal}} }
 func drop(p string) Route       { return Route{Prefix: pfx(p)} }
 
@@ -33,8 +33,8 @@ func TestLookup(t *testing.T) {
 	}
 	mustUpdate(t, tab, []Route{
 		drop("10.244.0.0/16"), local("10.244.0.0/26"), tunnel("10.244.0.64/26", "198.18.0.2"),
-		{pfx("10.244.1.0/26"), NextHop{KindDirect, addr("198.18.0.3")}}, tunnel("10.244.0.70/32", "198.18.0.4"),
-		{pfx("fd00::/48"), NextHop{KindTunnel, addr("fd01::2")}},
+		{pfx("10.244.1.0/26"), NextHop{Kind: KindDirect, Gateway: addr("198.18.0.3")}}, tunnel("10.244.0.70/32", "198.18.0.4"),
+		{pfx("fd00::/48"), NextHop{Kind: KindTunnel, Gateway: addr("fd01::2")}},
 	})
 	s := tab.Load()
 	for a, want := range map[string]string{
@@ -89,15 +89,21 @@ func TestUpdateRefuses(t *testing.T) {
 		{"unknown kind", []Route{{pfx("10.0.0.0/8"), NextHop{Kind: kindCount}}}, nil, "kind: kind(4)"},
 		{"tunnel without gateway", []Route{{pfx("10.0.0.0/8"), NextHop{Kind: KindTunnel}}}, nil, "gateway: missing"},
 		{"direct without gateway", []Route{{pfx("10.0.0.0/8"), NextHop{Kind: KindDirect}}}, nil, "gateway: missing"},
-		{"local with gateway", []Route{{pfx("10.0.0.0/8"), NextHop{KindLocal, v4}}}, nil, "a local route has none"},
-		{"drop with gateway", []Route{{pfx("10.0.0.0/8"), NextHop{KindDrop, v4}}}, nil, "a drop route has none"},
-		{"families 4 and 6", []Route{{pfx("10.0.0.0/8"), NextHop{KindTunnel, v6}}}, nil, "family"},
-		{"families 6 and 4", []Route{{pfx("fd00::/8"), NextHop{KindTunnel, v4}}}, nil, "family"},
-		{"gateway mapped", []Route{{pfx("fd00::/8"), NextHop{KindTunnel, addr("::ffff:1.2.3.4")}}}, nil, "plain"},
-		{"gateway with zone", []Route{{pfx("fd00::/8"), NextHop{KindTunnel, addr("fe80::1%eth0")}}}, nil, "plain"},
+		{"local with gateway", []Route{{pfx("10.0.0.0/8"), NextHop{Kind: KindLocal, Gateway: v4}}}, nil, "a local route has none"},
+		{"drop with gateway", []Route{{pfx("10.0.0.0/8"), NextHop{Kind: KindDrop, Gateway: v4}}}, nil, "a drop route has none"},
+		{"families 4 and 6", []Route{{pfx("10.0.0.0/8"), NextHop{Kind: KindTunnel, Gateway: v6}}}, nil, "family"},
+		{"families 6 and 4", []Route{{pfx("fd00::/8"), NextHop{Kind: KindTunnel, Gateway: v4}}}, nil, "family"},
+		{"gateway mapped", []Route{{pfx("fd00::/8"), NextHop{Kind: KindTunnel, Gateway: addr("::ffff:1.2.3.4")}}}, nil, "plain"},
+		{"gateway with zone", []Route{{pfx("fd00::/8"), NextHop{Kind: KindTunnel, Gateway: addr("fe80::1%eth0")}}}, nil, "plain"},
 		{"gateway unspecified", []Route{tunnel("10.0.0.0/8", "0.0.0.0")}, nil, "unicast"},
 		{"gateway multicast", []Route{tunnel("10.0.0.0/8", "224.0.0.5")}, nil, "unicast"},
 		{"gateway broadcast", []Route{tunnel("10.0.0.0/8", "255.255.255.255")}, nil, "unicast"},
+		{"gateways not sorted", []Route{{pfx("10.0.0.0/8"), NextHop{KindTunnel, addr("198.18.0.3"), gatewaysOf([]netip.Addr{v4})}}}, nil, "sorted"},
+		{"gateways of two families", []Route{{pfx("10.0.0.0/8"), Multipath(KindTunnel, v4, v6)}}, nil, "family"},
+		{"a gateway of a group with zone", []Route{{pfx("fd00::/8"), Multipath(KindTunnel, v6, addr("fe80::1%eth0"))}}, nil, "plain"},
+		{"a group of a local route", []Route{{pfx("10.0.0.0/8"), NextHop{Kind: KindLocal, Others: gatewaysOf([]netip.Addr{v4})}}}, nil, "a local route has none"},
+		{"a group without its first", []Route{{pfx("10.0.0.0/8"), NextHop{Kind: KindTunnel, Others: gatewaysOf([]netip.Addr{v4})}}}, nil, "gateway: missing"},
+		{"too many gateways", []Route{{pfx("10.0.0.0/8"), Multipath(KindTunnel, manyGateways(MaxGateways+1)...)}}, nil, "want at most 64"},
 		{"the last of many", []Route{local("10.0.0.0/8"), local("10.1.0.0/16"), {}}, []netip.Prefix{pfx("192.0.2.0/24")}, "set[2]: prefix"},
 	} {
 		tab := New()
@@ -199,10 +205,14 @@ func genPrefix(t *rapid.T) netip.Prefix {
 func genRoute(t *rapid.T) Route {
 	r := Route{Prefix: genPrefix(t), NextHop: NextHop{Kind: Kind(rapid.Uint8Range(0, uint8(kindCount)-1).Draw(t, "kind"))}}
 	if r.NextHop.Kind == KindTunnel || r.NextHop.Kind == KindDirect {
-		r.NextHop.Gateway = netip.AddrFrom4([4]byte{198, 18, 0, rapid.Uint8().Draw(t, "gateway")})
-		if !r.Prefix.Addr().Is4() {
-			r.NextHop.Gateway = netip.AddrFrom16([16]byte{0: 0xfd, 15: rapid.Uint8().Draw(t, "gateway")})
+		gateways := make([]netip.Addr, 1+rapid.IntRange(-3, 4).Draw(t, "more")&3)
+		for i := range gateways {
+			gateways[i] = netip.AddrFrom4([4]byte{198, 18, 0, rapid.Uint8().Draw(t, "gateway")})
+			if !r.Prefix.Addr().Is4() {
+				gateways[i] = netip.AddrFrom16([16]byte{0: 0xfd, 15: rapid.Uint8().Draw(t, "gateway")})
+			}
 		}
+		r.NextHop = Multipath(r.NextHop.Kind, gateways...)
 	}
 	return r
 }
@@ -260,9 +270,7 @@ func TestAgainstTwin(t *testing.T) {
 					if want, wantOK := w.lookup(a); got != want || ok != wantOK {
 						t.Fatalf("%v: %v %v, want %v %v", a, got, ok, want, wantOK)
 					}
-					if a.Is4() {
-						checkForwarding(t, tab.Forwarding(), a, w)
-					}
+					checkForwarding(t, tab.Forwarding(), a, w)
 				}
 				p := genPrefix(t)
 				got, ok := s.Get(p)
@@ -276,11 +284,10 @@ func TestAgainstTwin(t *testing.T) {
 
 // checkForwarding compares the hot table's answers for a, alone and in a batch, with the twin's.
 func checkForwarding(t *rapid.T, f *Forwarding, a netip.Addr, w *twin) {
-	var batch [1]Hop
-	f.LookupBatch([]uint32{number(a)}, batch[:])
-	h := f.Lookup(number(a))
-	if want, ok := w.lookup(a); h != batch[0] || h.Found() != ok || h.NextHop() != want || h.Kind() != want.Kind {
-		t.Fatalf("forwarding %v: %v %v, in a batch %v: want %v %v", a, h.NextHop(), h.Found(), batch[0].NextHop(), want, ok)
+	batch := ask(f, []netip.Addr{a})
+	h := alone(f, a)
+	if want, ok := w.lookup(a); f.NextHop(h) != batch[0] || h.Found() != ok || batch[0] != want || h.Kind() != want.Kind {
+		t.Fatalf("forwarding %v: %v %v, in a batch %v: want %v %v", a, f.NextHop(h), h.Found(), batch[0], want, ok)
 	}
 }
 
@@ -315,7 +322,7 @@ func TestReadersSeeWholeTransactions(t *testing.T) {
 	group := make([]Route, 64)
 	moveTo := func(gw byte) []Route {
 		for i := range group {
-			group[i] = Route{netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 244, byte(i), 0}), 24), NextHop{KindTunnel, netip.AddrFrom4([4]byte{198, 18, 0, gw})}}
+			group[i] = Route{netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 244, byte(i), 0}), 24), NextHop{Kind: KindTunnel, Gateway: netip.AddrFrom4([4]byte{198, 18, 0, gw})}}
 		}
 		return group
 	}

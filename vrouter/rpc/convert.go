@@ -83,12 +83,16 @@ func prefixFromWire(field string, p *pb.Prefix) (netip.Prefix, error) {
 }
 
 func routeToWire(r Route, stale bool) *pb.Route {
-	return &pb.Route{
+	out := &pb.Route{
 		Prefix:  prefixToWire(r.Prefix),
 		Kind:    kindToWire[r.NextHop.Kind],
 		Gateway: addrToWire(r.NextHop.Gateway),
 		Stale:   stale,
 	}
+	if r.NextHop.IsGroup() {
+		out.MoreGateways = addrsToWire(r.NextHop.Gateways()[1:])
+	}
+	return out
 }
 
 func routeFromWire(field string, r *pb.Route) (Route, error) {
@@ -104,7 +108,14 @@ func routeFromWire(field string, r *pb.Route) (Route, error) {
 	if err != nil {
 		return Route{}, err
 	}
-	return Route{Prefix: prefix, NextHop: NextHop{Kind: kind, Gateway: gateway}}, nil
+	if len(r.GetMoreGateways()) == 0 {
+		return Route{Prefix: prefix, NextHop: NextHop{Kind: kind, Gateway: gateway}}, nil
+	}
+	gateways, err := addrsFromWire(field+".more_gateways", r.GetMoreGateways())
+	if err != nil {
+		return Route{}, err
+	}
+	return Route{Prefix: prefix, NextHop: Multipath(kind, append(gateways, gateway)...)}, nil
 }
 
 func configToWire(c Config) *pb.Config {

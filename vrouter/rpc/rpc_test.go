@@ -72,7 +72,7 @@ var (
 	routes  = []Route{
 		{Prefix: netip.MustParsePrefix("10.244.1.0/26"), NextHop: Local()},
 		{Prefix: netip.MustParsePrefix("10.244.2.0/26"), NextHop: Tunnel(gateway)},
-		{Prefix: netip.MustParsePrefix("10.244.3.0/26"), NextHop: Direct(gateway)},
+		{Prefix: netip.MustParsePrefix("10.244.3.0/26"), NextHop: Multipath(KindDirect, gateway, netip.MustParseAddr("198.18.0.200"), netip.MustParseAddr("198.18.0.201"))},
 		{Prefix: netip.MustParsePrefix("10.244.4.0/26"), NextHop: Blackhole()},
 		{Prefix: netip.MustParsePrefix("fd00:1::/64"), NextHop: Tunnel(netip.MustParseAddr("fd00::2"))},
 	}

@@ -29,6 +29,8 @@ type (
 	Route = vrouter.Route
 	// NextHop is what becomes of a packet, and by way of which gateway.
 	NextHop = vrouter.NextHop
+	// Gateways is a set of gateways, those of a NextHop beside its first.
+	Gateways = vrouter.Gateways
 	// Kind is what becomes of a packet.
 	Kind = vrouter.Kind
 	// RouteEntry is a route, and whether a synchronisation has yet to confirm it.
@@ -39,6 +41,9 @@ type (
 	Counter = vrouter.Counter
 )
 
+// MaxGateways is the largest number of gateways that a route may have.
+const MaxGateways = vrouter.MaxGateways
+
 // The kinds of next hop.
 const (
 	KindDrop   = vrouter.KindDrop
@@ -46,6 +51,12 @@ const (
 	KindTunnel = vrouter.KindTunnel
 	KindDirect = vrouter.KindDirect
 )
+
+// Multipath returns the next hop for flows that are spread over all of gateways, for KindTunnel or KindDirect. A vRouter
+// that knows only one gateway for a route takes the lowest.
+func Multipath(kind Kind, gateways ...netip.Addr) NextHop {
+	return vrouter.Multipath(kind, gateways...)
+}
 
 // Tunnel returns the next hop for IP-in-IP to the node at gateway.
 func Tunnel(gateway netip.Addr) NextHop { return NextHop{Kind: vrouter.KindTunnel, Gateway: gateway} }

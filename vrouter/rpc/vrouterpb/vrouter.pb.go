@@ -187,11 +187,14 @@ func (x *Prefix) GetBits() uint32 {
 }
 
 type Route struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Prefix        *Prefix                `protobuf:"bytes,1,opt,name=prefix,proto3" json:"prefix,omitempty"`
-	Kind          Kind                   `protobuf:"varint,2,opt,name=kind,proto3,enum=margay.vrouter.v1.Kind" json:"kind,omitempty"`
-	Gateway       []byte                 `protobuf:"bytes,3,opt,name=gateway,proto3" json:"gateway,omitempty"` // for KIND_TUNNEL and KIND_DIRECT; 4 or 16 bytes
-	Stale         bool                   `protobuf:"varint,4,opt,name=stale,proto3" json:"stale,omitempty"`    // in replies only
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Prefix  *Prefix                `protobuf:"bytes,1,opt,name=prefix,proto3" json:"prefix,omitempty"`
+	Kind    Kind                   `protobuf:"varint,2,opt,name=kind,proto3,enum=margay.vrouter.v1.Kind" json:"kind,omitempty"`
+	Gateway []byte                 `protobuf:"bytes,3,opt,name=gateway,proto3" json:"gateway,omitempty"` // for KIND_TUNNEL and KIND_DIRECT; 4 or 16 bytes
+	Stale   bool                   `protobuf:"varint,4,opt,name=stale,proto3" json:"stale,omitempty"`    // in replies only
+	// For a route over which flows are spread: its gateways but the first, which is the lowest, sorted. Who does not know
+	// this field uses the first.
+	MoreGateways  [][]byte `protobuf:"bytes,5,rep,name=more_gateways,json=moreGateways,proto3" json:"more_gateways,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -252,6 +255,13 @@ func (x *Route) GetStale() bool {
 		return x.Stale
 	}
 	return false
+}
+
+func (x *Route) GetMoreGateways() [][]byte {
+	if x != nil {
+		return x.MoreGateways
+	}
+	return nil
 }
 
 type Config struct {
@@ -1767,12 +1777,13 @@ const file_vrouter_proto_rawDesc = "" +
 	"\rvrouter.proto\x12\x11margay.vrouter.v1\"6\n" +
 	"\x06Prefix\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\fR\aaddress\x12\x12\n" +
-	"\x04bits\x18\x02 \x01(\rR\x04bits\"\x97\x01\n" +
+	"\x04bits\x18\x02 \x01(\rR\x04bits\"\xbc\x01\n" +
 	"\x05Route\x121\n" +
 	"\x06prefix\x18\x01 \x01(\v2\x19.margay.vrouter.v1.PrefixR\x06prefix\x12+\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x17.margay.vrouter.v1.KindR\x04kind\x12\x18\n" +
 	"\agateway\x18\x03 \x01(\fR\agateway\x12\x14\n" +
-	"\x05stale\x18\x04 \x01(\bR\x05stale\"\x80\x01\n" +
+	"\x05stale\x18\x04 \x01(\bR\x05stale\x12#\n" +
+	"\rmore_gateways\x18\x05 \x03(\fR\fmoreGateways\"\x80\x01\n" +
 	"\x06Config\x12!\n" +
 	"\fnode_address\x18\x01 \x01(\fR\vnodeAddress\x12\x1a\n" +
 	"\bunderlay\x18\x02 \x01(\tR\bunderlay\x12\x10\n" +
