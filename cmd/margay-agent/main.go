@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"margay/agent"
+	"margay/agent/api"
 	"margay/datastore"
 	"margay/datastore/embedded"
 	"margay/internal/monitor"
@@ -99,6 +100,7 @@ IP_AUTODETECTION_METHOD.`,
 	f.DurationVar(&cfg.HoldTime, "bgp-hold-time", 90*time.Second, "a peer silent for so long is gone")
 	f.DurationVar(&cfg.RestartTime, "bgp-restart-time", 120*time.Second, "how long peers keep this node's routes while its agent is dead (RFC 4724)")
 	f.DurationVar(&cfg.SyncTimeout, "sync-timeout", 20*time.Second, "how long routes of before a restart wait for a peer's End-of-RIB")
+	f.IntVar(&cfg.DiagPort, "diag-port", api.DefaultDiagPort, "TCP port, on the node's address, for margayctl's trace, drops and capture from other nodes; 0: none")
 	f.DurationVar(&cfg.IPAMGrace, "ipam-grace-period", ipam.DefaultGrace,
 		"how long an address or block must be nobody's before it is given back; 0: it never is (environment: IPAM_GRACE_PERIOD)")
 	f.StringVar(&cfg.GoBGPSocket, "gobgp-socket", "", "serve GoBGP's gRPC API on this unix socket, for the gobgp command; empty: no")
