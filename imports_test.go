@@ -23,9 +23,9 @@ var rooms = map[string][]string{
 	"cni":              {},
 	"cni/server":       {"cni"},
 	"agent/api":        {},
-	"agent":            {"datastore", "ipam", "bgp", "cni/server", "vrouter/rpc", "agent/api"},
+	"agent":            {"datastore", "ipam", "bgp", "cni/server", "vrouter/rpc", "vrouter/packet", "agent/api"},
 	"lab":              {"datastore"},
-	"ctl":              {"datastore", "ipam", "bgp", "lab", "vrouter/rpc", "agent/api"},
+	"ctl":              {"datastore", "ipam", "bgp", "lab", "vrouter/rpc", "vrouter/packet", "agent/api"},
 	"internal/version": {},
 	"internal/monitor": {},
 }

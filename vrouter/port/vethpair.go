@@ -23,7 +23,7 @@ func holdDevice(name string) (int, error) {
 		if errors.Is(err, unix.EADDRINUSE) {
 			err = unix.EBUSY
 		}
-		return -1, &Missing{What: "veth device " + name, Err: err, Do: "another vrouter has it: stop that one, or choose another --tun"}
+		return -1, &Missing{What: "veth device " + name, Err: err, Do: "another process, maybe another vrouter, has it: stop that one, or choose another --tun"}
 	}
 	return fd, nil
 }
