@@ -125,7 +125,7 @@ func (b *Bed) vrouter(ctx context.Context, i int) error {
 	}
 	return d.await(ctx, "the pod's interface", func() error {
 		s, err := d.client.Status(ctx)
-		if err == nil && !strings.Contains(s.Port, "1 of 1 pods read") {
+		if err == nil && !strings.Contains(s.Port, fmt.Sprintf("%[1]d of %[1]d pods read", s.Pods)) {
 			err = errors.New(s.Port)
 		}
 		return err
@@ -151,7 +151,6 @@ func (b *Bed) program(ctx context.Context, c *rpc.Client, i int) error {
 			{Prefix: netip.MustParsePrefix(podBlock(i)), NextHop: rpc.Local()},
 			{Prefix: netip.MustParsePrefix(podBlock(other)), NextHop: rpc.Tunnel(node(other))},
 		},
-		AddPods: []rpc.Pod{{Address: netip.MustParseAddr(podAddress(i)), Interface: "cali0"}},
 	})
 	if err != nil {
 		return err
