@@ -35,6 +35,15 @@ test: setup build ## all tests: units, integration in network namespaces, a whol
 test-race: setup ## the race detector on everything that can carry it (needs a C compiler)
 	CGO_ENABLED=1 go test -race -count=1 -timeout 20m $$(go list ./... | grep -v '^margay/test/')
 
+.PHONY: bench bench-short
+bench: setup ## Margay beside its peers, in network namespaces, into bench/results/: about fifteen minutes
+	@go build -trimpath -ldflags '$(LDFLAGS)' -o bin/margay-bench ./bench/cmd/margay-bench
+	@bin/margay-bench --results bench/results
+
+bench-short: setup ## the same in about two minutes: fewer peers, scenarios and rounds
+	@go build -trimpath -ldflags '$(LDFLAGS)' -o bin/margay-bench ./bench/cmd/margay-bench
+	@bin/margay-bench --short --results bench/results
+
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME (30s)
 	@scripts/fuzz.sh $(FUZZTIME)

@@ -32,8 +32,10 @@ type Config struct {
 	BGPPort       int
 	HoldTime      time.Duration
 	RestartTime   time.Duration // how long peers keep our routes while we are dead (RFC 4724)
+	IPAMGrace     time.Duration // how long an address must be nobody's before it is given back; 0: it never is
 	SyncTimeout   time.Duration // how long stale routes wait for the peers' End-of-RIB
 	GoBGPSocket   string        // GoBGP's own gRPC API, for its gobgp command; empty: none
+	DiagPort      int           // TCP port of trace, drops and capture, on the node's address; 0: none
 	Log           *slog.Logger
 	Metrics       prometheus.Registerer // where the agent's metrics go; nil: nowhere
 }
@@ -76,6 +78,7 @@ type Agent struct {
 	desired  Desired         // of the last reconciliation
 	failure  error           // of the last reconciliation
 	ready    bool
+	opened   bool // open has succeeded: what it sets is there for everybody
 }
 
 // Run is the agent's life: it returns nil after ctx is done and every session has been closed cleanly, and an error
@@ -95,6 +98,8 @@ func Run(ctx context.Context, cfg Config) error {
 	defer a.store.Close()
 	defer a.plane.client.Close()
 	defer a.kernel.nl.Close()
+	a.locked(func() { a.opened = true })
+	a.serveDiagnostics(ctx)
 	if err := a.waitForVRouter(ctx); err != nil {
 		return nil // asked to stop before there was anything to stop
 	}
@@ -112,6 +117,7 @@ func Run(ctx context.Context, cfg Config) error {
 			failed <- fmt.Errorf("cni server: %w", err)
 		}
 	})
+	done.Go(func() { a.collect(ctx) })
 	err = a.loop(ctx, failed)
 	cancel()
 	a.log.Info("stopping: telling the peers")
@@ -322,6 +328,13 @@ func (a *Agent) settle(err error) {
 
 func (a *Agent) fail(err error) {
 	a.locked(func() { a.ready, a.failure = false, err })
+}
+
+// isOpen tells whether what open sets may be used from any goroutine.
+func (a *Agent) isOpen() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.opened
 }
 
 // readyError says why the node is not ready; nil when it is.

@@ -42,7 +42,7 @@ func (a *Agent) ensureTunnel(ctx context.Context, in Inputs) error {
 
 // findTunnel returns the address that the node's handle holds, or a new one.
 func (a *Agent) findTunnel(ctx context.Context, inPool func(netip.Addr) bool) (netip.Addr, error) {
-	handle := "ipip-tunnel-addr-" + a.cfg.Node
+	handle := tunnelHandle(a.cfg.Node)
 	held, err := a.alloc.HandleAddresses(ctx, handle)
 	if err != nil {
 		// A block that cannot be read must not cost the node its address: it stands in the Node, too.

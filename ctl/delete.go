@@ -3,6 +3,7 @@ package ctl
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 
 	"margay/datastore"
@@ -10,8 +11,7 @@ import (
 )
 
 // deleteObject deletes a resource and, with a node, what is about that node alone, as calicoctl does: its workload
-// endpoints with their addresses, its host endpoints, its BGP peers and its configurations. Blocks and addresses of pods
-// without a workload endpoint stay until `ipam release --node` or the garbage collector takes them: pods may live on.
+// endpoints, its host endpoints, its BGP peers and its configurations, and all addresses and blocks that it holds.
 func deleteObject(ctx context.Context, s *datastore.Store, kind *datastore.Kind, name string) error {
 	if kind == datastore.Nodes {
 		if _, err := datastore.GetObject(ctx, s, kind, name); errors.Is(err, datastore.ErrNotFound) {
@@ -19,6 +19,9 @@ func deleteObject(ctx context.Context, s *datastore.Store, kind *datastore.Kind,
 		}
 		if err := deleteOfNode(ctx, s, name); err != nil {
 			return err
+		}
+		if _, err := ipam.New(s, "", nil).ReleaseNode(ctx, name); err != nil {
+			return fmt.Errorf("release the addresses of node %s: %w", name, err)
 		}
 	}
 	return datastore.DeleteObject(ctx, s, kind, name)

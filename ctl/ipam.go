@@ -23,7 +23,7 @@ func newIPAMCommand() *cobra.Command {
 		Args:  cobra.NoArgs,
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newIPAMShowCommand(), newIPAMCheckCommand(), newIPAMReleaseCommand(), newIPAMConfigureCommand())
+	cmd.AddCommand(newIPAMShowCommand(), newIPAMCheckCommand(), newIPAMReleaseCommand(), newIPAMSplitCommand(), newIPAMConfigureCommand())
 	return cmd
 }
 

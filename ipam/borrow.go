@@ -129,10 +129,8 @@ func (a *Allocator) readBlocks(ctx context.Context, cidrs []netip.Prefix) ([]*st
 // claimed long enough ago. A block begins with the time as its sequence number, which only grows; one from the future
 // (a clock has jumped) stays where it is.
 func (b *block) reclaimable(now time.Time, cooldown time.Duration) bool {
-	for ordinal, at := range b.allocations {
-		if at != free && !b.cooled(ordinal, now, cooldown) {
-			return false
-		}
+	if !b.vacant(now, cooldown) {
+		return false
 	}
 	if b.affinity == "" {
 		return true
@@ -141,6 +139,16 @@ func (b *block) reclaimable(now time.Time, cooldown time.Duration) bool {
 		return false
 	}
 	return uint64(now.UnixNano())-b.sequence > uint64(reclaimAge)
+}
+
+// vacant says whether nobody holds an address of the block, and none cools down.
+func (b *block) vacant(now time.Time, cooldown time.Duration) bool {
+	for ordinal, at := range b.allocations {
+		if at != free && !b.cooled(ordinal, now, cooldown) {
+			return false
+		}
+	}
+	return true
 }
 
 // takeOver makes an empty block this node's: in one transaction it goes, with the affinity of the node that had it, if

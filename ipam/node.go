@@ -150,3 +150,38 @@ func (a *Allocator) vacateSome(ctx context.Context, cidr netip.Prefix, node stri
 	}
 	return held, nil
 }
+
+// releaseBlock takes a block away from this node, if block and affinity are still what was seen: a block that is there was
+// empty then.
+func (a *Allocator) releaseBlock(ctx context.Context, s suspect) error {
+	key, affinity := blockKey(s.block), affinityKey(a.node, s.block)
+	if s.revision != 0 {
+		return a.commitOps(ctx, datastore.OpDelete(key, s.revision), datastore.OpDelete(affinity, s.affinity))
+	}
+	kv, err := a.store.Get(ctx, key)
+	switch {
+	case errors.Is(err, datastore.ErrNotFound):
+		return a.commitOps(ctx, datastore.OpCheck(key, 0), datastore.OpDelete(affinity, s.affinity))
+	case err != nil:
+		return err
+	}
+	b, err := decodeBlock(kv.Value)
+	if err != nil || b.affinity == a.owner() {
+		return nil // it cannot be read, or is this node's after all
+	}
+	return a.commitOps(ctx, datastore.OpCheck(key, kv.Revision), datastore.OpDelete(affinity, s.affinity))
+}
+
+// commitOps does a transaction in turn, and forgets what is remembered.
+func (a *Allocator) commitOps(ctx context.Context, ops ...datastore.Op) error {
+	select {
+	case a.turn <- struct{}{}:
+		defer func() { <-a.turn }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	clear(a.cache)
+	a.known = nil
+	_, err := a.store.Txn(ctx, ops...)
+	return err
+}

@@ -27,8 +27,9 @@ func podAddress(i int) string  { return fmt.Sprintf("10.244.%d.2", i) }
 func ownAddress(i int) string  { return fmt.Sprintf("10.244.%d.1", i) }
 func podBlock(i int) string    { return fmt.Sprintf("10.244.%d.0/26", i) }
 
-// The MAC addresses of every bed.
+// The MAC addresses of every bed, and the names of the pods' interfaces on their node.
 func podMAC(i int) string      { return fmt.Sprintf("02:4d:00:00:%02d:01", i) }
+func cali(i int) string        { return fmt.Sprintf("cali%d", i) }
 func caliMAC(i int) string     { return fmt.Sprintf("02:4d:00:00:%02d:02", i) }
 func underlayMAC(i int) string { return fmt.Sprintf("02:4d:00:00:%02d:03", i) }
 
@@ -60,19 +61,26 @@ type Options struct {
 	Log       func(format string, args ...any)
 }
 
-// Bed is one path, built: pod – node – sink, or pod – node – node – pod.
-//
-// A bed with one node ends where the node's packets leave it, on the underlay. A bed with two has pods that can talk.
+// Shape is what a bed consists of.
+type Shape int
+
+const (
+	Edge  Shape = iota // pod – node – sink: it ends where the node's packets leave it, on the underlay
+	Pair               // pod – node – node – pod
+	Local              // pod – node – pod
+)
+
+// Bed is one path, built.
 type Bed struct {
 	Path  Path
-	Nodes int
+	Shape Shape
 
 	options  Options
 	run      string // the beginning of all its names
 	dir      string
 	pods     []*Space
 	nodes    []*Space
-	wire     *Space // of a bed with one node
+	wire     *Space // Edge: where the sink is
 	vrouters []*daemon
 	carriers []*daemon // the processes of a peer
 	keys     []*ecdh.PrivateKey
@@ -83,19 +91,16 @@ type Bed struct {
 }
 
 // Build makes a bed. On an error nothing is left.
-func Build(ctx context.Context, o Options, p Path, nodes int) (_ *Bed, err error) {
-	if nodes != 1 && nodes != 2 {
-		return nil, fmt.Errorf("%d nodes: expected 1 or 2", nodes)
-	}
-	if nodes == 1 && p.Kind == KindWireGuard {
+func Build(ctx context.Context, o Options, p Path, shape Shape) (_ *Bed, err error) {
+	if shape == Edge && p.Kind == KindWireGuard {
 		return nil, errors.New("wireguard: a single node has nobody to agree on keys with: expected two nodes")
 	}
 	run := runName(os.Getpid())
-	b := &Bed{Path: p, Nodes: nodes, options: o, run: fmt.Sprintf("%s-%s%d", run, p.Label(), nextBed.Add(1)), dir: ""}
+	b := &Bed{Path: p, Shape: shape, options: o, run: fmt.Sprintf("%s-%s%d", run, p.Label(), nextBed.Add(1))}
 	b.dir = filepath.Join(runDirs, run, b.run)
 	defer func() {
 		if err != nil {
-			err = errors.Join(fmt.Errorf("%s, nodes %d: %w", p.Name, nodes, err), b.Close())
+			err = errors.Join(fmt.Errorf("set up %s: %w", p.Name, err), b.Close())
 		}
 	}()
 	if err := os.MkdirAll(b.dir, 0o700); err != nil {
@@ -105,8 +110,17 @@ func Build(ctx context.Context, o Options, p Path, nodes int) (_ *Bed, err error
 	if p.Kind == KindWire {
 		return b, b.buildWire()
 	}
+	nodes := 1
+	if shape == Pair {
+		nodes = 2
+	}
 	for i := 1; i <= nodes; i++ {
 		if err := b.buildNode(i); err != nil {
+			return nil, err
+		}
+	}
+	if shape == Local {
+		if err := b.buildPod(2, b.nodes[0], b.target().String()); err != nil {
 			return nil, err
 		}
 	}
@@ -118,10 +132,18 @@ func Build(ctx context.Context, o Options, p Path, nodes int) (_ *Bed, err error
 			return nil, err
 		}
 	}
-	if nodes == 2 {
+	if shape != Edge {
 		return b, b.swallow()
 	}
 	return b, nil
+}
+
+// target is the address that all traffic goes to.
+func (b *Bed) target() netip.Addr {
+	if b.Shape == Local {
+		return netip.MustParseAddr("10.244.1.3")
+	}
+	return netip.MustParseAddr(podAddress(2))
 }
 
 // swallow opens a socket in the second pod that takes the generator's packets and drops them at once: otherwise the pod
@@ -171,45 +193,50 @@ func (b *Bed) buildWire() error {
 	return pair(end{pod, "eth0", podMAC(1), underlayMTU}, end{b.wire, "eth0", underlayMAC(2), underlayMTU})
 }
 
-// buildNode makes node i and its pod, joined as the CNI plugin joins them.
+// buildNode makes node i with a pod.
 func (b *Bed) buildNode(i int) error {
 	node, err := b.space(fmt.Sprintf("node%d", i))
 	if err != nil {
 		return err
 	}
+	b.nodes = append(b.nodes, node)
+	if err := node.Do(func() error { return sysctl("net.ipv4.ip_forward", "1") }); err != nil {
+		return err
+	}
+	return b.buildPod(i, node, podAddress(i))
+}
+
+// buildPod makes pod i of the bed, joined to its node as the CNI plugin does it.
+func (b *Bed) buildPod(i int, node *Space, address string) error {
 	pod, err := b.space(fmt.Sprintf("pod%d", i))
 	if err != nil {
 		return err
 	}
-	b.nodes, b.pods = append(b.nodes, node), append(b.pods, pod)
+	b.pods = append(b.pods, pod)
 	mtu := b.Path.mtu()
-	if err := pair(end{pod, "eth0", podMAC(i), mtu}, end{node, "cali0", caliMAC(i), mtu}); err != nil {
+	if err := pair(end{pod, "eth0", podMAC(i), mtu}, end{node, cali(i), caliMAC(i), mtu}); err != nil {
 		return err
 	}
 	err = pod.Do(func() error {
 		return errors.Join(
-			linkUp("eth0", podAddress(i)+"/32"),
+			linkUp("eth0", address+"/32"),
 			neighbour("eth0", gateway, caliMAC(i)),
 			route("eth0", gateway+"/32", "", ""),
-			route("eth0", "0.0.0.0/0", gateway, podAddress(i)),
+			route("eth0", "0.0.0.0/0", gateway, address),
 		)
 	})
 	if err != nil {
 		return err
 	}
 	return node.Do(func() error {
-		return errors.Join(
-			sysctl("net.ipv4.ip_forward", "1"),
-			neighbour("cali0", podAddress(i), podMAC(i)),
-			route("cali0", podAddress(i)+"/32", "", ""),
-		)
+		return errors.Join(neighbour(cali(i), address, podMAC(i)), route(cali(i), address+"/32", "", ""))
 	})
 }
 
 // buildUnderlay joins the nodes, or the node and the sink.
 func (b *Bed) buildUnderlay() (err error) {
 	other := b.wire
-	if b.Nodes == 2 {
+	if b.Shape == Pair {
 		other = b.nodes[1]
 	} else if other, err = b.space("wire"); err != nil {
 		return err
@@ -219,7 +246,7 @@ func (b *Bed) buildUnderlay() (err error) {
 	}
 	for i, node := range b.nodes {
 		mac := underlayMAC(2 - i)
-		if b.Nodes == 1 {
+		if b.Shape != Pair {
 			b.wire, mac = other, nobodyMAC
 		}
 		err := node.Do(func() error {
@@ -250,7 +277,7 @@ func (b *Bed) carry(ctx context.Context, i int) error {
 		return b.vrouter(ctx, i)
 	}
 	if b.Path.RPS {
-		return errors.Join(spread(node, "cali0"), spread(node, "eth0"))
+		return errors.Join(spread(node, cali(i)), spread(node, "eth0"))
 	}
 	return nil
 }
@@ -331,7 +358,7 @@ func (b *Bed) frame(p traffic.Profile, flows int) traffic.Frame {
 	}
 	return traffic.Frame{
 		SourceMAC: parse(podMAC(1)), DestinationMAC: parse(to), Flows: flows, Profile: p,
-		Source: netip.MustParseAddr(podAddress(1)), Destination: netip.MustParseAddr(podAddress(2)),
+		Source: netip.MustParseAddr(podAddress(1)), Destination: b.target(),
 	}
 }
 

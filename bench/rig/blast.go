@@ -158,7 +158,7 @@ func (b *Bed) startTraffic(ctx context.Context, l Load) (err error) {
 	}
 	if b.sink == nil {
 		space := b.wire
-		if b.Nodes == 2 {
+		if b.Shape != Edge {
 			space = b.pods[1]
 		}
 		if b.sink, err = b.startChild(ctx, space, "sink", "--device", "eth0"); err != nil {

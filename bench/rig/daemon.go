@@ -129,9 +129,14 @@ func (b *Bed) program(ctx context.Context, c *rpc.Client, i int) error {
 	if _, err := c.Begin(ctx); err != nil {
 		return err
 	}
+	pods := []rpc.Pod{{Address: netip.MustParseAddr(podAddress(i)), Interface: cali(i)}}
+	if b.Shape == Local {
+		pods = append(pods, rpc.Pod{Address: b.target(), Interface: cali(2)})
+	}
 	err := c.Update(ctx, rpc.Update{
 		Config:   &rpc.Config{NodeAddress: node(i), Underlay: "eth0", MTU: underlayMTU - 20},
 		AddNodes: []netip.Addr{node(i), node(other)},
+		AddPods:  pods,
 		Set: []rpc.Route{
 			{Prefix: netip.MustParsePrefix(podBlock(i)), NextHop: rpc.Local()},
 			{Prefix: netip.MustParsePrefix(podBlock(other)), NextHop: rpc.Tunnel(node(other))},

@@ -28,7 +28,7 @@ func (b *Bed) TCP(ctx context.Context, flows int, warm, window time.Duration) (_
 		return Bulk{}, err
 	}
 	defer func() { err = errors.Join(err, to.stop()) }()
-	from, err := b.startChild(ctx, b.pods[0], "bulk-sender", "--destination", podAddress(2), "--flows", strconv.Itoa(flows))
+	from, err := b.startChild(ctx, b.pods[0], "bulk-sender", "--destination", b.target().String(), "--flows", strconv.Itoa(flows))
 	if err != nil {
 		return Bulk{}, err
 	}

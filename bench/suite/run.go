@@ -43,6 +43,8 @@ type Series struct {
 	Summary  stat.Summary    `json:"summary"`
 }
 
+func (s *Series) summarise() { s.Summary = stat.Summarise(slices.Collect(maps.Values(s.Rounds))) }
+
 // Failure is a path that could not be measured, and why.
 type Failure struct {
 	Scenario string `json:"scenario,omitempty"` // none: the path could not be set up
@@ -67,22 +69,20 @@ type Outcome struct {
 func Run(ctx context.Context, c Config) (*Outcome, error) {
 	r := &runner{Config: c, began: time.Now(), beds: make(map[bedKey]*rig.Bed), failed: make(map[bedKey]bool)}
 	r.out.Ports = make(map[string]string)
-	r.env = Env{Times: c.Times, Own: make(map[traffic.Profile]float64), Limit: make(map[traffic.Profile]float64), Note: r.note}
+	r.env = Env{Times: c.Times, Own: make(map[traffic.Profile]float64), OwnPaced: make(map[traffic.Profile]float64),
+		Limit: make(map[traffic.Profile]float64), Note: r.note}
 	for _, s := range c.Scenarios {
 		r.total += len(r.fitting(s)) * (c.Rounds + 1)
 	}
 	err := r.run(ctx)
 	err = errors.Join(err, r.close())
 	r.out.Limit, r.out.Took = r.env.Limit, time.Since(r.began)
-	if err == nil && len(r.out.Series) == 0 {
-		err = errors.New("nothing could be measured")
-	}
 	return &r.out, err
 }
 
 type bedKey struct {
 	path  string
-	nodes int
+	shape rig.Shape
 }
 
 type runner struct {
@@ -148,7 +148,7 @@ func (r *runner) run(ctx context.Context) error {
 		for _, p := range r.fitting(s) {
 			for _, m := range s.Metrics {
 				if one := series[p.Name][m.Name]; one != nil {
-					one.Summary = stat.Summarise(slices.Collect(maps.Values(one.Rounds)))
+					one.summarise()
 					r.out.Series = append(r.out.Series, *one)
 				}
 			}
@@ -197,7 +197,7 @@ func record(series map[string]map[string]*Series, s Scenario, path string, round
 }
 
 func (r *runner) measure(ctx context.Context, s Scenario, p rig.Path) (Values, error) {
-	b, err := r.bed(ctx, p, s.Nodes)
+	b, err := r.bed(ctx, p, s.Shape)
 	if err != nil {
 		return nil, err
 	}
@@ -206,18 +206,18 @@ func (r *runner) measure(ctx context.Context, s Scenario, p rig.Path) (Values, e
 }
 
 // bed returns the path's bed, built when it is needed first.
-func (r *runner) bed(ctx context.Context, p rig.Path, nodes int) (*rig.Bed, error) {
+func (r *runner) bed(ctx context.Context, p rig.Path, shape rig.Shape) (*rig.Bed, error) {
 	if p.Kind == rig.KindWire {
-		nodes = 1
+		shape = rig.Edge
 	}
-	key := bedKey{p.Name, nodes}
+	key := bedKey{p.Name, shape}
 	if b := r.beds[key]; b != nil {
 		return b, nil
 	}
 	if r.failed[key] {
 		return nil, errors.New("could not be set up, see above")
 	}
-	b, err := rig.Build(ctx, r.Rig, p, nodes)
+	b, err := rig.Build(ctx, r.Rig, p, shape)
 	if err != nil {
 		r.failed[key] = true
 		return nil, err

@@ -36,7 +36,7 @@ func (t *TUN) openPlain(name string) (int, error) { return openTUN(name) }
 // probeTUN makes a device of a name of its own, which goes when it is closed.
 func probeTUN(open func(*TUN, string) (int, error)) error {
 	name := fmt.Sprintf("vrprobe%d", os.Getpid()%1e8)
-	fd, err := open(&TUN{name: name, vnet: vnetHeader}, name)
+	fd, err := open(&TUN{vr0: vr0{name: name}, vnet: vnetHeader}, name)
 	if err != nil {
 		return err
 	}
@@ -65,17 +65,4 @@ func probeSteering() error {
 		return err
 	}
 	return s.close()
-}
-
-// probeXDP loads the program and opens a socket on the loopback device, which no port ever uses.
-func probeXDP() error {
-	x, err := newXDP(1, matchIPIP([4]byte{}))
-	if err != nil {
-		return err
-	}
-	s, err := openXSK(xskOptions{index: loopbackIndex, mtu: smallFrame / 2, slots: 64})
-	if err != nil {
-		return errors.Join(err, x.close())
-	}
-	return errors.Join(s.close(), x.close())
 }

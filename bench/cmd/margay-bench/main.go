@@ -3,14 +3,11 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"os/signal"
-	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -18,9 +15,11 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"margay/bench/report"
 	"margay/bench/rig"
 	"margay/bench/stat"
 	"margay/bench/suite"
+	"margay/internal/version"
 )
 
 func main() {
@@ -33,106 +32,185 @@ func main() {
 }
 
 type options struct {
+	short           bool
 	only, scenarios []string
 	rounds          int
 	window          time.Duration
 	vrouter         string
+	wireguard       string
+	results         string
 	output          string
 }
+
+// What is measured when nothing is named.
+var (
+	fullPaths = []string{"route", "vxlan", "vxlan+rps", "wireguard", "tun-plain", "tun", "tun+nobpf", "veth", "veth+xdp", "veth+nobpf",
+		"direct", "direct+xdp"}
+	shortPaths     = []string{"route", "vxlan", "vxlan+rps", "tun", "tun+nobpf", "veth", "direct", "direct+xdp"}
+	shortScenarios = []string{"tcp1", "tcp1-off", "rr", "udp", "udp-lossless", suite.Loop, suite.Lookup, suite.Updates, suite.Load}
+)
 
 func newCommand() *cobra.Command {
 	var o options
 	cmd := &cobra.Command{
 		Use:   "margay-bench",
 		Short: "Measures Margay beside its peers, in network namespaces of its own",
-		Args:  cobra.NoArgs, SilenceUsage: true, SilenceErrors: true,
-		RunE: func(cmd *cobra.Command, _ []string) error { return o.run(cmd.Context()) },
+		Long: `margay-bench measures Margay beside its peers: kernel routing, kernel VXLAN,
+wireguard-go (which also encrypts), and the portable attachment tun-plain.
+
+It builds pods and nodes as network namespaces, measures every path in turn, in
+rounds of which the first is discarded, and writes a table of the targets, JSON, a
+Markdown page and plots. The method is in docs/bench.md. It needs root, and the Go
+toolchain for what it builds: the vrouter of the checkout it stands in, and
+wireguard-go.
+
+A path is route, vxlan, wireguard or an attachment of the vrouter (tun, tun-plain,
+veth, direct); then +rps with route and vxlan (every processor works on what
+arrives), +xdp, +packet (--io) or +nobpf (capabilities NET_ADMIN and NET_RAW alone)
+with an attachment; then @BINARY for another vrouter than this checkout's.`,
+		Example: `  margay-bench --short
+  margay-bench --only vxlan,tun,tun@/tmp/other/vrouter --scenario tcp1,udp`,
+		Args: cobra.NoArgs, Version: version.String(), SilenceUsage: true, SilenceErrors: true,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return o.run(cmd.Context(), cmd.OutOrStdout(), cmd.ErrOrStderr())
+		},
 	}
+	cmd.SetVersionTemplate(version.Line("margay-bench") + "\n")
 	f := cmd.Flags()
-	f.StringSliceVar(&o.only, "only", []string{"route", "vxlan", "vxlan+rps", "tun"}, "`paths` to measure")
-	f.StringSliceVar(&o.scenarios, "scenario", nil, "`scenarios` to run; all if none is named")
+	f.BoolVar(&o.short, "short", false, "two minutes instead of fifteen: fewer paths, scenarios and rounds")
+	f.StringSliceVar(&o.only, "only", nil, "`paths` to measure (default "+strings.Join(fullPaths, ",")+")")
+	f.StringSliceVar(&o.scenarios, "scenario", nil, "`scenarios` to run: "+strings.Join(names(suite.Scenarios()), ", ")+" (default all)")
 	f.IntVar(&o.rounds, "rounds", 5, "`number` of rounds that count; one more is discarded")
-	f.DurationVar(&o.window, "window", 800*time.Millisecond, "how long one measurement lasts")
-	f.StringVar(&o.vrouter, "vrouter", "", "vrouter `binary`; none: built from this checkout")
-	f.StringVarP(&o.output, "output", "o", "text", "text or json")
+	f.DurationVar(&o.window, "window", 500*time.Millisecond, "how long one measurement lasts")
+	f.StringVar(&o.vrouter, "vrouter", "", "vrouter `binary` (default: built from the checkout)")
+	f.StringVar(&o.wireguard, "wireguard", "", "wireguard-go `binary` (default: built, version "+wireguardVersion+")")
+	f.StringVar(&o.results, "results", "", "`directory` for report.md, report.json and the plots (default: none are written)")
+	f.StringVarP(&o.output, "output", "o", "table", "what to print: table (targets), markdown (everything) or json")
 	cmd.AddCommand(children()...)
 	return cmd
 }
 
-func (o *options) run(ctx context.Context) (err error) {
-	if o.output != "text" && o.output != "json" {
-		return fmt.Errorf("--output %q: expected text or json", o.output)
+func (o *options) run(ctx context.Context, stdout, stderr io.Writer) (err error) {
+	if !slices.Contains([]string{"table", "markdown", "json"}, o.output) {
+		return fmt.Errorf("--output %q: expected table, markdown or json", o.output)
+	}
+	if o.rounds < 1 || o.window < 50*time.Millisecond {
+		return fmt.Errorf("--rounds %d, --window %v: expected at least 1 and 50ms", o.rounds, o.window)
+	}
+	paths, scenarios, err := o.choose()
+	if err != nil {
+		return err
 	}
 	if os.Geteuid() != 0 {
 		return errors.New("network namespaces need root: run it with sudo")
 	}
-	c := suite.Config{Rounds: o.rounds, Progress: progress(os.Stderr)}
-	c.Times = suite.Times{Warm: o.window / 3, Window: o.window, Step: o.window / 2, Steps: 7}
-	names := append([]string{rig.KindWire}, o.only...)
-	for _, text := range slices.Compact(names) {
-		p, err := rig.ParsePath(text)
-		if err != nil {
-			return fmt.Errorf("--only: %w", err)
-		}
-		c.Paths = append(c.Paths, p)
-	}
-	if c.Scenarios, err = choose(o.scenarios); err != nil {
-		return err
-	}
+	started := time.Now()
 	if removed, err := rig.Sweep(); err != nil {
 		return err
 	} else if len(removed) > 0 {
-		fmt.Fprintf(os.Stderr, "swept what a killed run had left: %s\n", strings.Join(removed, " "))
+		fmt.Fprintf(stderr, "swept what a killed run had left: %s\n", strings.Join(removed, " "))
 	}
-	dir, err := os.MkdirTemp("", "margay-bench-")
+	tools, err := o.build(ctx, stderr, paths)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	if c.Rig.Self, err = os.Executable(); err != nil {
+	defer func() { err = errors.Join(err, tools.remove()) }()
+	out, err := measure(ctx, o, tools.Options, paths, scenarios, progress(stderr))
+	if err != nil {
 		return err
 	}
-	if c.Rig.VRouter = o.vrouter; o.vrouter == "" {
-		c.Rig.VRouter = filepath.Join(dir, "vrouter")
-		build := exec.CommandContext(ctx, "go", "build", "-o", c.Rig.VRouter, "margay/cmd/vrouter")
-		build.Env = append(os.Environ(), "CGO_ENABLED=0")
-		if out, err := build.CombinedOutput(); err != nil {
-			return fmt.Errorf("build vrouter (name one by --vrouter, or stand in the checkout): %w: %s", err, out)
+	r := report.New(out, scenarios)
+	r.Version, r.Started, r.Rounds, r.Window, r.Seconds = version.String(), started, o.rounds, o.window.String(), time.Since(started).Seconds()
+	if r.Machine, err = thisMachine(); err != nil {
+		return err
+	}
+	if o.results != "" {
+		files, err := r.Write(o.results)
+		if err != nil {
+			return err
+		}
+		fmt.Fprintf(stderr, "wrote %s to %s\n", strings.Join(files, " "), o.results)
+	}
+	switch o.output {
+	case "json":
+		return r.JSON(stdout)
+	case "markdown":
+		return r.Markdown(stdout, nil)
+	}
+	return r.Table(stdout)
+}
+
+// measure runs the scenarios over the network, then those that need none.
+func measure(ctx context.Context, o *options, tools rig.Options, paths []rig.Path, scenarios []suite.Scenario,
+	progress func(suite.Progress)) (*suite.Outcome, error) {
+	c := suite.Config{Paths: paths, Rounds: o.rounds, Rig: tools, Progress: progress}
+	c.Times = suite.Times{Warm: o.window / 3, Window: o.window, Step: o.window / 2, Steps: 7}
+	m := suite.Memory{Rounds: o.rounds, Packets: 3_000_000, Progress: progress}
+	m.Wanted = func(name string) bool { return slices.Contains(names(scenarios), name) }
+	for _, s := range scenarios {
+		if s.Measure != nil {
+			c.Scenarios = append(c.Scenarios, s)
 		}
 	}
 	out, err := suite.Run(ctx, c)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if o.output == "json" {
-		e := json.NewEncoder(os.Stdout)
-		e.SetIndent("", "  ")
-		return e.Encode(out)
+	series, err := m.Run(ctx)
+	if err != nil {
+		return nil, err
 	}
-	table(os.Stdout, out)
-	return nil
-}
-
-// choose returns the scenarios that are named, all if none is.
-func choose(names []string) ([]suite.Scenario, error) {
-	all := suite.Scenarios()
-	if len(names) == 0 {
-		return all, nil
-	}
-	var out []suite.Scenario
-	var known []string
-	for _, s := range all {
-		known = append(known, s.Name)
-		if slices.Contains(names, s.Name) {
-			out = append(out, s)
-		}
-	}
-	for _, n := range names {
-		if !slices.Contains(known, n) {
-			return nil, fmt.Errorf("--scenario %q: expected some of %s", n, strings.Join(known, ", "))
-		}
+	out.Series = append(out.Series, series...)
+	if len(out.Series) == 0 {
+		return nil, fmt.Errorf("nothing could be measured: %v", out.Failures)
 	}
 	return out, nil
+}
+
+func names(all []suite.Scenario) []string {
+	var out []string
+	for _, s := range all {
+		out = append(out, s.Name)
+	}
+	return out
+}
+
+// choose returns the paths and scenarios that are asked for. The wire is always among the paths.
+func (o *options) choose() (paths []rig.Path, scenarios []suite.Scenario, err error) {
+	only, wanted := o.only, o.scenarios
+	if only == nil {
+		only = fullPaths
+	}
+	if o.short {
+		if o.only == nil {
+			only = shortPaths
+		}
+		if wanted == nil {
+			wanted = shortScenarios
+		}
+		o.rounds, o.window = min(o.rounds, 2), min(o.window, 300*time.Millisecond)
+	}
+	for _, text := range append([]string{rig.KindWire}, only...) {
+		p, err := rig.ParsePath(text)
+		if err != nil {
+			return nil, nil, fmt.Errorf("--only: %w", err)
+		}
+		if !slices.Contains(paths, p) {
+			paths = append(paths, p)
+		}
+	}
+	all := suite.Scenarios()
+	for _, name := range wanted {
+		if !slices.Contains(names(all), name) {
+			return nil, nil, fmt.Errorf("--scenario %q: expected some of %s", name, strings.Join(names(all), ", "))
+		}
+	}
+	for _, s := range all {
+		if wanted == nil || slices.Contains(wanted, s.Name) {
+			scenarios = append(scenarios, s)
+		}
+	}
+	return paths, scenarios, nil
 }
 
 // progress prints a line for each measurement.
@@ -152,23 +230,7 @@ func progress(w io.Writer) func(suite.Progress) {
 		if p.Round == 0 {
 			round = "discarded"
 		}
-		fmt.Fprintf(w, "[%3.0f s, %d of %d] %-13s %-15s %-14s%s\n", time.Since(began).Seconds(), p.Done, p.Total, p.Scenario, p.Path, round, text.String())
-	}
-}
-
-// table prints every series.
-func table(w io.Writer, out *suite.Outcome) {
-	for _, s := range out.Series {
-		fmt.Fprintf(w, "%-14s %-16s %-5s %10s %s  (%s to %s)\n", s.Scenario, s.Path, s.Name, stat.Number(s.Summary.Median), s.Unit,
-			stat.Number(s.Summary.Min), stat.Number(s.Summary.Max))
-	}
-	for path, words := range out.Ports {
-		fmt.Fprintf(w, "%s: %s\n", path, words)
-	}
-	for _, f := range out.Failures {
-		fmt.Fprintf(w, "FAILED %s %s: %s\n", f.Scenario, f.Path, strings.ReplaceAll(f.Error, "\n", "; "))
-	}
-	for _, n := range out.Notes {
-		fmt.Fprintf(w, "NOTE %s\n", n)
+		fmt.Fprintf(w, "[%3.0f s, %d of %d] %-13s %-15s %-14s%s\n", time.Since(began).Seconds(), p.Done, p.Total, p.Scenario, p.Path,
+			round, text.String())
 	}
 }

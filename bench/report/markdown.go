@@ -1,0 +1,201 @@
+package report
+
+import (
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+
+	"margay/bench/rig"
+	"margay/bench/stat"
+	"margay/bench/suite"
+)
+
+// Markdown writes the report for people. plots are the names of files beside it.
+func (r *Report) Markdown(w io.Writer, plots []string) error {
+	p := &printer{w: w}
+	p.line("# Margay's benchmark")
+	p.line("")
+	p.line("%s, %s, %d processors, Linux %s, %s. Version %s. It took %.0f s.", r.Started.UTC().Format("2006-01-02 15:04 UTC"),
+		r.Machine.Processor, r.Machine.Processors, r.Machine.Kernel, r.Machine.Go, r.Version, r.Seconds)
+	p.line("")
+	p.line("Every figure is the median of %d rounds (least to most) after a discarded one; one measurement lasts %s. The", r.Rounds, r.Window)
+	p.line("method is in docs/bench.md.")
+	p.line("")
+	r.targets(p)
+	for _, s := range r.scenarios {
+		r.scenario(p, s, plots)
+	}
+	r.rest(p)
+	return p.err
+}
+
+type printer struct {
+	w   io.Writer
+	err error
+}
+
+func (p *printer) line(format string, args ...any) {
+	if p.err == nil {
+		_, p.err = fmt.Fprintf(p.w, format+"\n", args...)
+	}
+}
+
+// Table writes the table of targets alone.
+func (r *Report) Table(w io.Writer) error {
+	p := &printer{w: w}
+	r.targets(p)
+	return p.err
+}
+
+func (r *Report) targets(p *printer) {
+	p.line("## Targets")
+	p.line("")
+	p.line("| what | ours | peer | ratio or figure | at least | aim | verdict |")
+	p.line("|---|---|---|---|---|---|---|")
+	missed := 0
+	for _, t := range r.Targets {
+		sign := "≥ "
+		if t.Lower {
+			sign = "≤ "
+		}
+		ours, peer := t.Ours, t.Peer
+		if peer != "" {
+			ours, peer = ours+": "+t.Figure, peer+": "+t.Against
+		}
+		verdict := t.Verdict
+		if t.Remark != "" {
+			verdict += " (" + t.Remark + ")"
+		}
+		value := "–"
+		if t.Value.N > 0 {
+			value = spread(t.Value) + " " + t.Unit
+		}
+		p.line("| %s | %s | %s | %s | %s%s | %s%s | %s |", t.What, ours, peer, value,
+			sign, limit(t.Least), sign, limit(t.Aim), verdict)
+		if t.Verdict == Missed {
+			missed++
+		}
+	}
+	p.line("")
+	if missed > 0 {
+		p.line("%d of %d targets are missed. What holds them back is in docs/bench.md.", missed, len(r.Targets))
+		p.line("")
+	}
+}
+
+func limit(v float64) string { return fmt.Sprint(v) }
+
+func spread(s stat.Summary) string {
+	if s.N == 1 || s.Min == s.Max {
+		return stat.Number(s.Median)
+	}
+	return fmt.Sprintf("%s (%s–%s)", stat.Number(s.Median), stat.Number(s.Min), stat.Number(s.Max))
+}
+
+// scenario writes one scenario's table: a line for each path, a column for each metric and its ratio to the peer.
+func (r *Report) scenario(p *printer, s suite.Scenario, plots []string) {
+	j := judgement{r.Outcome}
+	var paths []string
+	for _, one := range r.Series {
+		if one.Scenario == s.Name && !slices.Contains(paths, one.Path) {
+			paths = append(paths, one.Path)
+		}
+	}
+	if len(paths) == 0 {
+		return
+	}
+	p.line("## %s: %s", s.Name, s.Title)
+	p.line("")
+	head, rule := "| path |", "|---|"
+	peers := make(map[string]*suite.Series)
+	for _, m := range s.Metrics {
+		head += fmt.Sprintf(" %s, %s |", m.Name, m.Unit)
+		rule += "---|"
+		if peers[m.Name] = r.peer(j, s, m); peers[m.Name] != nil {
+			head += fmt.Sprintf(" × %s |", peers[m.Name].Path)
+			rule += "---|"
+		}
+	}
+	p.line("%s", head)
+	p.line("%s", rule)
+	for _, path := range paths {
+		line := "| " + path + " |"
+		for _, m := range s.Metrics {
+			all := j.find(s.Name, m.Name, func(p string) bool { return p == path })
+			cell, ratio := "", ""
+			if len(all) == 1 {
+				cell = spread(all[0].Summary)
+				if strings.HasPrefix(s.Name, "udp") || strings.HasPrefix(s.Name, "imix") {
+					if path != rig.KindWire && j.bound(all[0]) {
+						cell += " generator-bound"
+					}
+				}
+				if peer := peers[m.Name]; peer != nil && path != rig.KindWire {
+					ratio = spread(stat.Summarise(stat.Ratios(all[0].Rounds, peer.Rounds)))
+				}
+			}
+			line += " " + cell + " |"
+			if peers[m.Name] != nil {
+				line += " " + ratio + " |"
+			}
+		}
+		p.line("%s", line)
+	}
+	p.line("")
+	for _, plot := range plots {
+		if strings.HasPrefix(plot, s.Name+".") && strings.HasSuffix(plot, ".svg") {
+			p.line("![%s](%s)", s.Title, plot)
+			p.line("")
+		}
+	}
+}
+
+// peer is whom a scenario's metric is compared with; a loss is not compared.
+func (r *Report) peer(j judgement, s suite.Scenario, m suite.Metric) *suite.Series {
+	if m.Name == "loss" {
+		return nil
+	}
+	if peer := best(j.find(s.Name, m.Name, isPath(isPeer))); peer != nil {
+		return peer
+	}
+	return best(j.find(s.Name, m.Name, func(p string) bool { return s.Peer != "" && p == s.Peer }))
+}
+
+// rest writes what the figures rest on.
+func (r *Report) rest(p *printer) {
+	if len(r.Ports) > 0 {
+		p.line("## How the vRouters carried packets")
+		p.line("")
+		for _, path := range slices.Sorted(maps.Keys(r.Ports)) {
+			p.line("- %s: %s", path, r.Ports[path])
+		}
+		p.line("")
+	}
+	if len(r.Limit) > 0 {
+		p.line("## The generator")
+		p.line("")
+		for _, profile := range slices.Sorted(maps.Keys(r.Limit)) {
+			p.line("- %s: %s kpps with nothing in between; rates above a %.1fth of that are marked generator-bound", profile,
+				stat.Number(r.Limit[profile]/1e3), generatorBound)
+		}
+		p.line("")
+	}
+	if len(r.Failures) > 0 {
+		p.line("## Not measured")
+		p.line("")
+		for _, f := range r.Failures {
+			p.line("- %s, %s: %s", f.Scenario, f.Path, strings.ReplaceAll(f.Error, "\n", "; "))
+		}
+		p.line("")
+	}
+	if len(r.Notes) > 0 {
+		p.line("## Notes")
+		p.line("")
+		for _, n := range r.Notes {
+			p.line("- %s", n)
+		}
+		p.line("")
+	}
+}
