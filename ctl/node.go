@@ -24,7 +24,7 @@ func newNodeCommand() *cobra.Command {
 		Args:  cobra.NoArgs,
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newNodeStatusCommand(), newNodeRoutesCommand(), newNodeCountersCommand(),
+	cmd.AddCommand(newNodeStatusCommand(), newNodeRoutesCommand(), newNodeCountersCommand(), newNodeCheckSystemCommand(),
 		newNodeDiagsCommand())
 	return cmd
 }
