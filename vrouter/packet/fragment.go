@@ -10,12 +10,12 @@ const (
 )
 
 // Fragmenter splits a packet that is too long for the next link into fragments: RFC 791 section 3.2, RFC 1812 section
-// 4.2.2.7. Each has as many bytes as fit, the last one the rest. The zero value is ready for Start; a Fragmenter may be
+// 4.2.2.7. Each has as many bytes as fit, in eights but for the last one. The zero value is ready for Start; a Fragmenter may be
 // used again and again.
 type Fragmenter struct {
 	pkt    IPv4
 	hl     int
-	size   int  // payload of each fragment but the last, a multiple of 8
+	room   int  // for the payload of a fragment; all but the last take a multiple of 8
 	done   int  // bytes of payload that earlier fragments have taken
 	offset int  // of pkt itself, which may be a fragment already
 	more   bool // follow pkt itself
@@ -29,14 +29,10 @@ func (f *Fragmenter) Start(pkt IPv4, mtu int) Fault {
 		return FaultFragment
 	}
 	hl := pkt.HeaderLen()
-	size := (mtu - hl) &^ 7
-	if size < 8 {
+	if mtu-hl < 8 {
 		return FaultShort
 	}
-	*f = Fragmenter{pkt: pkt, hl: hl, size: size, offset: pkt.FragOffset(), more: pkt.MF()}
-	if len(pkt) <= mtu {
-		f.size = len(pkt) - hl
-	}
+	*f = Fragmenter{pkt: pkt, hl: hl, room: mtu - hl, offset: pkt.FragOffset(), more: pkt.MF()}
 	return FaultNone
 }
 
@@ -47,8 +43,11 @@ func (f *Fragmenter) Next(dst []byte) int {
 		return 0
 	}
 	rest := f.pkt[f.hl+f.done:]
-	n := min(f.size, len(rest))
-	last := n == len(rest)
+	n := len(rest)
+	last := n <= f.room
+	if !last {
+		n = f.room &^ 7
+	}
 	dst = dst[:f.hl+n]
 	copy(dst, f.pkt[:f.hl])
 	copy(dst[f.hl:], rest[:n])

@@ -1,0 +1,327 @@
+package oracle
+
+import (
+	"encoding/binary"
+	"errors"
+	"net"
+	"net/netip"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+
+	"margay/vrouter"
+	"margay/vrouter/port"
+)
+
+// The world of both routers: pods behind in0, the other node's pods behind out0 or the tunnel.
+const (
+	podsPrefix   = "10.245.0.0/16"
+	remotePrefix = "10.244.2.0/24"
+	holePrefix   = "10.244.5.0/24"
+	poolPrefix   = "10.244.0.0/16"
+	routerIn     = "10.244.1.1"
+	routerOut    = "10.244.1.2"
+	wayMTU       = 1480 // of the way to the other node's pods
+	// queueLength holds the fragments of the longest packet.
+	queueLength = 4096
+)
+
+var (
+	nodeAddress = netip.MustParseAddr("198.18.0.1")
+	peerAddress = netip.MustParseAddr("198.18.0.2")
+)
+
+// direction is the way of an input: from a pod of this node, or to one.
+type direction int
+
+const (
+	outward direction = iota
+	inward
+)
+
+// result is what a router does with one packet.
+type result struct {
+	out  [][]byte // toward the other node's pods, without the outer header
+	back [][]byte // toward this node's pods
+}
+
+// box is a router under test.
+type box interface {
+	// route hands over one packet and returns all that comes of it.
+	route(t testing.TB, d direction, b []byte) result
+}
+
+// kernelBox is the oracle. A TUN device's packets are routed before the write returns, so what comes of one is there
+// to be read then.
+type kernelBox struct{ in, out *tun }
+
+func newKernelBox(t testing.TB) *kernelBox {
+	t.Helper()
+	k := &kernelBox{}
+	newSpace(t).do(t, func() (err error) {
+		if err := beRouter(); err != nil {
+			return err
+		}
+		if k.in, err = openTUN("in0", 9000, queueLength); err != nil {
+			return err
+		}
+		if k.out, err = openTUN("out0", wayMTU, queueLength); err != nil {
+			return err
+		}
+		return errors.Join(address("in0", routerIn+"/32"), address("out0", routerOut+"/32"),
+			route(podsPrefix, "in0"), route(remotePrefix, "out0"), route(holePrefix, ""))
+	})
+	t.Cleanup(func() { k.in.close(t); k.out.close(t) })
+	return k
+}
+
+func (k *kernelBox) route(t testing.TB, d direction, b []byte) result {
+	t.Helper()
+	if d == inward {
+		k.out.write(t, b)
+	} else {
+		k.in.write(t, b)
+	}
+	return result{out: k.out.read(t), back: k.in.read(t)}
+}
+
+// nodeBox is a node with a vRouter, and another node beside it that only looks on.
+type nodeBox struct {
+	here     *space
+	router   *vrouter.Router
+	in       *tun
+	peer     *tap
+	peerMAC  net.HardwareAddr
+	nodeMAC  net.HardwareAddr
+	sent     uint32
+	injected [2]uint64
+}
+
+// newNodeBox starts the vRouter of an attachment in a namespace.
+func newNodeBox(t testing.TB, attach string, options vrouter.Options) *nodeBox {
+	t.Helper()
+	here, there := newSpace(t), newSpace(t)
+	n := &nodeBox{here: here, router: vrouter.New()}
+	here.do(t, func() error {
+		return errors.Join(beRouter(), netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "eth0", MTU: 1500},
+			PeerName: "eth0", PeerNamespace: netlink.NsFd(there.handle)}), address("eth0", nodeAddress.String()+"/24"))
+	})
+	there.do(t, func() (err error) {
+		// No address: this node's kernel answers nothing.
+		l, err := netlink.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		n.peerMAC = l.Attrs().HardwareAddr
+		if err := netlink.LinkSetUp(l); err != nil {
+			return err
+		}
+		n.peer, err = openTap("eth0")
+		return err
+	})
+	var ports *port.Ports
+	var reply *port.Reply
+	here.do(t, func() (err error) {
+		l, err := netlink.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		n.nodeMAC = l.Attrs().HardwareAddr
+		if err := neighbour("eth0", peerAddress, n.peerMAC); err != nil {
+			return err
+		}
+		if n.in, err = openTUN("in0", 9000, queueLength); err != nil {
+			return err
+		}
+		if reply, err = port.OpenReply(); err != nil {
+			return err
+		}
+		if ports, err = port.OpenPorts(port.Options{Attach: attach, IO: port.IOPacket, Name: "vr0"}, func() error { return nil }); err != nil {
+			return err
+		}
+		return errors.Join(address("in0", routerIn+"/32"), address("vr0", routerOut+"/32"), sysctls(map[string]string{"ipv4/conf/vr0/rp_filter": "0"}),
+			route(podsPrefix, "in0"), route(poolPrefix, "vr0"))
+	})
+	n.router.OnConfig(ports.Configure)
+	if err := n.router.SetOptions(options); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.router.Update(update()); err != nil {
+		t.Fatal(err)
+	}
+	workers := ports.Workers(n.router)
+	workers[0].SetReply(reply)
+	done := make(chan error)
+	for _, w := range workers {
+		go func() {
+			runtime.LockOSThread() // never given back: the thread stays in the namespace
+			if err := netns.Set(here.handle); err != nil {
+				done <- err
+				return
+			}
+			done <- w.Run()
+		}()
+	}
+	t.Cleanup(func() {
+		ports.Stop()
+		if err := errors.Join(<-done, <-done, ports.Close(), reply.Close()); err != nil {
+			t.Error(err)
+		}
+		n.in.close(t)
+	})
+	return n
+}
+
+// update is what an agent would tell.
+func update() vrouter.Update {
+	pfx := netip.MustParsePrefix
+	return vrouter.Update{
+		Config:   &vrouter.Config{NodeAddress: nodeAddress, Underlay: "eth0", MTU: wayMTU, TunnelAddress: netip.MustParseAddr(routerIn)},
+		AddNodes: []netip.Addr{peerAddress},
+		Set: []vrouter.Route{
+			{Prefix: pfx(podsPrefix), NextHop: vrouter.NextHop{Kind: vrouter.KindLocal}},
+			{Prefix: pfx("10.244.1.0/26"), NextHop: vrouter.NextHop{Kind: vrouter.KindLocal}},
+			{Prefix: pfx(remotePrefix), NextHop: vrouter.NextHop{Kind: vrouter.KindTunnel, Gateway: peerAddress}},
+			{Prefix: pfx(holePrefix)},
+		},
+	}
+}
+
+// route sends a packet and behind it a marker on the same way, which goes through the whole node: what came before the
+// marker is what has come of the packet. An inward packet may come out at either end, so it has a marker each way.
+func (n *nodeBox) route(t testing.TB, d direction, b []byte) result {
+	t.Helper()
+	n.injected[d]++
+	var r result
+	if d == inward {
+		n.peer.send(t, n.peerMAC, n.nodeMAC, tunnel(b))
+		mark := n.marker(remoteHost, podHost)
+		n.peer.send(t, n.peerMAC, n.nodeMAC, tunnel(mark))
+		n.injected[inward]++
+		r.back = n.backUntil(t, mark)
+	} else {
+		n.in.write(t, b)
+	}
+	mark := n.marker(podHost, remoteHost)
+	n.in.write(t, mark)
+	n.injected[outward]++
+	for {
+		got := n.peer.next(t)
+		inner, ok := untunnel(t, got)
+		if !ok {
+			continue
+		}
+		if isMarker(inner) {
+			break
+		}
+		r.out = append(r.out, inner)
+	}
+	r.back = append(r.back, n.in.read(t)...)
+	return r
+}
+
+// backUntil reads what comes out toward the pods until mark does.
+func (n *nodeBox) backUntil(t testing.TB, mark []byte) [][]byte {
+	t.Helper()
+	var out [][]byte
+	for {
+		for _, b := range n.in.wait(t) {
+			if isMarker(b) {
+				return out
+			}
+			out = append(out, b)
+		}
+	}
+}
+
+// marker is a packet that passes every router.
+func (n *nodeBox) marker(src, dst netip.Addr) []byte {
+	n.sent++
+	payload := binary.BigEndian.AppendUint32([]byte{0, markPort, 0, markPort, 0, 12, 0, 0}, n.sent)
+	return build(spec{src: src, dst: dst, ttl: 64, protocol: 17, payload: payload})
+}
+
+const markPort = 7
+
+func isMarker(b []byte) bool {
+	return len(b) == 32 && b[9] == 17 && b[21] == markPort && b[23] == markPort
+}
+
+// tunnel is what the other node sends: b in IP-in-IP, by RFC 2003 section 3.1.
+func tunnel(b []byte) []byte {
+	tos, fragment := byte(0), uint16(0)
+	if len(b) >= 20 {
+		tos, fragment = b[1], binary.BigEndian.Uint16(b[6:])&0x4000
+	}
+	return build(spec{src: peerAddress, dst: nodeAddress, ttl: 64, protocol: 4, payload: b, tos: tos, fragment: fragment})
+}
+
+// untunnel checks the outer header of what the node sent to the other, and takes it off.
+func untunnel(t testing.TB, b []byte) ([]byte, bool) {
+	t.Helper()
+	if len(b) < 40 || b[9] != 4 {
+		return nil, false // not the vRouter's
+	}
+	total := int(binary.BigEndian.Uint16(b[2:]))
+	if b[0] != 0x45 || total > len(b) || total > 1500 || sum(b[:20]) != 0xffff || b[8] != 64 {
+		t.Fatalf("outer header % x of %d bytes", b[:20], len(b))
+	}
+	inner := b[20:total]
+	if b[1] != inner[1] || binary.BigEndian.Uint16(b[6:]) != binary.BigEndian.Uint16(inner[6:])&0x4000 ||
+		netip.AddrFrom4([4]byte(b[12:])) != nodeAddress || netip.AddrFrom4([4]byte(b[16:])) != peerAddress {
+		t.Fatalf("outer header % x around % x", b[:20], inner[:20])
+	}
+	return inner, true
+}
+
+// books are a node's counters, and what they say together.
+type books struct {
+	counters                 map[string]uint64
+	given, accounted, kernel uint64
+}
+
+func (n *nodeBox) books(t testing.TB) books {
+	t.Helper()
+	b := books{counters: map[string]uint64{}}
+	for _, c := range n.router.Counters() {
+		b.counters[c.Name] = c.Packets
+		switch {
+		case strings.HasPrefix(c.Name, "kernel_"):
+			b.kernel += c.Packets
+		case isOutcome(c.Name):
+			b.accounted += c.Packets
+		}
+	}
+	b.accounted += b.counters["split"] - b.counters["pieces"]
+	n.here.do(t, func() error {
+		l, err := netlink.LinkByName("vr0")
+		if err == nil {
+			b.given = l.Attrs().Statistics.TxPackets + n.injected[inward]
+		}
+		return err
+	})
+	return b
+}
+
+// balance checks the node's books: what the kernel gave to vr0 and what the other node sent is what went out, less
+// pieces, plus what was split, plus what was dropped; and nothing was lost around the vRouter. It waits for the last
+// packets to be written down, which comes after they are sent.
+func (n *nodeBox) balance(t testing.TB) {
+	t.Helper()
+	b := n.books(t)
+	for deadline := time.Now().Add(10 * time.Second); b.given != b.accounted && time.Now().Before(deadline); b = n.books(t) {
+		time.Sleep(time.Millisecond)
+	}
+	if b.given != b.accounted || b.kernel != 0 || b.counters["drop_not_set"] != 0 || b.counters["forwarded_encap"] == 0 {
+		t.Errorf("the vRouter was given %d packets, and accounts for %d; the kernel lost %d: %v", b.given, b.accounted, b.kernel, b.counters)
+	}
+}
+
+// isOutcome reports whether a counter is of those of which every packet is in exactly one.
+func isOutcome(counter string) bool {
+	return strings.HasPrefix(counter, "drop_") || strings.HasPrefix(counter, "forwarded_")
+}
