@@ -106,6 +106,7 @@ func Run(ctx context.Context, cfg Config) error {
 	if err := a.startBGP(ctx); err != nil {
 		return err
 	}
+	go a.logChecks()
 	failed := make(chan error, 1)
 	if a.host, err = watchHost(ctx, a.underlay.Interface, a.wake); err != nil {
 		return err

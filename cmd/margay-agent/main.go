@@ -60,7 +60,7 @@ IP_AUTODETECTION_METHOD.`,
 				return err
 			}
 			if os.Geteuid() != 0 {
-				return fmt.Errorf("it changes this node's routes: run it as root, or with CAP_NET_ADMIN and CAP_NET_RAW")
+				return fmt.Errorf("it changes this node's routes: run it as root, with CAP_NET_ADMIN, CAP_SYS_ADMIN and CAP_NET_BIND_SERVICE")
 			}
 			if cfg.Datastore, err = datastoreConfig(flags); err != nil {
 				return err
