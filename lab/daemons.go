@@ -40,6 +40,9 @@ func (l *Lab) startVRouter(s *state, n *node) (*child, error) {
 	if s.Attach != "" {
 		argv = append(argv, "--attach", s.Attach)
 	}
+	if s.IO != "" {
+		argv = append(argv, "--io", s.IO)
+	}
 	return daemon{netns: netnsPath(n.Name), argv: argv, log: filepath.Join(l.logsDir(n.Name), "vrouter.log")}.start()
 }
 

@@ -60,6 +60,7 @@ type state struct {
 	MTU     int          `json:"mtu"` // of the underlay, bytes
 	BinDir  string       `json:"binDir"`
 	Attach  string       `json:"attach,omitempty"` // the vrouters' --attach; empty: their default
+	IO      string       `json:"io,omitempty"`     // the vrouters' --io; empty: their default
 	Etcd    Process      `json:"etcd"`
 	Nodes   []*node      `json:"nodes"`
 }

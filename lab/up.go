@@ -25,7 +25,8 @@ type Options struct {
 	Pool      string // CIDR; empty: 10.244.0.0/16
 	IPIPMode  string // Always (also when empty), CrossSubnet or Never
 	BlockSize int    // prefix length; 0: 26
-	Attach    string // how packets come to the vrouters: tun, tun-plain, direct, auto; empty: their default
+	Attach    string // how packets come to the vrouters: tun, tun-plain, veth, direct, auto; empty: their default
+	IO        string // how they read and write interfaces: packet, xdp; empty: their default
 	NoNAT     bool   // pods leave the cluster with their own address
 	// BinDir holds vrouter, margay-agent and margay-cni; empty: where the running program lies.
 	BinDir string
@@ -38,8 +39,11 @@ type Options struct {
 // reachTimeout bounds the last step of Up, in which every pod must reach every other.
 const reachTimeout = 60 * time.Second
 
-// attachments are the words that vrouter understands, and none, for its default.
-var attachments = []string{"", "tun", "tun-plain", "direct", "auto"}
+// attachments and ios are the words that vrouter understands, and none, for its default.
+var (
+	attachments = []string{"", "tun", "tun-plain", "veth", "direct", "auto"}
+	ios         = []string{"", "packet", "xdp"}
+)
 
 // PoolName is the lab's address pool in the datastore.
 const PoolName = "default-ipv4-ippool"
@@ -101,6 +105,9 @@ func (o *Options) check() (*datastore.IPPool, error) {
 	if !slices.Contains(attachments, o.Attach) {
 		return nil, fmt.Errorf("attach %q: expected %s", o.Attach, strings.Join(attachments[1:], ", "))
 	}
+	if !slices.Contains(ios, o.IO) {
+		return nil, fmt.Errorf("io %q: expected %s", o.IO, strings.Join(ios[1:], ", "))
+	}
 	pool := datastore.NewIPPool(PoolName)
 	pool.Spec = datastore.IPPoolSpec{CIDR: o.Pool, IPIPMode: o.IPIPMode, BlockSize: o.BlockSize, NATOutgoing: !o.NoNAT}
 	pool.Default()
@@ -158,7 +165,7 @@ func (h Host) reserve(o Options, pool *datastore.IPPool) (*Lab, *state, error) {
 		return nil, nil, err
 	}
 	s := &state{Version: stateVersion, Name: o.Name, Created: time.Now().UTC(), Phase: phaseStarting, Owner: self(),
-		Subnet: subnet, MTU: o.MTU, BinDir: binDir, Attach: o.Attach}
+		Subnet: subnet, MTU: o.MTU, BinDir: binDir, Attach: o.Attach, IO: o.IO}
 	for i := 1; i <= o.Nodes; i++ {
 		n := &node{Name: nodeName(o.Name, i), Index: i, Address: at(subnet, i), NextPod: o.Pods + 1}
 		for j := 1; j <= o.Pods; j++ {

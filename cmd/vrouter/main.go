@@ -35,8 +35,8 @@ func main() {
 }
 
 type options struct {
-	attach   string
-	tun      string
+	ports    port.Options
+	cpus     string
 	socket   string
 	stateDir string
 	logLevel string
@@ -51,7 +51,7 @@ func newCommand() *cobra.Command {
 		Short: "Margay's data plane: forwards pod packets between nodes by IP-in-IP",
 		Long: `vrouter is the data plane of a Margay node.
 
-It opens the TUN device vr0, to which the kernel routes the pods' packets for other
+It makes the device vr0, to which the kernel routes the pods' packets for other
 nodes, puts each into an IP-in-IP header for the node that the longest matching
 prefix names, and sends it; what arrives from other nodes it checks, unpacks and
 hands to the kernel. What it cannot forward it drops, and counts by reason.
@@ -60,15 +60,22 @@ It has no configuration of its own. margay-agent programs it over the unix socke
 without the agent it goes on forwarding by what it was told last, also after a
 restart, from the snapshot in the state directory. vr0 stays when vrouter ends.
 
---attach says how: tun carries superpackets (TSO, USO) whole, from vr0 to the other
-nodes and back; tun-plain hands over finished packets one by one; auto is tun where
-the kernel has what it needs, and tun-plain elsewhere. direct is tun, and the vRouter
-reads the pods' own interfaces besides: what one pod sends to another, here or on
-another node, passes by the kernel's stack, and all else is the kernel's as with tun.
+--attach says how packets come and go. tun is a TUN device that carries superpackets
+(TSO, USO) whole, from vr0 to the other nodes and back; tun-plain hands over finished
+packets one by one; veth is a pair of devices, one end of which the kernel routes to
+and the other the vRouter reads, with superpackets as with tun. direct is tun, and the
+vRouter reads the pods' own interfaces besides: what one pod sends to another, here or
+on another node, passes by the kernel's stack, and all else is the kernel's as with
+tun. auto is tun where the kernel has what it needs, and tun-plain elsewhere. A device
+of the other kind that an earlier vrouter has left under the name is replaced.
 
-It needs the capabilities NET_ADMIN and NET_RAW, and /dev/net/tun. With BPF as well,
-and Linux 6.6, superpackets leave whole; without, the vRouter splits them, and direct
-cannot be had.`,
+--io says how Ethernet interfaces are read and written, the underlay first of all:
+packet is AF_PACKET; xdp is AF_XDP, which takes the least time for small packets, and
+keeps the kernel from merging segments to superpackets.
+
+It needs the capabilities NET_ADMIN and NET_RAW, and /dev/net/tun unless it is veth.
+With BPF as well, and Linux 6.6, superpackets leave whole; without, the vRouter splits
+them, and neither direct nor xdp can be had.`,
 		Example:       "  vrouter\n  vrouter --socket /run/margay/vrouter.sock --log-level debug",
 		Args:          cobra.NoArgs,
 		Version:       version.String(),
@@ -80,8 +87,11 @@ cannot be had.`,
 	}
 	cmd.SetVersionTemplate(version.Line("vrouter") + "\n")
 	f := cmd.Flags()
-	f.StringVar(&o.attach, "attach", port.AttachAuto, "how packets come and go: tun, tun-plain, direct or auto")
-	f.StringVar(&o.tun, "tun", "vr0", "name of the TUN `device`; made if it is not there")
+	f.StringVar(&o.ports.Attach, "attach", port.AttachAuto, "how packets come and go: tun, tun-plain, veth, direct or auto")
+	f.StringVar(&o.ports.IO, "io", port.IOPacket, "how Ethernet interfaces are read and written: packet or xdp")
+	f.StringVar(&o.ports.Name, "tun", "vr0", "name of the `device`; made if it is not there")
+	f.IntVar(&o.ports.BusyPoll, "busy-poll", 0, "how many `microseconds` AF_XDP sockets look for packets at the device; 0: interrupts bring them")
+	f.StringVar(&o.cpus, "cpus", "", "the CPUs to forward on, one for each worker in turn, as a `list`: 2,3 or 4-7 (default: the kernel chooses)")
 	f.StringVar(&o.socket, "socket", "/run/margay/vrouter.sock", "unix socket `path` on which the agent programs the vRouter")
 	f.StringVar(&o.stateDir, "state-dir", "/var/lib/margay", "`directory` of the snapshot file, fib.snapshot")
 	f.StringVar(&o.logLevel, "log-level", "info", "least `level` of log lines: debug, info, warn or error")
@@ -96,11 +106,12 @@ func (o *options) run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	if n := len(o.tun); n == 0 || n > 15 || strings.ContainsAny(o.tun, "/% \t\n") {
-		return fmt.Errorf("--tun %q: expected an interface name of 1 to 15 characters", o.tun)
-	}
-	if err := port.CheckAttach(o.attach); err != nil {
+	if err := o.ports.Check(); err != nil {
 		return err
+	}
+	cpus, err := port.ParseCPUs(o.cpus)
+	if err != nil {
+		return fmt.Errorf("--cpus %q: %w", o.cpus, err)
 	}
 	routing, err := o.router.options()
 	if err != nil {
@@ -109,7 +120,7 @@ func (o *options) run(ctx context.Context) (err error) {
 	var listener net.Listener
 	var side *sideways
 	defer func() { err = errors.Join(err, side.close()) }()
-	ports, err := port.OpenPorts(o.attach, o.tun, func() (err error) {
+	ports, err := port.OpenPorts(o.ports, func() (err error) {
 		if err := os.MkdirAll(o.stateDir, 0o755); err != nil {
 			return fmt.Errorf("--state-dir: %w", err)
 		}
@@ -126,8 +137,8 @@ func (o *options) run(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, ports.Close()) }()
-	tun, underlay := ports.TUN, ports.Underlay
-	log.Info("attached", "attach", ports.Attach, "why", ports.Why, "device offloads", tun.Offloads(), "sending", underlay.Sending())
+	log.Info("attached", "attach", ports.Attach, "io", ports.IO, "why", ports.Why, "device offloads", ports.Device.Offloads(),
+		"underlay", ports.Underlay.Sending())
 
 	router := vrouter.New()
 	if err := router.SetOptions(routing); err != nil {
@@ -141,7 +152,7 @@ func (o *options) run(ctx context.Context) (err error) {
 	}
 	router.OnConfig(func(c vrouter.Config) error {
 		log.Info("configured", "address", c.NodeAddress, "underlay", c.Underlay, "mtu", c.MTU)
-		return errors.Join(underlay.SetInterface(c.Underlay), tun.SetMTU(c.MTU))
+		return ports.Configure(c)
 	})
 	workers := ports.Workers(router)
 	keeper := vrouter.NewKeeper(router, filepath.Join(o.stateDir, "fib.snapshot"), log)
@@ -162,11 +173,13 @@ func (o *options) run(ctx context.Context) (err error) {
 	workerErrs := make([]error, len(workers))
 	for i, w := range workers {
 		wg.Go(func() {
-			workerErrs[i] = w.Run()
-			cancel()
+			defer cancel()
+			if workerErrs[i] = port.PinThread(cpus, i); workerErrs[i] == nil {
+				workerErrs[i] = w.Run()
+			}
 		})
 	}
-	log.Info("vrouter is up", "version", version.String(), "device", tun.Name(), "socket", o.socket)
+	log.Info("vrouter is up", "version", version.String(), "device", ports.Device.Name(), "socket", o.socket)
 
 	server := rpc.NewServer(router, version.String(), ports.String)
 	serveErr := server.Serve(ctx, listener)
@@ -174,7 +187,7 @@ func (o *options) run(ctx context.Context) (err error) {
 	ports.Stop()
 	side.stop()
 	wg.Wait()
-	log.Info("vrouter stops", "device left in place", tun.Name())
+	log.Info("vrouter stops", "device left in place", ports.Device.Name())
 	return errors.Join(append(workerErrs, serveErr, sideErr)...)
 }
 

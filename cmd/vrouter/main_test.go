@@ -94,9 +94,9 @@ func command(args ...string) *exec.Cmd {
 }
 
 // start runs a vrouter in the namespace, with its socket and state in dir, and waits until it answers.
-func (s *space) start(t *testing.T, dir, attach string) *daemon {
+func (s *space) start(t *testing.T, dir string, args ...string) *daemon {
 	t.Helper()
-	d := &daemon{dir: dir, cmd: command("--socket", filepath.Join(dir, "vrouter.sock"), "--state-dir", dir, "--attach", attach)}
+	d := &daemon{dir: dir, cmd: command(append([]string{"--socket", filepath.Join(dir, "vrouter.sock"), "--state-dir", dir}, args...)...)}
 	d.cmd.Stdout, d.cmd.Stderr = &d.output, &d.output
 	s.do(t, d.cmd.Start)
 	t.Cleanup(func() { d.stop(t, syscall.SIGKILL) })
@@ -166,20 +166,25 @@ func (d *daemon) configure(t *testing.T, index byte) {
 	}
 }
 
-// TestDaemons: see daemons, on each attachment.
+// TestDaemons: see daemons, on each attachment, by each kind of I/O.
 func TestDaemons(t *testing.T) {
-	for attach, port := range map[string]string{
-		"tun":       "vr0 by tun (asked for), offloads checksum, TSO, USO; underlay eth0 (superpackets whole (AF_PACKET, TCX))",
-		"auto":      "vr0 by tun (auto: this kernel has what it needs), offloads checksum, TSO, USO; underlay eth0 (superpackets whole (AF_PACKET, TCX))",
-		"tun-plain": "vr0 by tun-plain (asked for), offloads none; underlay eth0",
+	for args, port := range map[string]string{
+		"--attach tun":       "vr0 by tun, packet (asked for), offloads checksum, TSO, USO; underlay eth0 (superpackets whole (AF_PACKET, TCX))",
+		"--attach auto":      "vr0 by tun, packet (auto: this kernel has what it needs), offloads checksum, TSO, USO; underlay eth0 (superpackets whole (AF_PACKET, TCX))",
+		"--attach tun-plain": "vr0 by tun-plain, packet (asked for), offloads none; underlay eth0",
+		"--attach veth":      "vr0 by veth, packet (asked for), offloads checksum, TSO, USO (AF_PACKET); underlay eth0 (superpackets whole (AF_PACKET, TCX))",
+		"--attach veth --io xdp --busy-poll 20": "vr0 by veth, xdp (asked for), offloads none toward us (AF_XDP native, copy, busy polling); " +
+			"underlay eth0 (superpackets whole (AF_PACKET, TCX); AF_XDP native, copy, busy polling)",
+		"--attach tun --io xdp --cpus 0": "vr0 by tun, xdp (asked for), offloads checksum, TSO, USO; " +
+			"underlay eth0 (superpackets whole (AF_PACKET, TCX); AF_XDP native, copy)",
 	} {
-		t.Run(attach, func(t *testing.T) { daemons(t, attach, port) })
+		t.Run(args, func(t *testing.T) { daemons(t, strings.Fields(args), port) })
 	}
 }
 
 // daemons: two daemons forward; one is stopped, then killed, and each time forwards again from its snapshot, with
 // vr0 and its routes as they were and without anyone programming it anew.
-func daemons(t *testing.T, attach, port string) {
+func daemons(t *testing.T, args []string, port string) {
 	a, b := newSpace(t), newSpace(t)
 	dirA, dirB := t.TempDir(), t.TempDir()
 	// The thread's namespace, by its number, is what the other side of the pair is put into.
@@ -194,7 +199,7 @@ func daemons(t *testing.T, attach, port string) {
 	for i, s := range []*space{a, b} {
 		index := byte(i + 1)
 		s.do(t, func() error { return up("eth0", fmt.Sprintf("198.18.0.%d/24", index)) })
-		running[s] = s.start(t, dirs[s], attach)
+		running[s] = s.start(t, dirs[s], args...)
 		running[s].configure(t, index)
 		s.do(t, func() error {
 			link, err := netlink.LinkByName("vr0")
@@ -266,7 +271,15 @@ func daemons(t *testing.T, attach, port string) {
 		if answered() {
 			t.Errorf("an answer after %v", signal)
 		}
-		running[b] = b.start(t, dirB, attach)
+		eventually(t, "no XDP program is left behind", func() (gone bool) {
+			b.do(t, func() error {
+				eth0, err := netlink.LinkByName("eth0")
+				gone = err == nil && (eth0.Attrs().Xdp == nil || !eth0.Attrs().Xdp.Attached)
+				return err
+			})
+			return gone
+		})
+		running[b] = b.start(t, dirB, args...)
 		eventually(t, fmt.Sprintf("answer after %v and a restart", signal), answered)
 		s, err := running[b].dial(t).Status(t.Context())
 		if err != nil {
@@ -311,6 +324,11 @@ func TestCommandLine(t *testing.T) {
 	expectRefused(t, command("--log-level", "loud"), "loud")
 	expectRefused(t, command("--tun", "a/b"), "--tun")
 	expectRefused(t, command("--attach", "tap"), "--attach")
+	expectRefused(t, command("--io", "dpdk"), "--io")
+	expectRefused(t, command("--attach", "tun-plain", "--io", "xdp"), "--io")
+	expectRefused(t, command("--busy-poll", "5"), "--busy-poll")
+	expectRefused(t, command("--cpus", "0-"), "--cpus")
+	expectRefused(t, command("--cpus", "1023"), "may not use CPU 1023")
 }
 
 // TestWithoutBPF: with NET_ADMIN and NET_RAW alone everything works, and the status says what would make it faster.
@@ -339,8 +357,66 @@ func TestWithoutBPF(t *testing.T) {
 	d.configure(t, 1)
 	eventually(t, "status says why", func() bool {
 		status, err := c.Status(t.Context())
-		return err == nil && strings.HasPrefix(status.Port, "vr0 by tun ") && strings.Contains(status.Port, "capability BPF")
+		return err == nil && strings.HasPrefix(status.Port, "vr0 by tun, packet ") && strings.Contains(status.Port, "capability BPF")
 	})
+}
+
+// TestOtherAttachment: a vrouter takes over what one with another attachment has left under the same name, and nobody
+// else's device.
+func TestOtherAttachment(t *testing.T) {
+	s := newSpace(t)
+	s.do(t, func() error {
+		return netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "eth0", Flags: net.FlagUp}, PeerName: "eth1"})
+	})
+	for _, want := range []struct{ attach, kind string }{
+		{"tun", "tuntap"}, {"veth", "veth"}, {"veth", "veth"}, {"tun-plain", "tuntap"}, {"veth", "veth"}, {"auto", "tuntap"},
+	} {
+		dir := t.TempDir()
+		d := s.start(t, dir, "--attach", want.attach)
+		d.configure(t, 1)
+		s.do(t, func() error {
+			vr0, err := netlink.LinkByName("vr0")
+			if err == nil && (vr0.Type() != want.kind || vr0.Attrs().MTU != 1480) {
+				t.Errorf("--attach %s: vr0 is a %s with MTU %d", want.attach, vr0.Type(), vr0.Attrs().MTU)
+			}
+			return err
+		})
+		for _, attach := range []string{"tun", "veth"} {
+			other := t.TempDir()
+			s.do(t, func() error {
+				expectRefused(t, command("--socket", filepath.Join(other, "vrouter.sock"), "--state-dir", other, "--attach", attach), "another process")
+				return nil
+			})
+		}
+		d.stop(t, syscall.SIGTERM)
+	}
+	for _, attach := range []string{"tun", "veth"} {
+		other := t.TempDir()
+		s.do(t, func() error {
+			expectRefused(t, command("--socket", filepath.Join(other, "vrouter.sock"), "--state-dir", other, "--attach", attach, "--tun", "eth0"),
+				"an interface of that name and another kind is there")
+			return nil
+		})
+	}
+}
+
+// TestXDPWithoutBPF: what needs BPF is refused at start, with what to choose instead.
+func TestXDPWithoutBPF(t *testing.T) {
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := newSpace(t)
+	for _, attach := range []string{"auto", "tun", "veth"} {
+		dir := t.TempDir()
+		cmd := exec.Command("setpriv", "--bounding-set", "-all,+net_admin,+net_raw", exe,
+			"--socket", filepath.Join(dir, "vrouter.sock"), "--state-dir", dir, "--attach", attach, "--io", "xdp")
+		cmd.Env = append(os.Environ(), "MARGAY_TEST_VROUTER=1")
+		s.do(t, func() error {
+			expectRefused(t, cmd, "add the capabilities BPF and NET_ADMIN, or choose --io packet")
+			return nil
+		})
+	}
 }
 
 func TestMissing(t *testing.T) {

@@ -61,6 +61,10 @@ func run(m *testing.M) (code int) {
 	if attach := os.Getenv("MARGAY_TEST_ATTACH"); attach != "" {
 		up = append(up, "--attach", attach)
 	}
+	// And MARGAY_TEST_IO on another way to read and write interfaces.
+	if io := os.Getenv("MARGAY_TEST_IO"); io != "" {
+		up = append(up, "--io", io)
+	}
 	if out, err := ctl(up...); err != nil {
 		fmt.Fprintf(os.Stderr, "lab up: %v\n%s", err, out)
 		return 1

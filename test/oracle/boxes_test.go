@@ -141,25 +141,20 @@ func newNodeBox(t testing.TB, attach string, options vrouter.Options) *nodeBox {
 		if reply, err = port.OpenReply(); err != nil {
 			return err
 		}
-		if ports, err = port.OpenPorts(attach, "vr0", func() error { return nil }); err != nil {
+		if ports, err = port.OpenPorts(port.Options{Attach: attach, IO: port.IOPacket, Name: "vr0"}, func() error { return nil }); err != nil {
 			return err
 		}
 		return errors.Join(space.Address("in0", routerIn+"/32"), space.Address("vr0", routerOut+"/32"), space.Sysctls(map[string]string{"ipv4/conf/vr0/rp_filter": "0"}),
 			space.Route(podsPrefix, "in0"), space.Route(poolPrefix, "vr0"))
 	})
-	n.router.OnConfig(func(c vrouter.Config) error {
-		return errors.Join(ports.Underlay.SetInterface(c.Underlay), ports.TUN.SetMTU(c.MTU))
-	})
+	n.router.OnConfig(ports.Configure)
 	if err := n.router.SetOptions(options); err != nil {
 		t.Fatal(err)
 	}
 	if err := n.router.Update(update()); err != nil {
 		t.Fatal(err)
 	}
-	workers := []*vrouter.Worker{
-		n.router.NewWorker(vrouter.Encap, ports.TUN, ports.Underlay),
-		n.router.NewWorker(vrouter.Decap, ports.Underlay, ports.TUN),
-	}
+	workers := ports.Workers(n.router)
 	workers[0].SetReply(reply)
 	done := make(chan error)
 	for _, w := range workers {

@@ -3,134 +3,217 @@ package port
 import (
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 
 	"margay/vrouter"
 )
 
 // The attachments: how packets of pods come to the vRouter.
 const (
-	// AttachAuto is AttachTUN, or AttachTUNPlain where the kernel lacks something.
+	// AttachAuto is the best of the others that keeps the kernel's part in services (kube-proxy) as it is, and that this
+	// kernel can carry: AttachTUN, or else AttachTUNPlain.
 	AttachAuto = "auto"
 	// AttachTUN is a TUN device with offloads, and an underlay that carries superpackets on.
 	AttachTUN = "tun"
 	// AttachTUNPlain is a TUN device that hands over finished packets one by one, and a raw socket to send them.
 	AttachTUNPlain = "tun-plain"
+	// AttachVeth is a veth pair, one end for the kernel and one for us, and the underlay of AttachTUN.
+	AttachVeth = "veth"
 	// AttachDirect is AttachTUN and the host's side of each pod's interface.
 	AttachDirect = "direct"
 )
 
-// Ports are the two ports of a vRouter, and why these.
+// The ways to read and write Ethernet interfaces: the underlay, the twin of AttachVeth, the pods' of AttachDirect.
+const (
+	// IOPacket is AF_PACKET: superpackets pass whole.
+	IOPacket = "packet"
+	// IOXDP is AF_XDP: the least work for each packet, but on a veth the kernel splits superpackets on their way to us.
+	IOXDP = "xdp"
+)
+
+var (
+	attachments = []string{AttachAuto, AttachTUN, AttachTUNPlain, AttachVeth, AttachDirect}
+	ios         = []string{IOPacket, IOXDP}
+)
+
+// Options say what ports to open.
+type Options struct {
+	Attach string
+	IO     string
+	Name   string // of vr0
+	// BusyPoll is how many microseconds AF_XDP sockets look for packets at the device; 0: interrupts bring them.
+	BusyPoll int
+}
+
+// Check returns an error that names the option that is wrong, and what was expected.
+func (o Options) Check() error {
+	if !slices.Contains(attachments, o.Attach) {
+		return fmt.Errorf("--attach %q: expected one of %s", o.Attach, strings.Join(attachments, ", "))
+	}
+	if !slices.Contains(ios, o.IO) {
+		return fmt.Errorf("--io %q: expected one of %s", o.IO, strings.Join(ios, ", "))
+	}
+	if o.IO == IOXDP && o.Attach == AttachTUNPlain {
+		return fmt.Errorf("--io %s: not with --attach %s, which has raw sockets: expected another attachment", o.IO, o.Attach)
+	}
+	if n := len(o.Name); n == 0 || n > 15 || strings.ContainsAny(o.Name, "/% \t\n") {
+		return fmt.Errorf("--tun %q: expected an interface name of 1 to 15 characters", o.Name)
+	}
+	if o.BusyPoll < 0 || o.BusyPoll > maxBusyPoll {
+		return fmt.Errorf("--busy-poll %d: expected 0 to %d microseconds", o.BusyPoll, maxBusyPoll)
+	}
+	if o.BusyPoll > 0 && o.IO != IOXDP {
+		return fmt.Errorf("--busy-poll %d: it is for --io %s: expected that, or 0", o.BusyPoll, IOXDP)
+	}
+	return nil
+}
+
+// maxBusyPoll is a second, in microseconds.
+const maxBusyPoll = 1_000_000
+
+// Ports are the ports of a vRouter, and why these.
 type Ports struct {
-	TUN      *TUN
+	Device   Device
 	Underlay *Underlay
 	Direct   *Direct // nil unless Attach is AttachDirect; it has the other two
-	Attach   string  // AttachTUN, AttachTUNPlain or AttachDirect
-	Why      string  // why it was chosen
+	Attach   string  // what AttachAuto became
+	IO       string
+	Why      string // why it was chosen
 }
 
-// CheckAttach returns an error for a word that is no attachment.
-func CheckAttach(attach string) error {
-	switch attach {
-	case AttachAuto, AttachTUN, AttachTUNPlain, AttachDirect:
-		return nil
+// openers open the drivers; tests put others in.
+type openers struct {
+	underlay func() (*Underlay, error) // one that carries superpackets on
+	device   func(name string) (Device, error)
+}
+
+// openersOf returns those of an attachment other than AttachTUNPlain.
+func openersOf(o Options) openers {
+	open := openers{
+		underlay: OpenOffloadUnderlay,
+		device:   func(name string) (Device, error) { return deviceOf(OpenOffloadTUN(name)) },
 	}
-	return fmt.Errorf("--attach %q: expected %s, %s, %s or %s", attach, AttachAuto, AttachTUN, AttachTUNPlain, AttachDirect)
+	if o.IO == IOXDP {
+		open.underlay = func() (*Underlay, error) { return OpenXDPUnderlay(o.BusyPoll) }
+	}
+	switch {
+	case o.Attach == AttachVeth && o.IO == IOXDP:
+		open.device = func(name string) (Device, error) { return deviceOf(OpenXDPVeth(name, o.BusyPoll)) }
+	case o.Attach == AttachVeth:
+		open.device = func(name string) (Device, error) { return deviceOf(OpenVeth(name)) }
+	}
+	return open
 }
 
-// OpenPorts opens the ports of an attachment on the TUN device name. before is called between the underlay, which can
-// be refused without a trace, and the device, which stays behind; its error ends the attempt.
-func OpenPorts(attach, name string, before func() error) (*Ports, error) {
-	return openPorts(attach, name, before, OpenOffloadUnderlay, OpenOffloadTUN)
-}
-
-func openPorts(attach, name string, before func() error, offloadUnderlay func() (*Underlay, error),
-	offloadTUN func(string) (*TUN, error)) (*Ports, error) {
-	if err := CheckAttach(attach); err != nil {
+// deviceOf makes no Device of a nil pointer.
+func deviceOf[D interface {
+	*TUN | *Veth
+	Device
+}](d D, err error) (Device, error) {
+	if err != nil {
 		return nil, err
 	}
-	if attach == AttachDirect {
-		return openDirectPorts(name, before, offloadUnderlay, offloadTUN)
+	return d, nil
+}
+
+// OpenPorts opens ports. before is called between the underlay, which can be refused without a trace, and the device,
+// which stays behind; its error ends the attempt.
+func OpenPorts(o Options, before func() error) (*Ports, error) {
+	return openPorts(o, before, openersOf(o))
+}
+
+func openPorts(o Options, before func() error, open openers) (*Ports, error) {
+	if err := o.Check(); err != nil {
+		return nil, err
 	}
-	underlay, chosen, why, err := chooseUnderlay(attach, offloadUnderlay)
+	switch o.Attach {
+	case AttachTUNPlain:
+		return openPlain(o, before, "asked for")
+	case AttachAuto:
+		return openAuto(o, before, open)
+	}
+	return openOffload(o, before, open, "asked for")
+}
+
+// openOffload opens the ports of an attachment that carries superpackets.
+func openOffload(o Options, before func() error, open openers, why string) (*Ports, error) {
+	if o.Attach == AttachDirect {
+		// What direct needs beside the others is asked for first: it can be refused without a trace.
+		s, err := newSteering()
+		if err != nil {
+			return nil, err
+		}
+		if err := s.close(); err != nil {
+			return nil, err
+		}
+	}
+	p := &Ports{Attach: o.Attach, IO: o.IO, Why: why}
+	var err error
+	if p.Underlay, err = open.underlay(); err != nil {
+		return nil, err
+	}
+	if err := before(); err != nil {
+		return nil, errors.Join(err, p.Underlay.Close())
+	}
+	if p.Device, err = open.device(o.Name); err != nil {
+		return nil, errors.Join(err, p.Underlay.Close())
+	}
+	if o.Attach == AttachDirect {
+		if p.Direct, err = OpenDirect(p.Device, p.Underlay); err != nil {
+			return nil, errors.Join(err, p.Close())
+		}
+	}
+	return p, nil
+}
+
+// openPlain opens the ports that need the least.
+func openPlain(o Options, before func() error, why string) (*Ports, error) {
+	underlay, err := OpenUnderlay()
 	if err != nil {
 		return nil, err
 	}
 	if err := before(); err != nil {
 		return nil, errors.Join(err, underlay.Close())
 	}
-	if chosen == AttachTUN {
-		tun, err := offloadTUN(name)
-		if err == nil {
-			return &Ports{TUN: tun, Underlay: underlay, Attach: chosen, Why: why}, nil
-		}
-		// What closing says does not matter: the sockets are gone.
-		_ = underlay.Close()
-		if attach == AttachTUN {
-			return nil, err
-		}
-		// What hinders the plain device too is its error then, and the one to tell.
-		chosen, why = AttachTUNPlain, fmt.Sprintf("auto: %v", err)
-		if underlay, err = OpenUnderlay(); err != nil {
-			return nil, err
-		}
-	}
-	tun, err := OpenTUN(name)
+	tun, err := OpenTUN(o.Name)
 	if err != nil {
 		return nil, errors.Join(err, underlay.Close())
 	}
-	return &Ports{TUN: tun, Underlay: underlay, Attach: chosen, Why: why}, nil
+	return &Ports{Device: tun, Underlay: underlay, Attach: AttachTUNPlain, IO: IOPacket, Why: why}, nil
 }
 
-// openDirectPorts opens those of AttachTUN, and a Direct on top of them.
-func openDirectPorts(name string, before func() error, offloadUnderlay func() (*Underlay, error),
-	offloadTUN func(string) (*TUN, error)) (*Ports, error) {
-	// What direct needs beside them is asked for first: it can be refused without a trace.
-	s, err := newSteering()
-	if err != nil {
-		return nil, err
-	}
-	if err := s.close(); err != nil {
-		return nil, err
-	}
-	p, err := openPorts(AttachTUN, name, before, offloadUnderlay, offloadTUN)
-	if err != nil {
-		return nil, err
-	}
-	p.Attach = AttachDirect
-	if p.Direct, err = OpenDirect(p.TUN, p.Underlay); err != nil {
-		return nil, errors.Join(err, p.Close())
-	}
-	return p, nil
-}
-
-// chooseUnderlay opens the underlay of an attachment.
-func chooseUnderlay(attach string, offload func() (*Underlay, error)) (_ *Underlay, chosen, why string, err error) {
-	if attach == AttachTUNPlain {
-		underlay, err := OpenUnderlay()
-		return underlay, AttachTUNPlain, "asked for", err
-	}
-	underlay, err := offload()
-	if err == nil {
-		if attach == AttachTUN {
-			return underlay, AttachTUN, "asked for", nil
+// openAuto falls back where the kernel lacks something. What hinders the plain ports too is their error then, and the
+// one to tell. I/O by AF_XDP has to be asked for, and what was asked for is not replaced.
+func openAuto(o Options, before func() error, open openers) (*Ports, error) {
+	var beforeErr error
+	did := false
+	once := func() error {
+		if !did {
+			did, beforeErr = true, before()
 		}
-		return underlay, AttachTUN, "auto: this kernel has what it needs", nil
+		return beforeErr
 	}
-	if attach == AttachTUN {
-		return nil, "", "", err
+	o.Attach = AttachTUN
+	p, err := openOffload(o, once, open, "auto: this kernel has what it needs")
+	if err == nil || beforeErr != nil || o.IO == IOXDP {
+		return p, err
 	}
-	why = fmt.Sprintf("auto: %v", err)
-	underlay, err = OpenUnderlay()
-	return underlay, AttachTUNPlain, why, err
+	return openPlain(o, once, fmt.Sprintf("auto: %v", err))
 }
 
 // String describes the ports for people: what was chosen, and why.
 func (p *Ports) String() string {
-	text := fmt.Sprintf("%s by %s (%s), offloads %s; underlay %s", p.TUN.Name(), p.Attach, p.Why, p.TUN.Offloads(), p.Underlay)
+	text := fmt.Sprintf("%s by %s, %s (%s), offloads %s; underlay %s", p.Device.Name(), p.Attach, p.IO, p.Why, p.Device.Offloads(), p.Underlay)
 	if p.Direct != nil {
 		text += "; " + p.Direct.String()
 	}
 	return text
+}
+
+// Configure brings the ports in line with a configuration.
+func (p *Ports) Configure(c vrouter.Config) error {
+	return errors.Join(p.Underlay.SetInterface(c.Underlay), p.Underlay.SetNode(c.NodeAddress), p.Device.SetMTU(c.MTU))
 }
 
 // Stop ends the ports' Recv.
@@ -139,7 +222,7 @@ func (p *Ports) Stop() {
 		p.Direct.Stop()
 		return
 	}
-	p.TUN.Stop()
+	p.Device.Stop()
 	p.Underlay.Stop()
 }
 
@@ -148,7 +231,7 @@ func (p *Ports) Close() error {
 	if p.Direct != nil {
 		return p.Direct.Close()
 	}
-	return errors.Join(p.TUN.Close(), p.Underlay.Close())
+	return errors.Join(p.Device.Close(), p.Underlay.Close())
 }
 
 // Workers gives router the workers of these ports, and tells the ports what they need to know of it. It comes before the
@@ -160,7 +243,7 @@ func (p *Ports) Workers(router *vrouter.Router) []*vrouter.Worker {
 		return []*vrouter.Worker{router.NewSwitch(p.Direct)}
 	}
 	return []*vrouter.Worker{
-		router.NewWorker(vrouter.Encap, p.TUN, p.Underlay),
-		router.NewWorker(vrouter.Decap, p.Underlay, p.TUN),
+		router.NewWorker(vrouter.Encap, p.Device, p.Underlay),
+		router.NewWorker(vrouter.Decap, p.Underlay, p.Device),
 	}
 }

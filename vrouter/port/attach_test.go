@@ -14,30 +14,31 @@ import (
 // TestOpenPorts: what is asked for is opened or refused; auto falls back, and says why.
 func TestOpenPorts(t *testing.T) {
 	missing := &port.Missing{What: "offloads", Err: unix.EINVAL, Do: "choose another"}
-	noTUN := func(string) (*port.TUN, error) { return nil, missing }
+	noTUN := func(string) (port.Device, error) { return nil, missing }
 	noUnderlay := func() (*port.Underlay, error) { return nil, missing }
 	refused := errors.New("refused")
 	s := newSpace(t)
 	for _, test := range []struct {
 		attach   string
 		underlay func() (*port.Underlay, error)
-		tun      func(string) (*port.TUN, error)
+		device   func(string) (port.Device, error)
 		before   error
 		want     string
 		why      string
 		err      error
 	}{
-		{port.AttachTUN, port.OpenOffloadUnderlay, port.OpenOffloadTUN, nil, port.AttachTUN, "asked for", nil},
+		{port.AttachTUN, port.OpenOffloadUnderlay, openTUN, nil, port.AttachTUN, "asked for", nil},
 		{port.AttachTUNPlain, noUnderlay, noTUN, nil, port.AttachTUNPlain, "asked for", nil},
-		{port.AttachAuto, port.OpenOffloadUnderlay, port.OpenOffloadTUN, nil, port.AttachTUN, "this kernel has", nil},
-		{port.AttachAuto, noUnderlay, port.OpenOffloadTUN, nil, port.AttachTUNPlain, "offloads: invalid argument", nil},
+		{port.AttachAuto, port.OpenOffloadUnderlay, openTUN, nil, port.AttachTUN, "this kernel has", nil},
+		{port.AttachAuto, noUnderlay, openTUN, nil, port.AttachTUNPlain, "offloads: invalid argument", nil},
 		{port.AttachAuto, port.OpenOffloadUnderlay, noTUN, nil, port.AttachTUNPlain, "offloads: invalid argument", nil},
-		{port.AttachTUN, noUnderlay, port.OpenOffloadTUN, nil, "", "", unix.EINVAL},
+		{port.AttachTUN, noUnderlay, openTUN, nil, "", "", unix.EINVAL},
 		{port.AttachTUN, port.OpenOffloadUnderlay, noTUN, nil, "", "", unix.EINVAL},
-		{port.AttachAuto, port.OpenOffloadUnderlay, port.OpenOffloadTUN, refused, "", "", refused},
+		{port.AttachAuto, port.OpenOffloadUnderlay, openTUN, refused, "", "", refused},
 	} {
 		s.do(t, func() error {
-			ports, err := port.OpenPortsWith(test.attach, "vr0", func() error { return test.before }, test.underlay, test.tun)
+			ports, err := port.OpenPortsWith(port.Options{Attach: test.attach, IO: port.IOPacket, Name: "vr0"},
+				func() error { return test.before }, test.underlay, test.device)
 			if test.err != nil {
 				if !errors.Is(err, test.err) {
 					t.Errorf("%s: %v: expected %v", test.attach, err, test.err)
@@ -47,15 +48,34 @@ func TestOpenPorts(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			if ports.Attach != test.want || !strings.Contains(ports.Why, test.why) || !strings.Contains(ports.String(), test.want+" (") {
+			if ports.Attach != test.want || !strings.Contains(ports.Why, test.why) || !strings.Contains(ports.String(), " by "+test.want+", packet ("+ports.Why) {
 				t.Errorf("%s: %s, expected %s, because %s", test.attach, ports, test.want, test.why)
 			}
 			ports.Stop()
 			return ports.Close()
 		})
 	}
-	if err := port.CheckAttach("tap"); err == nil {
-		t.Error("tap was taken")
+}
+
+// TestOptions: what cannot be is refused, and the error names the option and what it may be.
+func TestOptions(t *testing.T) {
+	good := port.Options{Attach: port.AttachAuto, IO: port.IOPacket, Name: "vr0"}
+	if err := good.Check(); err != nil {
+		t.Error(err)
+	}
+	for want, change := range map[string]func(*port.Options){
+		`--attach "tap": expected one of auto`:    func(o *port.Options) { o.Attach = "tap" },
+		`--io "dpdk": expected one of packet`:     func(o *port.Options) { o.IO = "dpdk" },
+		`--io xdp: not with --attach tun-plain`:   func(o *port.Options) { o.Attach, o.IO = port.AttachTUNPlain, port.IOXDP },
+		`--tun "a/b": expected an interface name`: func(o *port.Options) { o.Name = "a/b" },
+		`--busy-poll -1: expected 0 to 1000000`:   func(o *port.Options) { o.BusyPoll, o.IO = -1, port.IOXDP },
+		`--busy-poll 10: it is for --io xdp`:      func(o *port.Options) { o.BusyPoll = 10 },
+	} {
+		o := good
+		change(&o)
+		if err := o.Check(); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%+v: %v: expected %s", o, err, want)
+		}
 	}
 }
 
@@ -64,7 +84,7 @@ func TestSwitchTUN(t *testing.T) {
 	s := newSpace(t)
 	s.do(t, func() error {
 		for _, d := range []driver{whole, plain, whole, plain} {
-			tun, err := d.tun("eth0") // the name that ethtool below asks for
+			tun, err := d.device("eth0") // the name that ethtool below asks for
 			if err != nil {
 				return err
 			}

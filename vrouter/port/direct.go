@@ -45,7 +45,7 @@ type Direct struct {
 	end        int // … to here
 	toHost     []*vrouter.Packet
 	toUnderlay []*vrouter.Packet
-	receiver   podReceiver
+	receiver   packetReader
 	sender     podSender
 }
 
@@ -64,7 +64,7 @@ const (
 )
 
 // OpenDirect opens the port on top of the host's and the underlay's, which it takes over. Pods follow by SetPods.
-func OpenDirect(host *TUN, underlay *Underlay) (*Direct, error) { return openDirect(host, underlay) }
+func OpenDirect(host Device, underlay *Underlay) (*Direct, error) { return openDirect(host, underlay) }
 
 func openDirect(host, underlay reader) (_ *Direct, err error) {
 	d := &Direct{host: host, underlay: underlay, epoll: -1, wake: -1, table: &directTable{pods: vrouter.NewPods(nil)}}
@@ -177,7 +177,8 @@ func (d *Direct) recv(batch []*vrouter.Packet) int {
 			// It may have gone since the look.
 			at := vrouter.Interface(event)
 			if l := d.table.link(at); l != nil {
-				got := d.receiver.recv(l, batch[n:])
+				// EAGAIN, or once ENETDOWN when the interface goes.
+				got, _ := d.receiver.recv(l.fd, ethernetHeader, batch[n:])
 				for _, p := range batch[n : n+got] {
 					p.In = at
 				}

@@ -54,17 +54,17 @@ func (n *directNode) start(t *testing.T) {
 		if n.underlay, err = port.OpenOffloadUnderlay(); err != nil {
 			return err
 		}
-		if n.tun, err = port.OpenOffloadTUN("vr0"); err != nil {
+		if n.device, err = port.OpenOffloadTUN("vr0"); err != nil {
 			return errors.Join(err, n.underlay.Close())
 		}
-		if n.direct, err = port.OpenDirect(n.tun, n.underlay); err != nil {
-			return errors.Join(err, n.tun.Close(), n.underlay.Close())
+		if n.direct, err = port.OpenDirect(n.device, n.underlay); err != nil {
+			return errors.Join(err, n.device.Close(), n.underlay.Close())
 		}
 		return os.WriteFile("/proc/sys/net/ipv4/conf/vr0/rp_filter", []byte("0"), 0)
 	})
-	ports := &port.Ports{TUN: n.tun, Underlay: n.underlay, Direct: n.direct, Attach: port.AttachDirect}
+	ports := &port.Ports{Device: n.device, Underlay: n.underlay, Direct: n.direct, Attach: port.AttachDirect}
 	n.router.OnConfig(func(c vrouter.Config) error {
-		return errors.Join(n.underlay.SetInterface(c.Underlay), n.tun.SetMTU(c.MTU))
+		return errors.Join(n.underlay.SetInterface(c.Underlay), n.device.SetMTU(c.MTU))
 	})
 	workers := ports.Workers(n.router)
 	if len(workers) != 1 {

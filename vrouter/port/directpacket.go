@@ -100,56 +100,16 @@ func (l *podLink) close() error {
 	return err
 }
 
-// podBatch is the number of packets that one system call receives or sends.
-const podBatch = 64
-
-// podReceiver receives from pods' interfaces, a batch in a system call. It is used by one goroutine.
-type podReceiver struct {
-	messages [podBatch]mmsghdr
-	pieces   [podBatch]unix.Iovec
-}
-
-// recv takes what waits at an interface, as many packets as batch holds.
-func (r *podReceiver) recv(l *podLink, batch []*vrouter.Packet) int {
-	const start = vrouter.Headroom - ethernetHeader - vnetHeader
-	want := min(len(batch), podBatch)
-	for i, p := range batch[:want] {
-		r.pieces[i].Base = &p.Buf[start]
-		r.pieces[i].SetLen(len(p.Buf) - start)
-		r.messages[i].header.Iov = &r.pieces[i]
-		r.messages[i].header.SetIovlen(1)
-	}
-	var n int
-	for {
-		got, _, errno := unix.Syscall6(unix.SYS_RECVMMSG, uintptr(l.fd), uintptr(unsafe.Pointer(&r.messages[0])), uintptr(want),
-			unix.MSG_DONTWAIT, 0, 0)
-		if errno == unix.EINTR {
-			continue
-		}
-		if errno != 0 {
-			// EAGAIN, or once ENETDOWN when the interface goes.
-			return 0
-		}
-		n = int(got)
-		break
-	}
-	for i, p := range batch[:n] {
-		p.Off, p.Len = vrouter.Headroom, max(int(r.messages[i].length)-ethernetHeader-vnetHeader, 0)
-		p.Offload = parseVnet(p.Buf[start:start+vnetHeader], ethernetHeader)
-	}
-	return n
-}
-
 // podSender sends to pods' interfaces by one AF_PACKET socket, superpackets whole, a batch in a system call. It is used by
 // one goroutine. It goes through the interface's queueing discipline, so that a limit which an operator has set on it
 // holds; the mark says to the programs there that it is ours.
 type podSender struct {
 	fd       int
 	n        int // messages that wait
-	messages [podBatch]mmsghdr
-	pieces   [podBatch]unix.Iovec
-	owners   [podBatch]*vrouter.Packet
-	counts   [podBatch]int // packets that the message stands for
+	messages [packetBatch]mmsghdr
+	pieces   [packetBatch]unix.Iovec
+	owners   [packetBatch]*vrouter.Packet
+	counts   [packetBatch]int // packets that the message stands for
 }
 
 func (s *podSender) open() (err error) {
@@ -174,7 +134,7 @@ func (s *podSender) send(l *podLink, p *vrouter.Packet) {
 		p.Drop = vrouter.ReasonMalformed
 		return
 	}
-	if s.n == podBatch {
+	if s.n == packetBatch {
 		s.flush()
 	}
 	start := p.Off - ethernetHeader - vnetHeader

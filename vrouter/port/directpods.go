@@ -178,7 +178,7 @@ func (p *directPods) free() error {
 // run looks whenever there is a reason to, on a thread that stays in the namespace.
 func (p *directPods) run() {
 	runtime.LockOSThread() // never given back: the thread may have entered the namespace
-	if err := p.place.enter(); err != nil {
+	if _, err := p.place.enter(); err != nil {
 		p.mu.Lock()
 		p.state = err.Error()
 		p.mu.Unlock()

@@ -3,6 +3,7 @@ package port
 import (
 	"encoding/binary"
 	"errors"
+	"net"
 	"net/netip"
 
 	"golang.org/x/sys/unix"
@@ -22,8 +23,21 @@ func (u *Underlay) Resolved(to netip.Addr) (frames, whole bool) {
 	return h != nil && !h.raw, h != nil && h.whole
 }
 
+// OpenXDPSplitUnderlay is OpenXDPUnderlay where the kernel does not take superpackets whole.
+func OpenXDPSplitUnderlay() (*Underlay, error) {
+	return openXDPUnderlay(0, func() (*retag, error) { return nil, explainBPF("attach the BPF program", unix.EOPNOTSUPP) })
+}
+
 // OpenPortsWith is OpenPorts with other drivers for the offloads.
-var OpenPortsWith = openPorts
+func OpenPortsWith(o Options, before func() error, underlay func() (*Underlay, error), device func(string) (Device, error)) (*Ports, error) {
+	return openPorts(o, before, openers{underlay, device})
+}
+
+// MarkUnfinished is for tests of nothing else.
+var MarkUnfinished = markUnfinished
+
+// ByXDP reports whether packets come and go by AF_XDP.
+func (u *Underlay) ByXDP() bool { return u.bypass != nil && u.bypass.intact() }
 
 // XSK is an AF_XDP socket with its program, for tests of nothing else.
 type XSK struct {
@@ -33,12 +47,12 @@ type XSK struct {
 }
 
 // OpenXSK opens a socket on the interface index for IP-in-IP to the address.
-func OpenXSK(index, mtu, slots int, address netip.Addr) (*XSK, error) {
+func OpenXSK(index, mtu, slots int, mac net.HardwareAddr, address netip.Addr) (*XSK, error) {
 	wait, err := newWaiter()
 	if err != nil {
 		return nil, err
 	}
-	program, err := newXDP(1, matchIPIP(address.As4()))
+	program, err := newXDP(1, matchIPIP([6]byte(mac), address.As4()))
 	if err != nil {
 		return nil, errors.Join(err, wait.close())
 	}

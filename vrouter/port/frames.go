@@ -3,7 +3,6 @@ package port
 import (
 	"encoding/binary"
 	"fmt"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -11,13 +10,8 @@ import (
 	"margay/vrouter/packet"
 )
 
-const (
-	// frameMessages is the number of frames that one system call sends.
-	frameMessages = 64
-	// frameHeaders is the room for what precedes a segment's payload: virtio-net and link-layer header, and the
-	// packet's own.
-	frameHeaders = vnetHeader + ethernetHeader + packet.MaxHeaders
-)
+// frameHeaders is the room for what precedes a segment's payload: virtio-net and link-layer header, and the packet's own.
+const frameHeaders = vnetHeader + ethernetHeader + packet.MaxHeaders
 
 // frames sends on the underlay by an AF_PACKET socket with PACKET_VNET_HDR: whole superpackets where the interface has
 // the program of retag.go, their segments where it has not. Segments are given to the kernel in two pieces, headers of
@@ -25,15 +19,9 @@ const (
 //
 // It is used by one goroutine, Send's.
 type frames struct {
-	fd       int
+	packetWriter
 	resolver *resolver
-
-	n        int // messages that wait
-	messages [frameMessages]mmsghdr
-	pieces   [frameMessages][2]unix.Iovec
-	headers  [frameMessages][frameHeaders]byte
-	owners   [frameMessages]*vrouter.Packet
-	counts   [frameMessages]int // packets that the message stands for
+	headers  [packetBatch][frameHeaders]byte
 	splitter packet.Splitter
 }
 
@@ -79,54 +67,35 @@ func (f *frames) close() error {
 	return err
 }
 
-// message puts the next message into the queue: to h, of one or two pieces, a part of p that stands for packets packets.
-// The queue has room.
-func (f *frames) message(h *hop, p *vrouter.Packet, first, second []byte, packets int) {
-	i := f.n
-	f.pieces[i][0] = unix.Iovec{Base: &first[0]}
-	f.pieces[i][0].SetLen(len(first))
-	pieces := 1
-	if len(second) > 0 {
-		f.pieces[i][1] = unix.Iovec{Base: &second[0]}
-		f.pieces[i][1].SetLen(len(second))
-		pieces = 2
-	}
-	m := &f.messages[i].header
-	m.Name = (*byte)(unsafe.Pointer(&h.address))
-	m.Namelen = unix.SizeofSockaddrLinklayer
-	m.Iov = &f.pieces[i][0]
-	m.SetIovlen(pieces)
-	f.owners[i], f.counts[i] = p, packets
-	f.n++
-}
-
-// whole puts p, headers and all, into the queue.
-func (f *frames) whole(u *Underlay, h *hop, p *vrouter.Packet) {
+// whole puts one packet, headers and all, into the queue.
+func (f *frames) whole(u *Underlay, h *hop, one []*vrouter.Packet) {
+	p := one[0]
 	headers, segments, fault := super(p.Bytes(), packet.IPv4MinLen, &p.Offload)
 	if fault != packet.FaultNone {
 		p.Drop = vrouter.ReasonMalformed
 		return
 	}
-	if f.n == frameMessages {
-		f.flush(u)
+	if !f.room(1) {
+		f.flush(u.drained)
 	}
 	start := p.Off - ethernetHeader - vnetHeader
 	putVnet(p.Buf[start:], &p.Offload, ethernetHeader, headers)
 	copy(p.Buf[p.Off-ethernetHeader:], h.ethernet[:])
-	f.message(h, p, p.Buf[start:p.Off+p.Len], nil, segments)
+	f.begin(&h.address, one, segments)
+	f.piece(p.Buf[start : p.Off+p.Len])
 }
 
-// split puts p's segments into the queue.
-func (f *frames) split(u *Underlay, h *hop, p *vrouter.Packet) {
-	s := &f.splitter
+// split puts the segments of one packet into the queue.
+func (f *frames) split(u *Underlay, h *hop, one []*vrouter.Packet) {
+	s, p := &f.splitter, one[0]
 	if s.Start(p.Bytes(), packet.IPv4MinLen, p.Offload.Protocol(), int(p.Offload.Size)) != packet.FaultNone {
 		p.Drop = vrouter.ReasonMalformed
 		return
 	}
 	o := vrouter.Offload{NeedsChecksum: true, ChecksumStart: uint16(s.ChecksumStart()), ChecksumOffset: uint16(s.ChecksumOffset())}
 	for {
-		if f.n == frameMessages {
-			f.flush(u)
+		if !f.room(2) {
+			f.flush(u.drained)
 		}
 		header := &f.headers[f.n]
 		n, payload := s.Next(header[vnetHeader+ethernetHeader:])
@@ -135,51 +104,85 @@ func (f *frames) split(u *Underlay, h *hop, p *vrouter.Packet) {
 		}
 		putVnet(header[:], &o, ethernetHeader, 0)
 		copy(header[vnetHeader:], h.ethernet[:])
-		f.message(h, p, header[:vnetHeader+ethernetHeader+n], payload, 1)
+		f.begin(&h.address, one, 1)
+		f.piece(header[:vnetHeader+ethernetHeader+n])
+		if len(payload) > 0 {
+			f.piece(payload)
+		}
 	}
 }
 
-// send puts p into the queue, or reports that the kernel has to find the way.
-func (f *frames) send(u *Underlay, table hops, p *vrouter.Packet) bool {
+// splitXDP hands the segments of one packet to an AF_XDP socket, which takes only finished ones.
+func (f *frames) splitXDP(h *hop, x *xsk, p *vrouter.Packet) {
+	s := &f.splitter
+	if s.Start(p.Bytes(), packet.IPv4MinLen, p.Offload.Protocol(), int(p.Offload.Size)) != packet.FaultNone {
+		p.Drop = vrouter.ReasonMalformed
+		return
+	}
+	for {
+		n, payload := s.Next(f.headers[0][:])
+		if n == 0 {
+			return
+		}
+		if n+len(payload) > x.mtu {
+			p.Drop = vrouter.ReasonSendTooBig
+			return
+		}
+		frame := x.next()
+		if frame == nil {
+			p.Drop = vrouter.ReasonSendQueueFull
+			return
+		}
+		b := frame[copy(frame, h.ethernet[:]):]
+		b = b[:copy(b, f.headers[0][:n])+copy(b[n:], payload)]
+		packet.CompleteChecksum(b, s.ChecksumStart(), s.ChecksumOffset())
+		x.queue(ethernetHeader + len(b))
+		p.Sent++
+	}
+}
+
+// sendBatch sends every packet of batch by the way that its next hop and its kind allow, the packets of each flow in
+// order: of two ways the one is emptied before the other is taken.
+func (f *frames) sendBatch(u *Underlay, batch []*vrouter.Packet) {
+	table := *f.resolver.table.Load()
+	x := u.bypass.hold(int(f.resolver.index.Load()))
+	for i, p := range batch {
+		p.Sent, p.Drop = 0, vrouter.ReasonNotSet
+		h := f.find(table, p)
+		single := p.Offload.Segmentation == vrouter.SegmentNone
+		switch {
+		case h == nil:
+			u.sendRaw(p)
+		case x != nil && single:
+			f.flush(u.drained)
+			x.send(p, h.ethernet[:])
+		case x != nil && !h.whole:
+			f.flush(u.drained)
+			f.splitXDP(h, x, p)
+		case single || h.whole:
+			x.flush(u.drained)
+			f.whole(u, h, batch[i:i+1])
+		default:
+			f.split(u, h, batch[i:i+1])
+		}
+	}
+	f.flush(u.drained)
+	u.bypass.release(x, u.drained)
+}
+
+// find returns the next hop of a packet, or nil where the kernel has to find it.
+func (f *frames) find(table hops, p *vrouter.Packet) *hop {
 	to := binary.BigEndian.Uint32(p.Buf[p.Off+16:])
 	h := table.find(to)
 	if h == nil {
 		f.resolver.want(to)
-		return false
+		return nil
 	}
 	if !h.used.Load() {
 		h.used.Store(true)
 	}
-	switch {
-	case h.raw:
-		return false
-	case p.Offload.Segmentation == vrouter.SegmentNone || h.whole:
-		f.whole(u, h, p)
-	default:
-		f.split(u, h, p)
+	if h.raw {
+		return nil
 	}
-	return true
-}
-
-// flush sends what waits, and notes the outcome with each packet.
-func (f *frames) flush(u *Underlay) {
-	for i := 0; i < f.n; {
-		sent, err := sendmmsg(f.fd, f.messages[i:f.n], unix.MSG_DONTWAIT)
-		if err == unix.EAGAIN && u.drained.wait(f.fd, unix.POLLOUT, sendPatience) {
-			sent, err = sendmmsg(f.fd, f.messages[i:f.n], unix.MSG_DONTWAIT)
-		}
-		if err == unix.EINTR {
-			continue
-		}
-		if err != nil {
-			f.owners[i].Drop = sendFailure(err)
-			i++
-			continue
-		}
-		for range sent {
-			f.owners[i].Sent += f.counts[i]
-			i++
-		}
-	}
-	f.n = 0
+	return h
 }

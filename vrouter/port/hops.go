@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"slices"
 	"sync/atomic"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -64,20 +63,4 @@ func (t hops) sort() {
 		}
 		return 1
 	})
-}
-
-// mmsghdr is struct mmsghdr of sendmmsg(2).
-type mmsghdr struct {
-	header unix.Msghdr
-	length uint32
-}
-
-// sendmmsg is sendmmsg(2), which x/sys does not have.
-func sendmmsg(fd int, messages []mmsghdr, flags int) (int, error) {
-	n, _, errno := unix.Syscall6(unix.SYS_SENDMMSG, uintptr(fd), uintptr(unsafe.Pointer(&messages[0])), uintptr(len(messages)),
-		uintptr(flags), 0, 0)
-	if errno != 0 {
-		return 0, errno
-	}
-	return int(n), nil
 }

@@ -19,20 +19,20 @@ func thisNamespace() (*namespace, error) {
 	return &namespace{fd}, nil
 }
 
-// enter brings the calling thread into the namespace, if it is not there already, which takes CAP_SYS_ADMIN. Only tests
-// open ports in other namespaces than the process's.
-func (n *namespace) enter() error {
+// enter brings the calling thread into the namespace, and reports whether it was in another one, which takes
+// CAP_SYS_ADMIN to leave. Only tests open ports in other namespaces than the process's.
+func (n *namespace) enter() (switched bool, err error) {
 	var here, there unix.Stat_t
 	if err := errors.Join(unix.Stat("/proc/thread-self/ns/net", &here), unix.Fstat(n.fd, &there)); err != nil {
-		return fmt.Errorf("network namespace: %w", err)
+		return false, fmt.Errorf("network namespace: %w", err)
 	}
 	if here.Ino == there.Ino && here.Dev == there.Dev {
-		return nil
+		return false, nil
 	}
 	if err := unix.Setns(n.fd, unix.CLONE_NEWNET); err != nil {
-		return fmt.Errorf("enter network namespace: %w", err)
+		return false, fmt.Errorf("enter network namespace: %w", err)
 	}
-	return nil
+	return true, nil
 }
 
 func (n *namespace) close() error { return unix.Close(n.fd) }

@@ -107,20 +107,43 @@ func wire(t *testing.T, a, b *space) {
 // driver is a pair of ports that a node can have.
 type driver struct {
 	name     string
-	tun      func(string) (*port.TUN, error)
+	device   func(string) (port.Device, error)
 	underlay func() (*port.Underlay, error)
+	whole    bool // superpackets leave whole
+	xdp      bool // single packets come and go by AF_XDP
 }
 
-// plain and whole are the drivers of the two attachments; split is that of the second where BPF is not allowed.
+// plain is the driver of tun-plain, whole that of tun, split the same where BPF is not allowed; and so on.
 var (
-	plain = driver{"tun-plain", port.OpenTUN, port.OpenUnderlay}
-	whole = driver{"tun", port.OpenOffloadTUN, port.OpenOffloadUnderlay}
-	split = driver{"tun without BPF", port.OpenOffloadTUN, port.OpenSplitUnderlay}
+	plain     = driver{name: "tun-plain", device: openPlain, underlay: port.OpenUnderlay}
+	whole     = driver{name: "tun", device: openTUN, underlay: port.OpenOffloadUnderlay, whole: true}
+	split     = driver{name: "tun without BPF", device: openTUN, underlay: port.OpenSplitUnderlay}
+	tunXDP    = driver{name: "tun, AF_XDP", device: openTUN, underlay: openXDP, whole: true, xdp: true}
+	tunSplit  = driver{name: "tun, AF_XDP without TCX", device: openTUN, underlay: port.OpenXDPSplitUnderlay, xdp: true}
+	veth      = driver{name: "veth", device: openVeth, underlay: port.OpenOffloadUnderlay, whole: true}
+	vethSplit = driver{name: "veth without BPF", device: openVeth, underlay: port.OpenSplitUnderlay}
+	vethXDP   = driver{name: "veth, AF_XDP", device: openXDPVeth, underlay: openXDP, whole: true, xdp: true}
+
+	drivers = []driver{plain, whole, split, tunXDP, tunSplit, veth, vethSplit, vethXDP}
 )
+
+// device makes no Device of a nil pointer.
+func device[D port.Device](d D, err error) (port.Device, error) {
+	if err != nil {
+		return nil, err
+	}
+	return d, nil
+}
+
+func openPlain(name string) (port.Device, error)   { return device(port.OpenTUN(name)) }
+func openTUN(name string) (port.Device, error)     { return device(port.OpenOffloadTUN(name)) }
+func openVeth(name string) (port.Device, error)    { return device(port.OpenVeth(name)) }
+func openXDPVeth(name string) (port.Device, error) { return device(port.OpenXDPVeth(name, 0)) }
+func openXDP() (*port.Underlay, error)             { return port.OpenXDPUnderlay(0) }
 
 // onEach runs a test on every driver.
 func onEach(t *testing.T, f func(*testing.T, driver)) {
-	for _, d := range []driver{plain, whole, split} {
+	for _, d := range drivers {
 		t.Run(d.name, func(t *testing.T) { f(t, d) })
 	}
 }
@@ -129,7 +152,7 @@ func onEach(t *testing.T, f func(*testing.T, driver)) {
 type node struct {
 	*space
 	router   *vrouter.Router
-	tun      *port.TUN
+	device   port.Device
 	underlay *port.Underlay
 	super    atomic.Int64 // superpackets that arrived
 	address  netip.Addr
@@ -160,19 +183,19 @@ func newNode(t *testing.T, s *space, index int, d driver) *node {
 		if n.underlay, err = d.underlay(); err != nil {
 			return err
 		}
-		if n.tun, err = d.tun("vr0"); err != nil {
+		if n.device, err = d.device("vr0"); err != nil {
 			return errors.Join(err, n.underlay.Close())
 		}
 		return addAddress("lo", n.pod.String()+"/32")
 	})
 	s.do(t, func() error { return addRoute("vr0", podBlock(3-index).String(), n.pod.String()) })
 	n.router.OnConfig(func(c vrouter.Config) error {
-		return errors.Join(n.underlay.SetInterface(c.Underlay), n.tun.SetMTU(c.MTU))
+		return (&port.Ports{Device: n.device, Underlay: n.underlay}).Configure(c)
 	})
 	done := make(chan error)
 	for _, w := range []*vrouter.Worker{
-		n.router.NewWorker(vrouter.Encap, n.tun, n.underlay),
-		n.router.NewWorker(vrouter.Decap, spy{n.underlay, &n.super}, n.tun),
+		n.router.NewWorker(vrouter.Encap, n.device, n.underlay),
+		n.router.NewWorker(vrouter.Decap, spy{n.underlay, &n.super}, n.device),
 	} {
 		go func() {
 			runtime.LockOSThread() // never given back: the thread stays in the namespace
@@ -184,9 +207,9 @@ func newNode(t *testing.T, s *space, index int, d driver) *node {
 		}()
 	}
 	t.Cleanup(func() {
-		n.tun.Stop()
+		n.device.Stop()
 		n.underlay.Stop()
-		err := errors.Join(<-done, <-done, n.tun.Close(), n.underlay.Close())
+		err := errors.Join(<-done, <-done, n.device.Close(), n.underlay.Close())
 		if err != nil {
 			t.Error(err)
 		}

@@ -129,6 +129,9 @@ func superpackets() map[string]*vrouter.Packet {
 	return all
 }
 
+// senders are the drivers that send in different ways.
+var senders = []driver{plain, whole, split, tunXDP, tunSplit}
+
 // TestSameOnTheWire: what leaves the underlay is the same, byte for byte, whichever driver sends it, and its checksums
 // are right.
 func TestSameOnTheWire(t *testing.T) {
@@ -139,7 +142,7 @@ func TestSameOnTheWire(t *testing.T) {
 	sb.do(t, func() error { return ethtool(ethtoolSetGRO, 0) })
 	captured := sb.capture(t)
 	wires := map[string]map[string][][]byte{}
-	for _, d := range []driver{plain, whole, split} {
+	for _, d := range senders {
 		wires[d.name] = map[string][][]byte{}
 		var underlay *port.Underlay
 		sa.do(t, func() (err error) {
@@ -147,7 +150,7 @@ func TestSameOnTheWire(t *testing.T) {
 			return err
 		})
 		if err := underlayOf(t, sa, underlay); err != nil {
-			t.Fatal(err)
+			t.Fatalf("%s: %v", d.name, err)
 		}
 		if d.name != plain.name {
 			eventually(t, d.name+" knows the way", func() bool {
@@ -155,7 +158,7 @@ func TestSameOnTheWire(t *testing.T) {
 				underlay.Send([]*vrouter.Packet{p})
 				receive(t, captured, 1)
 				frames, super := underlay.Resolved(nodeAddress(2))
-				return frames && super == (d.name == whole.name)
+				return frames && super == d.whole && underlay.ByXDP() == d.xdp
 			})
 		}
 		for name, p := range superpackets() {
@@ -177,7 +180,7 @@ func TestSameOnTheWire(t *testing.T) {
 				t.Errorf("%s: wrong checksum in packet %d of %d", name, i, len(want))
 			}
 		}
-		for _, d := range []driver{whole, split} {
+		for _, d := range senders[1:] {
 			got := wires[d.name][name]
 			if len(got) != len(want) {
 				t.Errorf("%s, %s: %d packets, %d with %s", d.name, name, len(got), len(want), plain.name)
@@ -197,7 +200,7 @@ func TestSameOnTheWire(t *testing.T) {
 // underlayOf names eth0 as the interface of a port, from within the namespace.
 func underlayOf(t *testing.T, s *space, u *port.Underlay) (err error) {
 	t.Helper()
-	s.do(t, func() error { err = u.SetInterface("eth0"); return nil })
+	s.do(t, func() error { err = errors.Join(u.SetInterface("eth0"), u.SetNode(nodeAddress(1))); return nil })
 	return err
 }
 
@@ -222,7 +225,7 @@ func receive(t *testing.T, fd, n int) (all [][]byte) {
 
 // TestNeighbours: packets follow the kernel's neighbours and routes, and none is lost while there is no neighbour yet.
 func TestNeighbours(t *testing.T) {
-	for _, d := range []driver{whole, split} {
+	for _, d := range senders[1:] {
 		t.Run(d.name, func(t *testing.T) { neighbours(t, d) })
 	}
 }
@@ -234,7 +237,7 @@ func neighbours(t *testing.T, d driver) {
 		return func() bool {
 			ok := answered(conn, 10)
 			got, super := a.underlay.Resolved(b.address)
-			return ok && got == want && (!got || super == (d.name == whole.name))
+			return ok && got == want && (!got || super == d.whole)
 		}
 	}
 	eventually(t, "AF_PACKET is used", frames(true))
@@ -323,16 +326,16 @@ func TestRetagFollows(t *testing.T) {
 
 // TestOffloadAllocations: the offload drivers allocate nothing while they send, however they send.
 func TestOffloadAllocations(t *testing.T) {
-	for _, d := range []driver{whole, split} {
+	for _, d := range drivers[1:] {
 		sa, sb := newSpace(t), newSpace(t)
 		wire(t, sa, sb)
 		var underlay *port.Underlay
-		var tun *port.TUN
+		var tun port.Device
 		sa.do(t, func() (err error) {
 			if underlay, err = d.underlay(); err != nil {
 				return err
 			}
-			tun, err = d.tun("vr0")
+			tun, err = d.device("vr0")
 			return err
 		})
 		if err := underlayOf(t, sa, underlay); err != nil {

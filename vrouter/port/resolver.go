@@ -96,6 +96,20 @@ func (r *resolver) setIndex(index int) {
 	}
 }
 
+// bypassPlace describes the interface as AF_XDP has to know it; what does not follow from the link is left out.
+func (r *resolver) bypassPlace(index int) (bypassPlace, error) {
+	l, err := r.links.LinkByIndex(index)
+	if err != nil {
+		return bypassPlace{}, err
+	}
+	a := l.Attrs()
+	at := bypassPlace{name: a.Name, index: index, mtu: a.MTU, wired: l.Type() != "veth"}
+	if copy(at.mac[:], a.HardwareAddr) != len(at.mac) {
+		return at, errors.New("it is no Ethernet device")
+	}
+	return at, nil
+}
+
 // close stops the goroutine and frees everything.
 func (r *resolver) close() error {
 	r.stopped.Store(true)
@@ -126,7 +140,7 @@ func (r *resolver) free() error {
 // run looks whenever there is a reason to, on a thread that stays in the namespace.
 func (r *resolver) run() {
 	runtime.LockOSThread()
-	if err := r.place.enter(); err != nil && r.retag != nil {
+	if _, err := r.place.enter(); err != nil && r.retag != nil {
 		r.noRetag, r.retag = err, errorsDrop(r.retag)
 	}
 	buffer := make([]byte, 1<<16)

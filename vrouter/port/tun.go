@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"sync"
 	"sync/atomic"
 
 	"github.com/songgao/water"
@@ -20,8 +19,6 @@ const (
 	// tunQueue is the length of the kernel's queue toward us, in packets. The kernel's 500 overflow within the time
 	// slice that another process may take from us.
 	tunQueue = 2048
-	// addrGenModeNone is IN6_ADDR_GEN_MODE_NONE of linux/if_link.h.
-	addrGenModeNone = 1
 	// reopenDelay is the time between attempts to make a deleted device anew, in milliseconds.
 	reopenDelay = 200
 )
@@ -30,15 +27,12 @@ const (
 // within the MTU, and superpackets toward it are split here. Opened by OpenOffloadTUN it carries superpackets and
 // unfinished checksums in both directions. It implements vrouter.Port.
 type TUN struct {
-	name    string
-	open    func(name string) (int, error)
-	vnet    int         // length of the virtio-net header in front of each packet: vnetHeader, or 0 without offloads
-	udp     atomic.Bool // the kernel splits UDP superpackets too
-	fd      int         // the number stays the same for the life of the port, see reopen
-	waiter  *waiter
-	links   *netlink.Handle
-	linksMu sync.Mutex
-	mtu     atomic.Int64
+	vr0
+	open   func(name string) (int, error)
+	vnet   int         // length of the virtio-net header in front of each packet: vnetHeader, or 0 without offloads
+	udp    atomic.Bool // the kernel splits UDP superpackets too
+	fd     int         // the number stays the same for the life of the port, see reopen
+	waiter *waiter
 
 	// For Send only.
 	scratch []byte
@@ -46,17 +40,21 @@ type TUN struct {
 	written int
 	failure vrouter.Reason
 	run     run
+	pieces  [joinMax]unix.Iovec
 }
 
 // OpenTUN creates the device name, or takes over the one that an earlier process left, and sets it up. It stays, with
 // its addresses and routes, when the port is closed or the process dies.
 func OpenTUN(name string) (*TUN, error) {
-	return (&TUN{name: name, open: openTUN}).start()
+	return (&TUN{vr0: vr0{name: name}, open: openTUN}).start()
 }
 
 // start opens the device of a TUN that knows how.
 func (t *TUN) start() (_ *TUN, err error) {
 	name := t.name
+	if err := removePair(name); err != nil {
+		return nil, err
+	}
 	fd, err := t.open(name)
 	if err != nil {
 		return nil, err
@@ -68,7 +66,7 @@ func (t *TUN) start() (_ *TUN, err error) {
 	if t.waiter, err = newWaiter(); err != nil {
 		return nil, errors.Join(fmt.Errorf("%s: %w", name, err), unix.Close(fd))
 	}
-	if t.links, err = netlink.NewHandle(unix.NETLINK_ROUTE); err == nil {
+	if err = t.vr0.open(); err == nil {
 		err = t.setUp()
 	}
 	if err != nil {
@@ -136,54 +134,15 @@ func unwrapErrno(err error) error {
 	return err
 }
 
-// setUp gives the device its queue and MTU and takes it up.
+// setUp gives the device its queue, MTU and longest superpacket, and takes it up.
 func (t *TUN) setUp() error {
-	t.linksMu.Lock()
-	defer t.linksMu.Unlock()
-	link, err := t.links.LinkByName(t.name)
-	if err != nil {
-		return err
-	}
-	if err := t.links.LinkSetTxQLen(link, tunQueue); err != nil {
-		return fmt.Errorf("set queue length: %w", err)
-	}
-	if mtu := int(t.mtu.Load()); mtu != 0 {
-		if err := t.links.LinkSetMTU(link, mtu); err != nil {
-			return fmt.Errorf("set MTU %d: %w", mtu, err)
+	return t.change(func(link netlink.Link) error {
+		if err := t.links.LinkSetTxQLen(link, tunQueue); err != nil {
+			return fmt.Errorf("set queue length: %w", err)
 		}
-	}
-	if t.vnet > 0 {
-		// The kernel splits what is longer, which no outer header would fit.
-		if err := t.links.LinkSetGSOMaxSize(link, vrouter.MaxMTU+1); err != nil {
-			return fmt.Errorf("set the longest superpacket: %w", err)
-		}
-	}
-	// Without a link-local address the kernel sends no router solicitations, which would only be counted drops. A
-	// kernel without IPv6 refuses, and needs it not.
-	_ = t.links.LinkSetIP6AddrGenMode(link, addrGenModeNone)
-	if err := t.links.LinkSetUp(link); err != nil {
-		return fmt.Errorf("set up: %w", err)
-	}
-	return nil
+		return t.prepare(link, t.vnet > 0)
+	})
 }
-
-// SetMTU sets the device's MTU in bytes, now and whenever the device has to be made anew.
-func (t *TUN) SetMTU(mtu int) error {
-	t.linksMu.Lock()
-	defer t.linksMu.Unlock()
-	link, err := t.links.LinkByName(t.name)
-	if err == nil {
-		err = t.links.LinkSetMTU(link, mtu)
-	}
-	if err != nil {
-		return fmt.Errorf("%s: set MTU %d: %w", t.name, mtu, err)
-	}
-	t.mtu.Store(int64(mtu))
-	return nil
-}
-
-// Name returns the device's name.
-func (t *TUN) Name() string { return t.name }
 
 // Recv implements vrouter.Port.
 func (t *TUN) Recv(batch []*vrouter.Packet) (int, error) {
@@ -306,29 +265,11 @@ func (t *TUN) write(b []byte) {
 	}
 }
 
-// Counters implements vrouter.Port. They start with the device, not with the process.
-func (t *TUN) Counters() []vrouter.Counter {
-	var dropped, refused uint64
-	t.linksMu.Lock()
-	link, err := t.links.LinkByName(t.name)
-	t.linksMu.Unlock()
-	if err == nil && link.Attrs().Statistics != nil {
-		s := link.Attrs().Statistics
-		dropped, refused = s.TxDropped, s.RxDropped+s.RxErrors
-	}
-	return []vrouter.Counter{
-		{Name: "kernel_vr0_tx_dropped", Packets: dropped}, // its queue toward us was full, or nobody read
-		{Name: "kernel_vr0_rx_dropped", Packets: refused}, // what we wrote and it did not take
-	}
-}
-
 // Stop implements vrouter.Port.
 func (t *TUN) Stop() { t.waiter.stop() }
 
 // Close implements vrouter.Port. The device stays.
 func (t *TUN) Close() error {
-	if t.links != nil {
-		t.links.Close()
-	}
+	t.vr0.close()
 	return errors.Join(unix.Close(t.fd), t.waiter.close())
 }

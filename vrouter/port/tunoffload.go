@@ -20,7 +20,7 @@ const (
 // OpenOffloadTUN is OpenTUN for a device with offloads: superpackets and unfinished checksums pass whole, each behind a
 // virtio-net header.
 func OpenOffloadTUN(name string) (*TUN, error) {
-	t := &TUN{name: name, vnet: vnetHeader}
+	t := &TUN{vr0: vr0{name: name}, vnet: vnetHeader}
 	t.open = t.openOffload
 	return t.start()
 }

@@ -4,9 +4,11 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
 
@@ -31,19 +33,23 @@ const (
 // socket gives packets that GRO has merged without saying so; it sends by a raw socket, so that the kernel does
 // routing and neighbours. A second raw socket, for protocol 4, is never read: while it is open the kernel does not
 // answer "protocol unreachable". Opened by OpenOffloadUnderlay it sends by AF_PACKET what it can, see frames.go, and
-// the rest by the raw socket. It implements vrouter.Port.
+// the rest by the raw socket. Opened by OpenXDPUnderlay it does the same, but receives and sends single packets by
+// AF_XDP. It implements vrouter.Port.
 type Underlay struct {
 	frames *frames // nil: everything goes by the raw socket
+	bypass *bypass // nil: no AF_XDP
 
 	recv, send, guard int
+	reader            packetReader
 	waiter            *waiter // Recv's
 	drained           *waiter // Send's
 
-	mu      sync.Mutex // SetInterface and the idle Recv
-	name    string
-	index   int          // of the interface that recv is bound to; 0: none
-	header  atomic.Int32 // length of its link-layer header, in bytes
-	dropped atomic.Uint64
+	mu     sync.Mutex // SetInterface and the idle Recv
+	name   string
+	node   [4]byte      // this node's address; zero: not told yet
+	index  int          // of the interface that recv is bound to; 0: none
+	header atomic.Int32 // length of its link-layer header, in bytes
+	lost   socketLosses
 
 	// For Send only.
 	to       unix.SockaddrInet4
@@ -61,6 +67,26 @@ func openOffloadUnderlay(load func() (*retag, error)) (*Underlay, error) {
 		return nil, err
 	}
 	if u.frames, err = newFrames(load); err != nil {
+		return nil, errors.Join(err, u.Close())
+	}
+	return u, nil
+}
+
+// OpenXDPUnderlay is OpenOffloadUnderlay with AF_XDP, once SetNode has told whose packets to take. busyPoll is the
+// number of microseconds that a look for packets may last, 0: interrupts bring them.
+func OpenXDPUnderlay(busyPoll int) (*Underlay, error) { return openXDPUnderlay(busyPoll, newRetag) }
+
+func openXDPUnderlay(busyPoll int, load func() (*retag, error)) (*Underlay, error) {
+	b, err := newBypass(busyPoll)
+	if err != nil {
+		return nil, err
+	}
+	u, err := openOffloadUnderlay(load)
+	if err != nil {
+		return nil, errors.Join(err, b.close())
+	}
+	u.bypass = b
+	if err := b.watch(u.recv); err != nil {
 		return nil, errors.Join(err, u.Close())
 	}
 	return u, nil
@@ -175,8 +201,54 @@ func (u *Underlay) SetInterface(name string) error {
 	return u.rebind()
 }
 
-// rebind binds the receiving socket to the interface that has the name now. The caller holds mu.
+// SetNode tells this node's address: packets to it are ours. Only a port with AF_XDP has to know.
+func (u *Underlay) SetNode(address netip.Addr) error {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.node = address.As4()
+	return u.rebind()
+}
+
+// rebind goes to the interface that has the name now. The caller holds mu.
 func (u *Underlay) rebind() error {
+	if err := u.bind(); err != nil {
+		return err
+	}
+	return u.openBypass()
+}
+
+// openBypass opens AF_XDP on the interface, or closes it where there is none. What fails is tried again at the next
+// idle moment; until then all packets come to the AF_PACKET socket.
+func (u *Underlay) openBypass() error {
+	if u.bypass == nil {
+		return nil
+	}
+	if u.index == 0 || u.node == [4]byte{} {
+		u.bypass.shut()
+		return nil
+	}
+	at, err := u.frames.resolver.bypassPlace(u.index)
+	if err != nil {
+		u.bypass.shut()
+		if errors.As(err, new(netlink.LinkNotFoundError)) {
+			return nil // it went away in this moment
+		}
+		return &Missing{What: "AF_XDP on " + u.name, Err: err, Do: doPacket}
+	}
+	at.queues, at.address = receiveQueues(u.send, u.name), u.node
+	if err := u.bypass.open(at, matchIPIP(at.mac, u.node)); err != nil {
+		return err
+	}
+	if u.bypass.generic() && mergesReceived(u.send, u.name) {
+		u.bypass.shut()
+		return &Missing{What: "AF_XDP on " + u.name, Err: errors.New("its driver has no XDP, and with GRO on merged packets would be lost"),
+			Do: "ethtool -K " + u.name + " gro off, or " + doPacket}
+	}
+	return nil
+}
+
+// bind binds the receiving socket to the interface that has the name now.
+func (u *Underlay) bind() error {
 	if u.name == "" {
 		return nil
 	}
@@ -191,7 +263,7 @@ func (u *Underlay) rebind() error {
 	if u.frames != nil {
 		u.frames.resolver.setIndex(index)
 	}
-	if index == u.index && u.bound(index) {
+	if index == u.index && (index == 0 || boundTo(u.recv, index)) {
 		return nil
 	}
 	if index == 0 {
@@ -209,17 +281,6 @@ func (u *Underlay) rebind() error {
 	u.index = index
 	u.header.Store(u.linkHeader(request))
 	return nil
-}
-
-// bound reports whether the receiving socket is on the interface index: the kernel takes it off one that goes, and the
-// index may come back with another.
-func (u *Underlay) bound(index int) bool {
-	if index == 0 {
-		return true // to none, then
-	}
-	address, err := unix.Getsockname(u.recv)
-	link, ok := address.(*unix.SockaddrLinklayer)
-	return err == nil && ok && link.Ifindex == index
 }
 
 // linkHeader returns the length of the link-layer header, in bytes, of the interface that request names.
@@ -258,14 +319,21 @@ func (u *Underlay) String() string {
 		return u.name + " (not there)"
 	}
 	if u.frames != nil {
-		return u.name + " (" + u.frames.resolver.String() + ")"
+		text := u.frames.resolver.String()
+		if u.bypass != nil {
+			text += "; AF_XDP " + u.bypass.String()
+		}
+		return u.name + " (" + text + ")"
 	}
 	return u.name
 }
 
 // Sending describes for people how packets leave.
 func (u *Underlay) Sending() string {
-	if u.frames != nil {
+	switch {
+	case u.bypass != nil:
+		return "AF_XDP; " + u.frames.resolver.String()
+	case u.frames != nil:
 		return u.frames.resolver.String()
 	}
 	return "raw socket"
@@ -280,7 +348,7 @@ func (u *Underlay) Recv(batch []*vrouter.Packet) (int, error) {
 		if n := u.recvReady(batch); n > 0 {
 			return n, nil
 		}
-		if !u.waiter.wait(u.recv, unix.POLLIN, rebindInterval) {
+		if !u.waiter.wait(u.readFD(), unix.POLLIN, rebindInterval) {
 			u.tend()
 		}
 	}
@@ -295,27 +363,22 @@ func (u *Underlay) tend() {
 }
 
 // readFD implements reader.
-func (u *Underlay) readFD() int { return u.recv }
+func (u *Underlay) readFD() int {
+	if u.bypass != nil {
+		return u.bypass.epoll
+	}
+	return u.recv
+}
 
 // recvReady implements reader.
 func (u *Underlay) recvReady(batch []*vrouter.Packet) int {
-	n := 0
-	header := int(u.header.Load())
-	start := vrouter.Headroom - header - vnetHeader
-	for n < len(batch) {
-		p := batch[n]
-		got, err := unix.Read(u.recv, p.Buf[start:])
-		if err == unix.EINTR {
-			continue
+	if u.bypass != nil {
+		if n := u.bypass.receive(batch); n > 0 {
+			return n
 		}
-		if err != nil {
-			// EAGAIN, or once ENETDOWN when the interface goes down or away: in both cases there is nothing more.
-			break
-		}
-		p.Off, p.Len = vrouter.Headroom, max(got-vnetHeader-header, 0)
-		p.Offload = parseVnet(p.Buf[start:start+vnetHeader], header)
-		n++
 	}
+	// EAGAIN, or once ENETDOWN when the interface goes down or away: in both cases there is nothing more.
+	n, _ := u.reader.recv(u.recv, int(u.header.Load()), batch)
 	return n
 }
 
@@ -328,23 +391,13 @@ func (u *Underlay) Send(batch []*vrouter.Packet) {
 		}
 		return
 	}
-	table := *u.frames.resolver.table.Load()
-	for _, p := range batch {
-		p.Sent, p.Drop = 0, vrouter.ReasonNotSet
-		if !u.frames.send(u, table, p) {
-			u.sendRaw(p)
-		}
-	}
-	u.frames.flush(u)
+	u.frames.sendBatch(u, batch)
 }
 
 // Counters implements vrouter.Port.
 func (u *Underlay) Counters() []vrouter.Counter {
-	// Reading resets the kernel's count, so the sum is kept here.
-	if s, err := unix.GetsockoptTpacketStats(u.recv, unix.SOL_PACKET, unix.PACKET_STATISTICS); err == nil {
-		u.dropped.Add(uint64(s.Drops))
-	}
-	return []vrouter.Counter{{Name: "kernel_underlay_rx_dropped", Packets: u.dropped.Load()}} // the socket's buffer was full
+	lost := u.lost.read(u.recv) + u.bypass.dropped()
+	return []vrouter.Counter{{Name: "kernel_underlay_rx_dropped", Packets: lost}} // we were too slow
 }
 
 // Stop implements vrouter.Port.
@@ -356,6 +409,9 @@ func (u *Underlay) Stop() {
 // Close implements vrouter.Port.
 func (u *Underlay) Close() error {
 	var errs []error
+	if u.bypass != nil {
+		errs = append(errs, u.bypass.close())
+	}
 	if u.frames != nil {
 		errs = append(errs, u.frames.close())
 	}

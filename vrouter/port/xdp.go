@@ -85,9 +85,15 @@ func xdpProgram(sockets *ebpf.Map, match asm.Instructions) asm.Instructions {
 	)
 }
 
-// matchIPIP lets whole IP-in-IP packets to the address through. Fragments of them are the kernel's to put together.
-func matchIPIP(address [4]byte) asm.Instructions {
+// matchIPIP lets whole IP-in-IP packets to the address through that were sent to the interface's own MAC address.
+// Fragments of them are the kernel's to put together.
+func matchIPIP(mac [6]byte, address [4]byte) asm.Instructions {
 	return asm.Instructions{
+		asm.LoadMem(asm.R4, asm.R2, 0, asm.Word),
+		asm.LoadImm(asm.R5, int64(binary.NativeEndian.Uint32(mac[:])), asm.DWord),
+		asm.JNE.Reg(asm.R4, asm.R5, "pass"),
+		asm.LoadMem(asm.R4, asm.R2, 4, asm.Half),
+		asm.JNE.Imm(asm.R4, int32(binary.NativeEndian.Uint16(mac[4:])), "pass"),
 		asm.LoadMem(asm.R4, asm.R2, ethernetHeader+9, asm.Byte),
 		asm.JNE.Imm(asm.R4, protoIPIP, "pass"),
 		asm.LoadMem(asm.R4, asm.R2, ethernetHeader+16, asm.Word),

@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"margay/vrouter"
+	"margay/vrouter/packet"
 )
 
 // xskOptions say what AF_XDP socket to open.
@@ -33,6 +34,8 @@ const busyPollBudget = 64
 type xsk struct {
 	fd       int
 	zeroCopy bool
+	polls    bool
+	mtu      int    // of the interface, in bytes
 	frame    int    // size of a frame in bytes, a power of two
 	memory   []byte // frames: the first half for receiving, the second for sending
 
@@ -66,7 +69,7 @@ func frameFor(mtu int) (int, error) {
 // openXSK opens a socket in the calling thread's namespace. It receives nothing until xdp.set has put it into the
 // program's map.
 func openXSK(o xskOptions) (_ *xsk, err error) {
-	x := &xsk{fd: -1}
+	x := &xsk{fd: -1, mtu: o.mtu}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, x.close())
@@ -176,6 +179,7 @@ func (x *xsk) busyPoll(microseconds int) error {
 			return err
 		}
 	}
+	x.polls = true
 	return nil
 }
 
@@ -191,7 +195,8 @@ func setsockopt(fd, option int, value unsafe.Pointer, length uintptr) error {
 func (x *xsk) receive(batch []*vrouter.Packet, link int) int {
 	n := min(x.rx.filled(), len(batch))
 	if n == 0 {
-		if x.fill.sleeps() { // the device found no frame to receive in, and looks again only when called
+		// The device may have found no frame to receive in, and looks again only when called; or the call polls it.
+		if x.polls || x.fill.sleeps() {
 			_, _, _ = unix.Syscall6(unix.SYS_RECVFROM, uintptr(x.fd), 0, 0, unix.MSG_DONTWAIT, 0, 0)
 		}
 		return 0
@@ -224,6 +229,26 @@ func (x *xsk) queue(length int) {
 	x.queued++
 }
 
+// send takes a single packet to be sent by flush, behind the Ethernet header, and notes the outcome with it.
+func (x *xsk) send(p *vrouter.Packet, ethernet []byte) {
+	b, o := p.Bytes(), &p.Offload
+	if len(b) > x.mtu {
+		p.Drop = vrouter.ReasonSendTooBig
+		return
+	}
+	if o.NeedsChecksum && !packet.CompleteChecksum(b, int(o.ChecksumStart), int(o.ChecksumOffset)) {
+		p.Drop = vrouter.ReasonMalformed
+		return
+	}
+	f := x.next()
+	if f == nil {
+		p.Drop = vrouter.ReasonSendQueueFull
+		return
+	}
+	x.queue(copy(f, ethernet) + copy(f[len(ethernet):], b))
+	p.Sent++
+}
+
 // reclaim takes back the frames that have been sent, and reports whether there were any.
 func (x *xsk) reclaim() bool {
 	n := x.completion.filled()
@@ -239,6 +264,9 @@ func (x *xsk) reclaim() bool {
 // flush sends what queue has taken. A full device is waited for with patience of w; what it has not taken then goes with
 // the next flush. ENETDOWN, ENXIO and the like are no matter: the port looks after its interface.
 func (x *xsk) flush(w *waiter) {
+	if x == nil {
+		return
+	}
 	if x.queued > 0 {
 		x.tx.gave(x.queued)
 		x.queued = 0

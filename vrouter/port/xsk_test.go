@@ -3,6 +3,7 @@ package port_test
 import (
 	"bytes"
 	"errors"
+	"net"
 	"strings"
 	"testing"
 
@@ -38,7 +39,7 @@ func TestXSK(t *testing.T) {
 		if own, err = eth0(); err != nil {
 			return err
 		}
-		x, err = port.OpenXSK(own.Index, own.MTU, slots, nodeAddress(1))
+		x, err = port.OpenXSK(own.Index, own.MTU, slots, own.HardwareAddr, nodeAddress(1))
 		return err
 	})
 	defer func() {
@@ -147,8 +148,9 @@ func TestXSKRefused(t *testing.T) {
 			return nil
 		})
 	}
+	mac := net.HardwareAddr{2, 0, 0, 0, 0, 1}
 	open := func(index, mtu int) error {
-		x, err := port.OpenXSK(index, mtu, 64, nodeAddress(1))
+		x, err := port.OpenXSK(index, mtu, 64, mac, nodeAddress(1))
 		if err == nil {
 			return x.Close()
 		}
@@ -157,7 +159,7 @@ func TestXSKRefused(t *testing.T) {
 	refused("MTU of 9000", nil, func(index int) error { return open(index, 9000) })
 	refused("no such interface", nil, func(int) error { return open(9999, 1500) })
 	refused("second program", unix.EBUSY, func(index int) error {
-		x, err := port.OpenXSK(index, 1500, 64, nodeAddress(1))
+		x, err := port.OpenXSK(index, 1500, 64, mac, nodeAddress(1))
 		if err != nil {
 			return err
 		}

@@ -1,0 +1,301 @@
+package port
+
+import (
+	"errors"
+	"fmt"
+	"runtime"
+	"sync/atomic"
+
+	"github.com/cilium/ebpf/asm"
+	"golang.org/x/sys/unix"
+
+	"margay/vrouter"
+)
+
+// bypass is a way past the kernel's stack, beside the AF_PACKET socket of a port: an XDP program on its interface, and
+// AF_XDP sockets, one for each of the queues the interface receives by. It can be opened, moved and closed while the
+// port receives and sends; a nil bypass has nothing and takes nothing.
+type bypass struct {
+	space    *namespace
+	busyPoll int
+	epoll    int // readable when something has come, to the AF_PACKET socket or to the others
+
+	// Opening and closing, which the port does one at a time.
+	current atomic.Pointer[bypassSockets]
+	before  atomic.Uint64 // dropped by sockets that are closed
+
+	// What Recv and Send are using at this moment.
+	receiving, sending atomic.Pointer[bypassSockets]
+}
+
+// bypassPlace is where a bypass is.
+type bypassPlace struct {
+	name   string
+	index  int // of the interface
+	mtu    int // of the interface, bytes
+	queues int // of the interface, to receive by
+	mac    [6]byte
+	// wired says that packets come over a wire: checksums are finished, or else wrong.
+	wired bool
+	// address is that of the packets that match is for; the zero value where it is for all.
+	address [4]byte
+}
+
+// bypassSockets are the sockets on one interface; immutable but for next.
+type bypassSockets struct {
+	place   bypassPlace
+	program *xdp
+	list    []*xsk
+	next    int // Recv's: the socket to look at next
+}
+
+// newBypass tells at start whether the kernel has what is needed. busyPoll is as in xskOptions.
+func newBypass(busyPoll int) (_ *bypass, err error) {
+	if err := probeXDP(); err != nil {
+		return nil, err
+	}
+	b := &bypass{busyPoll: busyPoll}
+	if b.space, err = thisNamespace(); err != nil {
+		return nil, err
+	}
+	if b.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
+		return nil, errors.Join(err, b.space.close())
+	}
+	return b, nil
+}
+
+// probeXDP asks the kernel for an AF_XDP socket and a program, and gives both back.
+func probeXDP() error {
+	x := &xsk{}
+	var err error
+	if x.fd, err = unix.Socket(unix.AF_XDP, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0); err != nil {
+		return explainXSK("AF_XDP socket", err)
+	}
+	x.frame = smallFrame
+	if err := x.register(1); err != nil {
+		return errors.Join(explainXSK("memory of the AF_XDP socket", err), x.close())
+	}
+	program, err := newXDP(1, nil)
+	if err != nil {
+		return errors.Join(err, x.close())
+	}
+	return errors.Join(program.close(), x.close())
+}
+
+// watch makes epoll readable when fd is.
+func (b *bypass) watch(fd int) error {
+	if err := unix.EpollCtl(b.epoll, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(fd)}); err != nil {
+		return fmt.Errorf("epoll: %w", err)
+	}
+	return nil
+}
+
+// open moves the bypass to another place, or leaves it where it is when it is there already. match is for newXDP.
+func (b *bypass) open(at bypassPlace, match asm.Instructions) error {
+	if s := b.current.Load(); s != nil && s.place == at && b.intact() {
+		return nil
+	}
+	b.shut()
+	return b.inSpace(func() error {
+		s, err := b.openSockets(at, match)
+		if err != nil {
+			return fmt.Errorf("%s: %w", at.name, err)
+		}
+		b.current.Store(s)
+		return nil
+	})
+}
+
+// inSpace runs f on a thread in the namespace that the bypass was made in.
+func (b *bypass) inSpace(f func() error) error {
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread()
+		switched, err := b.space.enter()
+		if err == nil {
+			err = f()
+		}
+		if !switched {
+			runtime.UnlockOSThread() // otherwise the thread ends with the goroutine
+		}
+		done <- err
+	}()
+	return <-done
+}
+
+func (b *bypass) openSockets(at bypassPlace, match asm.Instructions) (_ *bypassSockets, err error) {
+	s := &bypassSockets{place: at}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.close())
+		}
+	}()
+	if s.program, err = newXDP(at.queues, match); err != nil {
+		return nil, err
+	}
+	if err := s.program.attach(at.index); err != nil {
+		return nil, err
+	}
+	for queue := range at.queues {
+		x, err := openXSK(xskOptions{index: at.index, queue: queue, mtu: at.mtu, slots: xskSlots, busyPoll: b.busyPoll})
+		// The kernel lets go of a queue some time after the socket that had it was closed.
+		for try := 0; errors.Is(err, unix.EBUSY) && try < busyTries; try++ {
+			_, _ = unix.Poll(nil, busyPause)
+			x, err = openXSK(xskOptions{index: at.index, queue: queue, mtu: at.mtu, slots: xskSlots, busyPoll: b.busyPoll})
+		}
+		if err != nil {
+			return nil, err
+		}
+		s.list = append(s.list, x)
+		if err := s.program.set(queue, x); err != nil {
+			return nil, err
+		}
+		if err := b.watch(x.fd); err != nil {
+			return nil, err
+		}
+	}
+	return s, nil
+}
+
+// How often, and after how many milliseconds, a queue that is not free yet is asked for again.
+const (
+	busyTries = 20
+	busyPause = 10
+)
+
+// intact reports whether the program still is where it was put.
+func (b *bypass) intact() bool {
+	s := b.current.Load()
+	return s != nil && s.program.attached(s.place.index)
+}
+
+// generic reports whether the kernel runs the program behind the driver.
+func (b *bypass) generic() bool {
+	s := b.current.Load()
+	return s != nil && !s.program.native
+}
+
+// shut closes the sockets once nobody uses them any more, and takes the program off.
+func (b *bypass) shut() {
+	s := b.current.Swap(nil)
+	if s == nil {
+		return
+	}
+	for b.receiving.Load() == s || b.sending.Load() == s {
+		_, _ = unix.Poll(nil, 1)
+	}
+	b.before.Add(s.dropped())
+	// What closing says does not matter: it is gone.
+	_ = s.close()
+}
+
+func (s *bypassSockets) dropped() (sum uint64) {
+	for _, x := range s.list {
+		sum += x.dropped()
+	}
+	return sum
+}
+
+func (s *bypassSockets) close() error {
+	var errs []error
+	if s.program != nil {
+		errs = append(errs, s.program.close())
+	}
+	for _, x := range s.list {
+		errs = append(errs, x.close())
+	}
+	return errors.Join(errs...)
+}
+
+// use returns the sockets and notes in user that they are used, so that shut leaves them alone.
+func (b *bypass) use(user *atomic.Pointer[bypassSockets]) *bypassSockets {
+	for {
+		s := b.current.Load()
+		user.Store(s)
+		if b.current.Load() == s {
+			return s
+		}
+	}
+}
+
+// receive takes what the sockets have, without waiting.
+func (b *bypass) receive(batch []*vrouter.Packet) int {
+	s := b.use(&b.receiving)
+	n := 0
+	if s != nil {
+		for range s.list {
+			n += s.list[s.next].receive(batch[n:], ethernetHeader)
+			if n == len(batch) {
+				break
+			}
+			s.next = (s.next + 1) % len(s.list)
+		}
+		if !s.place.wired || !s.program.native {
+			for _, p := range batch[:n] {
+				markUnfinished(p)
+			}
+		}
+	}
+	b.receiving.Store(nil)
+	return n
+}
+
+// hold returns the socket to send by on the interface index, nil where there is none. release follows.
+func (b *bypass) hold(index int) *xsk {
+	if b == nil {
+		return nil
+	}
+	if s := b.use(&b.sending); s != nil && s.place.index == index {
+		return s.list[0]
+	}
+	b.sending.Store(nil)
+	return nil
+}
+
+// release sends what the socket that hold has returned holds, and gives it back.
+func (b *bypass) release(x *xsk, drained *waiter) {
+	if x != nil {
+		x.flush(drained)
+		b.sending.Store(nil)
+	}
+}
+
+// dropped returns how many packets the kernel could not hand over.
+func (b *bypass) dropped() uint64 {
+	if b == nil {
+		return 0
+	}
+	sum := b.before.Load()
+	if s := b.current.Load(); s != nil {
+		sum += s.dropped()
+	}
+	return sum
+}
+
+// String describes for people how the interface is read.
+func (b *bypass) String() string {
+	s := b.current.Load()
+	if s == nil {
+		return "not open"
+	}
+	mode, copies := "generic", "copy"
+	if s.program.native {
+		mode = "native"
+	}
+	if s.list[0].zeroCopy {
+		copies = "zero-copy"
+	}
+	text := mode + ", " + copies
+	if s.place.queues > 1 {
+		text += fmt.Sprintf(", %d queues", s.place.queues)
+	}
+	if b.busyPoll > 0 {
+		text += ", busy polling"
+	}
+	return text
+}
+
+func (b *bypass) close() error {
+	b.shut()
+	return errors.Join(unix.Close(b.epoll), b.space.close())
+}
