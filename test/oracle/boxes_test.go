@@ -102,8 +102,8 @@ type nodeBox struct {
 	injected [2]uint64
 }
 
-// newNodeBox starts the vRouter of an attachment in a namespace.
-func newNodeBox(t testing.TB, attach string, options vrouter.Options) *nodeBox {
+// newNodeBox starts the vRouter with a driver in a namespace.
+func newNodeBox(t testing.TB, driver port.Options, options vrouter.Options) *nodeBox {
 	t.Helper()
 	here, there := space.New(t), space.New(t)
 	n := &nodeBox{here: here, router: vrouter.New()}
@@ -141,7 +141,7 @@ func newNodeBox(t testing.TB, attach string, options vrouter.Options) *nodeBox {
 		if reply, err = port.OpenReply(); err != nil {
 			return err
 		}
-		if ports, err = port.OpenPorts(port.Options{Attach: attach, IO: port.IOPacket, Name: "vr0"}, func() error { return nil }); err != nil {
+		if ports, err = port.OpenPorts(driver, func() error { return nil }); err != nil {
 			return err
 		}
 		return errors.Join(space.Address("in0", routerIn+"/32"), space.Address("vr0", routerOut+"/32"), space.Sysctls(map[string]string{"ipv4/conf/vr0/rp_filter": "0"}),
@@ -151,11 +151,11 @@ func newNodeBox(t testing.TB, attach string, options vrouter.Options) *nodeBox {
 	if err := n.router.SetOptions(options); err != nil {
 		t.Fatal(err)
 	}
+	workers := ports.Workers(n.router)
+	workers[0].SetReply(reply)
 	if err := n.router.Update(update()); err != nil {
 		t.Fatal(err)
 	}
-	workers := ports.Workers(n.router)
-	workers[0].SetReply(reply)
 	done := make(chan error)
 	for _, w := range workers {
 		go func() {
@@ -169,7 +169,12 @@ func newNodeBox(t testing.TB, attach string, options vrouter.Options) *nodeBox {
 	}
 	t.Cleanup(func() {
 		ports.Stop()
-		if err := errors.Join(<-done, <-done, ports.Close(), reply.Close()); err != nil {
+		for range workers {
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		}
+		if err := errors.Join(ports.Close(), reply.Close()); err != nil {
 			t.Error(err)
 		}
 		n.in.close(t)
