@@ -7,11 +7,11 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -188,66 +188,112 @@ func (w *wire) bent(f func(toMachine bool, frame []byte) bool) {
 	w.bend = f
 }
 
-// startMachine starts the virtual machine at the other end of the wire, by KVM where there is one.
+// accelerators are tried in this order; there are machines on which /dev/kvm opens and nothing runs.
+var accelerators = []string{"kvm", "tcg"}
+
+// startMachine starts the virtual machine at the other end of the wire, by KVM where that works.
 func startMachine(t *testing.T, dir string) {
 	t.Helper()
 	kernel := kernelDir(t)
-	accelerator := "tcg"
-	if f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0); err == nil {
-		accelerator = "kvm"
-		_ = f.Close()
+	image := initramfs(t, kernel)
+	for len(accelerators) > 0 {
+		m := boot(t, dir, kernel, image, accelerators[0])
+		if m.says("Linux version", 10*time.Second) {
+			t.Logf("accelerator %s", accelerators[0])
+			t.Cleanup(func() {
+				m.kill()
+				if t.Failed() {
+					t.Logf("the machine's console:\n%s", m.console.String())
+				}
+			})
+			if !m.says("guest: ready", 2*time.Minute) {
+				t.Fatal("the machine did not come up")
+			}
+			return
+		}
+		m.kill()
+		t.Logf("accelerator %s does not work here: %s", accelerators[0], strings.TrimSpace(m.console.String()))
+		accelerators = accelerators[1:]
 	}
-	t.Logf("accelerator %s", accelerator)
-	qemu := exec.Command("qemu-system-x86_64", "-accel", accelerator, "-cpu", "max", "-m", "256", "-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio",
-		"-kernel", filepath.Join(kernel, "vmlinuz"), "-initrd", initramfs(t, kernel),
-		"-append", "console=ttyS0 quiet panic=-1 net.ifnames=0",
+	t.Fatal("no accelerator works")
+}
+
+// machine is a running QEMU.
+type machine struct {
+	qemu *exec.Cmd
+	done chan struct{} // its output has ended
+
+	mu      sync.Mutex
+	console strings.Builder
+	more    chan struct{} // something was said
+}
+
+func boot(t *testing.T, dir, kernel, image, accelerator string) *machine {
+	t.Helper()
+	m := &machine{done: make(chan struct{}), more: make(chan struct{}, 1)}
+	m.qemu = exec.Command("qemu-system-x86_64", "-accel", accelerator, "-cpu", "max", "-m", "256", "-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio",
+		"-kernel", filepath.Join(kernel, "vmlinuz"), "-initrd", image,
+		"-append", "console=ttyS0 earlyprintk=serial,ttyS0 panic=-1 net.ifnames=0",
 		"-netdev", fmt.Sprintf("dgram,id=n0,local.type=unix,local.path=%s,remote.type=unix,remote.path=%s", filepath.Join(dir, "qemu"), filepath.Join(dir, "wire")),
 		"-device", "virtio-net-pci,netdev=n0,mac=52:54:00:12:34:56,romfile=")
-	qemu.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
-	out, err := qemu.StdoutPipe()
+	m.qemu.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
+	out, err := m.qemu.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
 	}
-	qemu.Stderr = qemu.Stdout
-	if err := qemu.Start(); err != nil {
+	m.qemu.Stderr = m.qemu.Stdout
+	// The signal comes when the thread dies that has started it, so one that lives as long as the machine does it.
+	started := make(chan error)
+	go func() {
+		runtime.LockOSThread()
+		started <- m.qemu.Start()
+		<-m.done
+	}()
+	if err := <-started; err != nil {
 		t.Fatal(err)
 	}
-	ready := make(chan string, 1)
-	var console strings.Builder
-	var reader sync.WaitGroup
-	reader.Go(func() {
+	go func() {
+		defer close(m.done)
 		b := make([]byte, 4096)
 		for {
 			n, err := out.Read(b)
-			console.Write(b[:n])
-			if strings.Contains(console.String(), "guest: ready") || err != nil {
-				select {
-				case ready <- console.String():
-				default:
-				}
+			m.mu.Lock()
+			m.console.Write(b[:n])
+			m.mu.Unlock()
+			select {
+			case m.more <- struct{}{}:
+			default:
 			}
 			if err != nil {
-				if !errors.Is(err, io.EOF) && !errors.Is(err, os.ErrClosed) {
-					console.WriteString(err.Error())
-				}
 				return
 			}
 		}
-	})
-	t.Cleanup(func() {
-		_ = qemu.Process.Kill() // it may have ended by itself
-		reader.Wait()
-		_ = qemu.Wait()
-		if t.Failed() {
-			t.Logf("the machine's console:\n%s", console.String())
+	}()
+	return m
+}
+
+// says waits for words on the console.
+func (m *machine) says(words string, atMost time.Duration) bool {
+	limit := time.After(atMost)
+	for {
+		m.mu.Lock()
+		found := strings.Contains(m.console.String(), words)
+		m.mu.Unlock()
+		if found {
+			return true
 		}
-	})
-	select {
-	case said := <-ready:
-		if !strings.Contains(said, "guest: ready") {
-			t.Fatalf("the machine did not come up:\n%s", said)
+		select {
+		case <-m.more:
+		case <-m.done:
+			return false
+		case <-limit:
+			return false
 		}
-	case <-time.After(2 * time.Minute):
-		t.Fatal("the machine did not come up within two minutes")
 	}
+}
+
+func (m *machine) kill() {
+	_ = m.qemu.Process.Kill() // it may have ended by itself
+	<-m.done
+	_ = m.qemu.Wait()
 }
