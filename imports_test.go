@@ -23,9 +23,10 @@ var rooms = map[string][]string{
 	"cni":              {},
 	"cni/server":       {"cni"},
 	"agent/api":        {},
-	"agent":            {"datastore", "ipam", "bgp", "cni/server", "vrouter/rpc", "agent/api"},
+	"agent":            {"datastore", "ipam", "bgp", "cni/server", "vrouter/rpc", "vrouter/packet", "agent/api", "check"},
 	"lab":              {"datastore"},
-	"ctl":              {"datastore", "ipam", "bgp", "lab", "vrouter/rpc", "agent/api"},
+	"ctl":              {"datastore", "ipam", "bgp", "lab", "vrouter/rpc", "vrouter/packet", "vrouter/port", "agent/api", "check"},
+	"check":            {},
 	"internal/version": {},
 	"internal/monitor": {},
 }
@@ -39,8 +40,8 @@ var homes = map[string][]string{
 	"go.etcd.io/etcd/":               {"datastore"},
 	"github.com/songgao/water":       {"vrouter/port"},
 	"github.com/cilium/ebpf":         {"vrouter/port"},
-	"golang.org/x/sys/":              {"vrouter/port", "cni/server", "agent", "lab"},
-	"github.com/vishvananda/netlink": {"vrouter/port", "cni/server", "agent", "lab"},
+	"golang.org/x/sys/":              {"check", "vrouter/port", "cni/server", "agent", "lab"},
+	"github.com/vishvananda/netlink": {"check", "vrouter/port", "cni/server", "agent", "lab"},
 	"google.golang.org/grpc":         {"vrouter/rpc", "datastore"}, // datastore reads the codes of etcd's errors
 	"github.com/google/gopacket":     {},
 	"github.com/prometheus/":         {"vrouter/metrics", "internal/monitor", "agent"},

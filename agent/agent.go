@@ -35,6 +35,7 @@ type Config struct {
 	IPAMGrace     time.Duration // how long an address must be nobody's before it is given back; 0: it never is
 	SyncTimeout   time.Duration // how long stale routes wait for the peers' End-of-RIB
 	GoBGPSocket   string        // GoBGP's own gRPC API, for its gobgp command; empty: none
+	DiagPort      int           // TCP port of trace, drops and capture, on the node's address; 0: none
 	Log           *slog.Logger
 	Metrics       prometheus.Registerer // where the agent's metrics go; nil: nowhere
 }
@@ -77,6 +78,7 @@ type Agent struct {
 	desired  Desired         // of the last reconciliation
 	failure  error           // of the last reconciliation
 	ready    bool
+	opened   bool // open has succeeded: what it sets is there for everybody
 }
 
 // Run is the agent's life: it returns nil after ctx is done and every session has been closed cleanly, and an error
@@ -96,12 +98,15 @@ func Run(ctx context.Context, cfg Config) error {
 	defer a.store.Close()
 	defer a.plane.client.Close()
 	defer a.kernel.nl.Close()
+	a.locked(func() { a.opened = true })
+	a.serveDiagnostics(ctx)
 	if err := a.waitForVRouter(ctx); err != nil {
 		return nil // asked to stop before there was anything to stop
 	}
 	if err := a.startBGP(ctx); err != nil {
 		return err
 	}
+	go a.logChecks()
 	failed := make(chan error, 1)
 	if a.host, err = watchHost(ctx, a.underlay.Interface, a.wake); err != nil {
 		return err
@@ -323,6 +328,13 @@ func (a *Agent) settle(err error) {
 
 func (a *Agent) fail(err error) {
 	a.locked(func() { a.ready, a.failure = false, err })
+}
+
+// isOpen tells whether what open sets may be used from any goroutine.
+func (a *Agent) isOpen() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.opened
 }
 
 // readyError says why the node is not ready; nil when it is.

@@ -34,6 +34,13 @@ func (p *pods) all() []netip.Addr {
 	return slices.SortedFunc(maps.Keys(p.addrs), netip.Addr.Compare)
 }
 
+// link returns the host's side of the interface of the pod that has an address; "" when none has.
+func (p *pods) link(addr netip.Addr) string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.addrs[addr]
+}
+
 // links returns the pods with their interfaces, sorted by address.
 func (p *pods) links() []rpc.Pod {
 	p.mu.Lock()

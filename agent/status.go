@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"net/http"
 	"path/filepath"
@@ -10,23 +9,19 @@ import (
 	"time"
 
 	"margay/agent/api"
+	"margay/bgp"
 	"margay/cni/server"
 	"margay/internal/version"
 )
 
-// serveStatus answers GET /v1/status on the agent's socket until ctx is done, or stop is called.
+// serveStatus answers what is asked about this node on the agent's socket until ctx is done, or stop is called.
 func (a *Agent) serveStatus(ctx context.Context) (stop func(), err error) {
 	l, err := server.Listen(filepath.Join(a.cfg.RunDir, "agent.sock"))
 	if err != nil {
 		return nil, err
 	}
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET "+api.StatusPath, func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Type", "application/json")
-		if err := json.NewEncoder(w).Encode(a.status()); err != nil {
-			a.log.Debug("answering a status request", "err", err)
-		}
-	})
+	a.handleDiagnostics(mux)
 	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
 	go func() {
 		if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
@@ -57,10 +52,15 @@ func (a *Agent) status() api.Status {
 		st.VRouter = api.VRouter{Connected: ok, Version: vr.Version, Port: vr.Port, Routes: vr.Routes, Stale: vr.Stale}
 	}
 	if speaker != nil {
-		for _, p := range speaker.Peers() {
-			st.BGP = append(st.BGP, api.Peer{Address: p.Addr, AS: p.AS, Kind: p.Kind, State: p.State, Since: p.Since,
-				Received: p.Received, Advertised: p.Advertised, LastError: p.LastError})
-		}
+		st.BGP = peersOf(speaker)
 	}
 	return st
+}
+
+func peersOf(speaker *bgp.Speaker) (peers []api.Peer) {
+	for _, p := range speaker.Peers() {
+		peers = append(peers, api.Peer{Address: p.Addr, AS: p.AS, Kind: p.Kind, State: p.State, Since: p.Since,
+			Received: p.Received, Advertised: p.Advertised, LastError: p.LastError})
+	}
+	return peers
 }

@@ -24,13 +24,16 @@ func newNodeCommand() *cobra.Command {
 		Args:  cobra.NoArgs,
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newNodeStatusCommand(), newNodeRoutesCommand(), newNodeCountersCommand(),
+	cmd.AddCommand(newNodeStatusCommand(), newNodeRoutesCommand(), newNodeCountersCommand(), newNodeCheckSystemCommand(),
 		newNodeDiagsCommand())
 	return cmd
 }
 
 func newNodeStatusCommand() *cobra.Command {
-	var output string
+	var (
+		output string
+		ready  bool
+	)
 	cmd := &cobra.Command{
 		Use:   "status [NODE]",
 		Short: "The BGP peers of this node, or of another, as calicoctl shows them, and whether it is ready",
@@ -57,13 +60,18 @@ deleted again. A node whose agent does not answer within ten seconds is an error
 				return err
 			}
 			if output == "json" {
-				return printJSON(cmd.OutOrStdout(), st)
+				err = printJSON(cmd.OutOrStdout(), st)
+			} else {
+				printNodeStatus(cmd.OutOrStdout(), st)
 			}
-			printNodeStatus(cmd.OutOrStdout(), st)
-			return nil
+			if err == nil && ready && !st.Ready {
+				return fmt.Errorf("node %s is not ready: %s", st.Node, st.Reason)
+			}
+			return err
 		},
 	}
 	addOutput(cmd, &output, "text", "text or json")
+	cmd.Flags().BoolVar(&ready, "ready", false, "a node that is not ready is an error: exit status 1")
 	return cmd
 }
 

@@ -49,7 +49,7 @@ ETCD_CA_CERT_FILE, ETCD_CERT_FILE and ETCD_KEY_FILE, then in /etc/calico/calicoc
 	cmd.AddCommand(newVersionCommand(), newGetCommand(), newApplyCommand(), newCreateCommand(), newReplaceCommand(), newPatchCommand(),
 		newDeleteCommand(), newLabelCommand(), newValidateCommand(), newIPAMCommand(), newNodeCommand(),
 		newDatastoreCommand(), newExportCommand(), newImportCommand(), newConvertCommand(),
-		newLabCommand())
+		newTraceCommand(), newDropsCommand(), newCaptureCommand(), newLabCommand())
 	return cmd
 }
 

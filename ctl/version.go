@@ -33,6 +33,7 @@ func newVersionCommand() *cobra.Command {
 	var (
 		output string
 		client bool
+		poll   time.Duration
 	)
 	cmd := &cobra.Command{
 		Use:   "version",
@@ -41,6 +42,9 @@ func newVersionCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := checkOutput(output, "text", "json"); err != nil {
 				return err
+			}
+			if poll < 0 || poll > 0 && output == "json" {
+				return errors.New("--poll: expected a duration such as 1m, and text as output")
 			}
 			v := versionInfo{Client: version.String(), GitCommit: gitCommit()}
 			var clusterErr error
@@ -52,11 +56,15 @@ func newVersionCommand() *cobra.Command {
 				return printJSON(cmd.OutOrStdout(), v)
 			}
 			v.print(cmd.OutOrStdout(), client, clusterErr)
-			return nil
+			if client || poll == 0 {
+				return nil
+			}
+			return v.poll(cmd, poll)
 		},
 	}
 	addOutput(cmd, &output, "text", "text or json")
 	cmd.Flags().BoolVar(&client, "client", false, "margayctl's own version alone; nothing else is asked")
+	cmd.Flags().DurationVar(&poll, "poll", 0, "go on, look at the cluster's version so often, and print it when it changes")
 	return cmd
 }
 
@@ -71,6 +79,31 @@ func (v versionInfo) print(w io.Writer, client bool, clusterErr error) {
 		fmt.Fprintf(w, "Cluster Version:   %s\nCluster Type:      %s\n", v.ClusterVersion, v.ClusterType)
 	}
 	fmt.Fprintf(w, "Agent Version:     %s\nvRouter Version:   %s\n", orNone(v.Agent), orNone(v.VRouter))
+}
+
+// poll prints the cluster's version and type whenever they change, until it is interrupted.
+func (v versionInfo) poll(cmd *cobra.Command, period time.Duration) error {
+	ticker := time.NewTicker(period)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-cmd.Context().Done():
+			return nil
+		case <-ticker.C:
+		}
+		was := v
+		if err := v.ofCluster(cmd); err != nil {
+			v.ClusterVersion, v.ClusterType = "", "" // to be said again when it is known again
+			fmt.Fprintln(cmd.ErrOrStderr(), "unable to retrieve Cluster Version or Type:", err)
+			continue
+		}
+		if v.ClusterVersion != was.ClusterVersion {
+			fmt.Fprintln(cmd.OutOrStdout(), "Cluster Version:  ", v.ClusterVersion)
+		}
+		if v.ClusterType != was.ClusterType {
+			fmt.Fprintln(cmd.OutOrStdout(), "Cluster Type:     ", v.ClusterType)
+		}
+	}
 }
 
 // ofCluster fills in what ClusterInformation says; where it says nothing that is "unknown", as with calicoctl.

@@ -112,7 +112,11 @@ func (t *tracing) outer() string {
 // room compares the packet with the way to its next hop.
 func (t *tracing) room() string {
 	mtu := t.state.config.MTU
-	if g := t.Route.NextHop.Gateway; g.Is4() {
+	g := t.Route.NextHop.Gateway
+	if o, fault := packet.ParseIPv4(t.Packet); fault == 0 { // of several gateways the one that was taken
+		g = o.Dst()
+	}
+	if g.Is4() {
 		b := g.As4()
 		mtu = t.state.mtuTo(binary.BigEndian.Uint32(b[:]))
 	}

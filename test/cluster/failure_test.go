@@ -211,7 +211,9 @@ func zombie(pid int) bool {
 	}
 	for i := len(stat) - 1; i > 0; i-- {
 		if stat[i] == ')' {
-			return i+2 < len(stat) && stat[i+2] == 'Z'
+			// The leader is a zombie as soon as it is dead; sockets and files close with the last thread.
+			threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+			return i+2 < len(stat) && stat[i+2] == 'Z' && (err != nil || len(threads) <= 1)
 		}
 	}
 	return false

@@ -20,6 +20,15 @@ func (m *Missing) Error() string { return fmt.Sprintf("%s: %v: %s", m.What, m.Er
 // Unwrap returns the kernel's error.
 func (m *Missing) Unwrap() error { return m.Err }
 
+// MissingOf returns the Missing that err is or wraps, nil if there is none.
+func MissingOf(err error) *Missing {
+	var m *Missing
+	if errors.As(err, &m) {
+		return m
+	}
+	return nil
+}
+
 const needPrivilege = "run as root, or with the capabilities NET_ADMIN and NET_RAW"
 
 // explainSocket makes a refusal of the kernel a Missing.

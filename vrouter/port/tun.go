@@ -137,7 +137,10 @@ func unwrapErrno(err error) error {
 // setUp gives the device its queue, MTU and longest superpacket, and takes it up.
 func (t *TUN) setUp() error {
 	return t.change(func(link netlink.Link) error {
-		if err := t.links.LinkSetTxQLen(link, tunQueue); err != nil {
+		// The first change that needs a privilege where the device was there already.
+		if err := t.links.LinkSetTxQLen(link, tunQueue); errors.Is(err, unix.EPERM) {
+			return &Missing{What: "queue length of " + t.name, Err: unwrapErrno(err), Do: needPrivilege}
+		} else if err != nil {
 			return fmt.Errorf("set queue length: %w", err)
 		}
 		return t.prepare(link, t.vnet > 0)

@@ -1,0 +1,445 @@
+package agent
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"margay/agent/api"
+	"margay/vrouter/packet"
+	"margay/vrouter/rpc"
+)
+
+// askTimeout bounds one question of a trace to the vRouter.
+const askTimeout = 3 * time.Second
+
+// tracer follows one packet through this node. Who decides is asked: the vRouter about its ladder, the kernel about its
+// routes and rules; the tracer only carries the packet from one to the next.
+type tracer struct {
+	*Agent
+	ctx context.Context
+	seg api.Segment
+	pkt packet.IPv4
+}
+
+// trace says what would become of a packet at this node. The error says that the request is wrong, or the agent not far
+// enough to tell.
+func (a *Agent) trace(ctx context.Context, req api.TraceRequest) (api.Segment, error) {
+	pkt, fault := packet.ParseIPv4(req.Packet)
+	if fault != packet.FaultNone {
+		return api.Segment{}, fmt.Errorf("packet: %s: expected an IPv4 packet", fault)
+	}
+	a.mu.Lock()
+	ready := a.opened && a.speaker != nil
+	self := a.underlay.Prefix.Addr()
+	a.mu.Unlock()
+	if !ready {
+		return api.Segment{}, errors.New("the agent is still starting: " + fmt.Sprint(a.readyError()))
+	}
+	t := &tracer{Agent: a, ctx: ctx, pkt: pkt}
+	t.seg.Node, t.seg.Address = a.cfg.Node, self
+	switch req.Entry {
+	case api.EntryPod:
+		t.fromPod()
+	case api.EntryHost:
+		t.fromHost()
+	case api.EntryUnderlay:
+		t.fromUnderlay()
+	default:
+		return api.Segment{}, fmt.Errorf("entry %q: expected pod, host or underlay", req.Entry)
+	}
+	return t.seg, nil
+}
+
+// pass notes a rung that the packet has climbed.
+func (t *tracer) pass(by, name, detail string) {
+	t.seg.Rungs = append(t.seg.Rungs, api.Rung{By: by, Name: name, Detail: detail, Passed: true})
+}
+
+// drop ends the trace at a rung.
+func (t *tracer) drop(by, name, reason, why, fix string) {
+	t.seg.Rungs = append(t.seg.Rungs, api.Rung{By: by, Name: name, Detail: why})
+	t.seg.Outcome, t.seg.Reason, t.seg.Why, t.seg.Fix = api.Dropped, reason, why, fix
+}
+
+// unknown ends the trace because somebody could not be asked.
+func (t *tracer) unknown(by, name string, err error) {
+	t.drop(by, name, "not_asked", strings.ReplaceAll(err.Error(), "\n", "; "), "")
+	t.seg.Outcome = api.Unknown
+}
+
+func (t *tracer) caveat(format string, args ...any) {
+	t.seg.Caveats = append(t.seg.Caveats, fmt.Sprintf(format, args...))
+}
+
+// fromPod begins with a packet that one of this node's pods sends.
+func (t *tracer) fromPod() {
+	src := t.pkt.Src()
+	device := t.pods.link(src)
+	if device == "" {
+		t.drop("agent", "the pod", "no_such_pod", fmt.Sprintf("no pod of this node has the address %s", src),
+			"look for the pod's address with `margayctl ipam show --ip "+src.String()+"`")
+		return
+	}
+	mtu, wrong, err := t.kernel.linkState(device)
+	switch {
+	case err != nil:
+		t.unknown("kernel", "the pod's interface", err)
+		return
+	case wrong != "":
+		t.drop("kernel", "the pod's interface", "pod_interface", wrong, "delete the pod, so that it is attached anew")
+		return
+	}
+	t.pass("kernel", "the pod's interface", fmt.Sprintf("%s, MTU %d", device, mtu))
+	if !t.fits("pod", "the pod's MTU", mtu, device) {
+		return
+	}
+	done, handled := t.fromPodInterface(device)
+	if handled {
+		if !done {
+			t.kernelForward(tunnelDevice) // the vRouter has handed it to the kernel
+		}
+		return
+	}
+	allowed, err := t.cni.MaySend(device, src)
+	switch {
+	case err != nil:
+		t.unknown("kernel", "anti-spoofing", err)
+		return
+	case !allowed:
+		t.drop("kernel", "anti-spoofing", "spoofed", fmt.Sprintf("%s may not send from %s", device, src),
+			"restart the agent of this node: it writes the rules anew")
+		return
+	}
+	t.pass("kernel", "anti-spoofing", fmt.Sprintf("%s may send from %s", device, src))
+	t.kernelForward(device)
+}
+
+// fromPodInterface asks the vRouter, which has the pods' own interfaces in the attachment direct; handled is false where it
+// has not. done is false when it hands the packet to the kernel.
+func (t *tracer) fromPodInterface(device string) (done, handled bool) {
+	traced, err := t.askVRouter(rpc.Transit)
+	if errors.Is(err, rpc.ErrNoSwitch) || errors.Is(err, rpc.ErrUnavailable) {
+		return false, false // the kernel has it then
+	}
+	if err != nil {
+		t.vrouterSilent(err)
+		return true, true
+	}
+	t.pass("vrouter", "takes it from the pod's interface", device)
+	return t.follow(traced), true
+}
+
+// fromHost begins with a packet that a process of this node sends.
+func (t *tracer) fromHost() {
+	answer, err := t.kernel.askRoute(t.pkt.Src(), t.pkt.Dst(), "")
+	if err == nil && t.pkt.Src().IsUnspecified() && answer.source.Is4() {
+		t.pkt = withSource(t.pkt, answer.source)
+	}
+	if t.routed("routing, of the node's own packet", answer, err) {
+		t.out(answer)
+	}
+}
+
+// withSource returns a copy of p that comes from another address; the transport's checksum stays, which nobody here asks for.
+func withSource(p packet.IPv4, source netip.Addr) packet.IPv4 {
+	out := slices.Clone(p)
+	copy(out[12:16], source.AsSlice())
+	out[10], out[11] = 0, 0
+	binary.BigEndian.PutUint16(out[10:], packet.Checksum(out[:out.HeaderLen()], 0))
+	return out
+}
+
+// fromUnderlay begins with a packet that another node has sent to this one.
+func (t *tracer) fromUnderlay() {
+	if t.pkt.Protocol() != packet.ProtocolIPIP {
+		t.kernelForward(t.underlayName())
+		return
+	}
+	if !t.vrouterAlive() {
+		return
+	}
+	traced, err := t.askVRouter(rpc.Decap)
+	if err != nil {
+		t.vrouterSilent(err)
+		return
+	}
+	if !t.follow(traced) {
+		t.kernelForward(tunnelDevice)
+	}
+}
+
+// kernelForward carries the packet through the kernel's input side and on.
+func (t *tracer) kernelForward(in string) {
+	answer, err := t.kernel.askRoute(t.pkt.Src(), t.pkt.Dst(), in)
+	if !t.routed("routing and reverse path, coming by "+in, answer, err) {
+		return
+	}
+	if !answer.local {
+		if t.pkt.TTL() <= 1 {
+			t.drop("kernel", "time to live", "ttl_expired", fmt.Sprintf("the TTL is %d, and this node is a hop", t.pkt.TTL()),
+				"send with a greater TTL; the kernel answers with ICMP time exceeded")
+			return
+		}
+		packet.DecrementTTL(t.pkt)
+		if chains, err := t.cni.DroppingForwardChains(); err != nil {
+			t.caveat("the kernel's forward chains could not be read: %s", err)
+		} else if len(chains) > 0 {
+			t.caveat("%s: %s drop by default, and their rules are not evaluated", t.cfg.Node, strings.Join(chains, ", "))
+		}
+	}
+	t.out(answer)
+}
+
+// routed notes the kernel's answer; false when the packet ends here.
+func (t *tracer) routed(name string, answer kernelAnswer, err error) bool {
+	if err != nil {
+		t.unknown("kernel", name, err)
+		return false
+	}
+	if answer.reason == "" {
+		t.pass("kernel", name, answer.route)
+		return true
+	}
+	why, fix := t.explainKernel(answer)
+	t.drop("kernel", name, answer.reason, why, fix)
+	return false
+}
+
+// out carries the packet out of the kernel where the kernel has said.
+func (t *tracer) out(answer kernelAnswer) {
+	if answer.local {
+		t.pass("kernel", "delivered to the node itself", t.pkt.Dst().String())
+		t.seg.Outcome, t.seg.Packet = api.Delivered, slices.Clone(t.pkt)
+		return
+	}
+	if strings.HasPrefix(answer.device, "cali") {
+		t.toPod(answer.device)
+		return
+	}
+	if !t.fits("kernel", "MTU of "+answer.device, answer.mtu, answer.device) {
+		return
+	}
+	switch answer.device {
+	case tunnelDevice:
+		t.intoTunnel()
+	default:
+		t.leave(answer)
+	}
+}
+
+// intoTunnel is what follows when the kernel has routed the packet to vr0.
+func (t *tracer) intoTunnel() {
+	if !t.vrouterAlive() {
+		return
+	}
+	traced, err := t.askVRouter(rpc.Encap)
+	if err != nil {
+		t.vrouterSilent(err)
+		return
+	}
+	t.follow(traced)
+}
+
+// vrouterAlive looks whether a vRouter stands behind vr0.
+func (t *tracer) vrouterAlive() bool {
+	_, wrong, err := t.kernel.linkState(tunnelDevice)
+	switch {
+	case err != nil:
+		t.unknown("kernel", "the device "+tunnelDevice, err)
+	case wrong != "":
+		t.drop("kernel", "the device "+tunnelDevice, "vrouter_dead", wrong+": no vRouter reads it",
+			"start the vRouter of this node, and look into its log for why it ended")
+	default:
+		return true
+	}
+	return false
+}
+
+// vrouterSilent ends the trace: the vRouter cannot be asked.
+func (t *tracer) vrouterSilent(err error) {
+	if errors.Is(err, rpc.ErrVersion) {
+		t.unknown("vrouter", "the ladder", fmt.Errorf("%w: upgrade the vRouter", err))
+		return
+	}
+	t.drop("vrouter", "the ladder", "vrouter_dead", "the vRouter does not answer: "+err.Error(),
+		"start the vRouter of this node, and look into its log for why it ended")
+}
+
+func (t *tracer) askVRouter(d rpc.Direction) (rpc.Traced, error) {
+	ctx, cancel := context.WithTimeout(t.ctx, askTimeout)
+	defer cancel()
+	return t.plane.client.Trace(ctx, d, t.pkt)
+}
+
+// follow goes on from what the vRouter has done with the packet; false when it has handed the packet to the kernel.
+func (t *tracer) follow(traced rpc.Traced) bool {
+	for i, r := range traced.Rungs {
+		detail := r.Detail
+		if traced.Route.Prefix.IsValid() && strings.HasPrefix(r.Name, "route to") {
+			detail += t.origin(traced.Route.Prefix)
+		}
+		if traced.Back.Prefix.IsValid() && strings.HasPrefix(r.Name, "the way back") {
+			detail += t.origin(traced.Back.Prefix)
+		}
+		if !traced.Forwarded && i == len(traced.Rungs)-1 {
+			why, fix := t.explainDrop(traced)
+			if detail != "" {
+				why += " (" + detail + ")"
+			}
+			t.drop("vrouter", r.Name, traced.Reason, why+t.answered(traced.Answer), fix)
+			return true
+		}
+		t.pass("vrouter", r.Name, detail)
+	}
+	t.pkt = traced.Packet
+	switch traced.Out {
+	case "pod":
+		t.toPod(traced.OutInterface)
+	case "underlay":
+		t.intoUnderlay()
+	default:
+		return false
+	}
+	return true
+}
+
+// answered says what the vRouter tells the sender.
+func (t *tracer) answered(icmp []byte) string {
+	a, fault := packet.ParseIPv4(icmp)
+	if fault != packet.FaultNone || len(a.Payload()) < 8 {
+		return ""
+	}
+	p := a.Payload()
+	text := fmt.Sprintf("; the sender is told by ICMP type %d code %d", p[0], p[1])
+	if p[0] == packet.ICMPUnreachable && p[1] == packet.CodeFragNeeded {
+		text += fmt.Sprintf(", MTU %d", int(p[6])<<8|int(p[7]))
+	}
+	return text
+}
+
+// intoUnderlay is the way of an encapsulated packet to the next node.
+func (t *tracer) intoUnderlay() {
+	answer, err := t.kernel.askRoute(t.pkt.Src(), t.pkt.Dst(), "")
+	if err == nil && answer.local {
+		answer.reason, answer.detail = "send_failed", t.pkt.Dst().String()+" is this node itself"
+	}
+	if !t.routed("routing of the outer packet", answer, err) || !t.fits("kernel", "MTU of "+answer.device, answer.mtu, answer.device) {
+		return
+	}
+	t.leave(answer)
+}
+
+// leave is the end of a packet's way through this node.
+func (t *tracer) leave(answer kernelAnswer) {
+	_, wrong, err := t.kernel.linkState(answer.device)
+	switch {
+	case err != nil:
+		t.unknown("kernel", "the interface "+answer.device, err)
+		return
+	case wrong != "":
+		t.drop("kernel", "the interface "+answer.device, "interface_down", wrong, "set it up again: ip link set "+answer.device+" up")
+		return
+	}
+	if t.pkt.Protocol() != packet.ProtocolIPIP {
+		masquerade, err := t.cni.Masquerades(t.pkt.Src(), t.pkt.Dst())
+		if err != nil {
+			t.caveat("the masquerade rules could not be read: %s", err)
+		} else if masquerade {
+			t.pass("kernel", "masquerade", t.pkt.Src().String()+" becomes the node's own address on "+answer.device)
+		}
+	}
+	t.seg.Next, t.seg.Via, t.seg.Packet, t.seg.Outcome = answer.gateway, answer.device, slices.Clone(t.pkt), api.Left
+	detail := answer.device
+	switch n := t.kernel.neighbour(answer.device, answer.gateway); n {
+	case "":
+	case "failed":
+		t.caveat("%s does not answer ARP on %s", answer.gateway, answer.device)
+	default:
+		detail += ", neighbour " + n
+	}
+	if slices.ContainsFunc(t.cluster.members.all(), func(m Member) bool { return m.Address == answer.gateway }) {
+		t.seg.Outcome = api.Forwarded
+		t.pass("kernel", "sent to node "+answer.gateway.String(), detail)
+		return
+	}
+	if t.pkt.Protocol() == packet.ProtocolIPIP { // an outer packet's destination may lie behind a router
+		t.seg.Next, t.seg.Outcome = t.pkt.Dst(), api.Forwarded
+	}
+	t.pass("kernel", "sent to "+answer.gateway.String(), detail)
+}
+
+// toPod is the last step: out by a pod's interface.
+func (t *tracer) toPod(device string) {
+	mtu, wrong, err := t.kernel.linkState(device)
+	owner := t.pods.link(t.pkt.Dst())
+	switch {
+	case err != nil:
+		t.unknown("kernel", "the pod's interface", err)
+	case wrong != "":
+		t.drop("kernel", "the pod's interface", "pod_interface", wrong, "delete the pod, so that it is attached anew")
+	case owner == "":
+		t.drop("agent", "the pod", "no_such_pod", fmt.Sprintf("%s leads to %s, but no pod of this node has the address", device, t.pkt.Dst()),
+			"restart the agent of this node: it removes what belongs to no pod")
+	case t.fits("kernel", "MTU of "+device, mtu, device):
+		t.pass("kernel", "delivered to the pod", t.pkt.Dst().String()+" by "+device)
+		t.seg.Outcome, t.seg.Via, t.seg.Packet = api.Delivered, device, slices.Clone(t.pkt)
+	}
+}
+
+// fits compares the packet with an MTU. One that is too long ends, or is cut: its first fragment goes on.
+func (t *tracer) fits(by, name string, mtu int, device string) bool {
+	length := t.pkt.TotalLen()
+	if mtu == 0 || length <= mtu {
+		if by == "kernel" {
+			t.pass(by, name, fmt.Sprintf("%d bytes, MTU %d", length, mtu))
+		}
+		return true
+	}
+	if t.pkt.DF() {
+		why := fmt.Sprintf("%d bytes do not fit the MTU %d of %s, and DF is set", length, mtu, device)
+		fix := fmt.Sprintf("send at most %d bytes, or clear DF", mtu)
+		if by == "kernel" {
+			why += fmt.Sprintf("; the sender is told by ICMP fragmentation needed, MTU %d", mtu)
+		}
+		t.drop(by, name, "mtu", why, fix)
+		return false
+	}
+	var f packet.Fragmenter
+	first := make([]byte, length)
+	fault := f.Start(t.pkt, mtu)
+	if fault == packet.FaultNone {
+		first = first[:f.Next(first)]
+		t.pkt, fault = packet.ParseIPv4(first)
+	}
+	if fault != packet.FaultNone {
+		t.drop(by, name, "mtu", fmt.Sprintf("%d bytes do not fit the MTU %d of %s, and cannot be cut: %s", length, mtu, device, fault), "")
+		return false
+	}
+	t.pass(by, name, fmt.Sprintf("%d bytes, MTU %d: fragments; the first goes on here", length, mtu))
+	return true
+}
+
+func (t *tracer) underlayName() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.underlay.Interface
+}
+
+// origin says which peer a route has come from.
+func (t *tracer) origin(p netip.Prefix) string {
+	path, ok := t.speaker.Best()[p]
+	if !ok {
+		return ""
+	}
+	text := fmt.Sprintf(", by BGP from %s (AS %d) since %s", path.Peer, path.AS, path.Since.UTC().Format(time.RFC3339))
+	if path.Stale {
+		text += ", stale: the peer is restarting"
+	}
+	return text
+}

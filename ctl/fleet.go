@@ -1,0 +1,255 @@
+package ctl
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"margay/agent/api"
+	"margay/datastore"
+	"margay/internal/version"
+	"margay/ipam/audit"
+)
+
+// agentTimeout bounds one question to one agent: a node that is dead must not hold up the others for long.
+const agentTimeout = 6 * time.Second
+
+// fleet is the cluster as commands that ask many nodes need it: who the nodes are, how to ask their agents, whose an
+// address is. It is read once.
+type fleet struct {
+	members   map[string]netip.Addr // the Node resources, with their addresses; invalid where one has none
+	endpoints map[string]api.Endpoint
+	token     string
+	report    *audit.Report
+	pools     []*datastore.IPPool
+	local     string // the node on which margayctl runs; empty: none
+}
+
+// openFleet reads the datastore.
+func openFleet(ctx context.Context, cmd *cobra.Command) (*fleet, error) {
+	s, err := openStore(ctx, cmd)
+	if err != nil {
+		return nil, err
+	}
+	defer s.Close()
+	f := &fleet{members: map[string]netip.Addr{}, endpoints: map[string]api.Endpoint{}}
+	nodes, _, err := datastore.ListResources[datastore.Node](ctx, s)
+	if err != nil {
+		return nil, err
+	}
+	for _, n := range nodes {
+		p, err := n.IPv4()
+		if err != nil {
+			p = netip.Prefix{}
+		}
+		f.members[n.Metadata.Name] = p.Addr()
+	}
+	if f.pools, _, err = datastore.ListResources[datastore.IPPool](ctx, s); err != nil {
+		return nil, err
+	}
+	kvs, _, err := s.List(ctx, api.DiagNodes)
+	if err != nil {
+		return nil, err
+	}
+	for _, kv := range kvs {
+		var e api.Endpoint
+		if json.Unmarshal(kv.Value, &e) == nil {
+			f.endpoints[strings.TrimPrefix(kv.Key, api.DiagNodes)] = e
+		}
+	}
+	token, err := s.Get(ctx, api.DiagToken)
+	if err != nil && !errors.Is(err, datastore.ErrNotFound) {
+		return nil, err
+	}
+	f.token = strings.TrimSpace(string(token.Value))
+	if f.report, err = audit.Look(ctx, s, version.String()); err != nil {
+		return nil, err
+	}
+	if st, err := api.Get(ctx, agentSocket()); err == nil {
+		f.local = st.Node
+	}
+	return f, nil
+}
+
+// names returns the nodes that can be asked or should be, sorted: those of the datastore, and agents that it has no Node for.
+func (f *fleet) names() []string {
+	all := maps.Clone(f.members)
+	for n, e := range f.endpoints {
+		if _, ok := all[n]; !ok {
+			all[n] = e.Address.Addr()
+		}
+	}
+	return slices.Sorted(maps.Keys(all))
+}
+
+// client returns a client for a node's agent.
+func (f *fleet) client(node string) (*api.Client, error) {
+	if node == f.local && node != "" {
+		return api.NewUnixClient(agentSocket()), nil
+	}
+	e, ok := f.endpoints[node]
+	if !ok || f.token == "" {
+		return nil, fmt.Errorf("margay-agent of %s %w: it has never said where (it listens on --diag-port)", node, api.ErrUnreachable)
+	}
+	return api.NewClient(node, e, f.token), nil
+}
+
+// nodeAt returns the name of the node that has an underlay address.
+func (f *fleet) nodeAt(addr netip.Addr) (string, bool) {
+	for name, a := range f.members {
+		if a == addr {
+			return name, true
+		}
+	}
+	return "", false
+}
+
+// place is what a user has named: a pod or a node.
+type place struct {
+	Name    string     `json:"name,omitempty"` // of the pod, or the node itself
+	Address netip.Addr `json:"address"`        // unspecified for a node: the kernel chooses the source
+	Node    string     `json:"node,omitempty"` // where it is; empty: outside the cluster, or unknown
+	Entry   api.Entry  `json:"entry"`
+	Block   string     `json:"block,omitempty"`
+	Owner   string     `json:"blockOwner,omitempty"`
+	Given   bool       `json:"assigned"` // IPAM has given the address out
+}
+
+func (p place) String() string {
+	switch {
+	case p.Address.IsUnspecified():
+		return p.Name
+	case p.Name != "":
+		return fmt.Sprintf("%s (%s)", p.Name, p.Address)
+	}
+	return p.Address.String()
+}
+
+// find resolves an address, a node's name, or a pod's, with or without its namespace.
+func (f *fleet) find(text string) (place, error) {
+	if addr, err := netip.ParseAddr(text); err == nil {
+		if !addr.Is4() {
+			return place{}, fmt.Errorf("%s: expected an IPv4 address: this version's vRouter forwards no IPv6", text)
+		}
+		return f.at(addr), nil
+	}
+	if addr, ok := f.members[text]; ok {
+		if !addr.IsValid() {
+			return place{}, fmt.Errorf("node %s has no IPv4 address in the datastore", text)
+		}
+		return place{Name: text, Address: addr, Node: text, Entry: api.EntryHost}, nil
+	}
+	namespace, pod, found := strings.Cut(text, "/")
+	if !found {
+		namespace, pod = "", text
+	}
+	var matches []*audit.Allocation
+	for _, a := range f.report.Sorted() {
+		if a.Pod == pod && (namespace == "" || a.Namespace == namespace) && !a.CoolingDown {
+			if addr, err := netip.ParseAddr(a.IP); err == nil && addr.Is4() {
+				matches = append(matches, a)
+			}
+		}
+	}
+	switch len(matches) {
+	case 1:
+		return f.at(netip.MustParseAddr(matches[0].IP)), nil
+	case 0:
+		return place{}, fmt.Errorf("%q is no address, no node, and no pod that has an address: %s", text, f.known())
+	}
+	var names []string
+	for _, m := range matches {
+		names = append(names, fmt.Sprintf("%s/%s (%s)", m.Namespace, m.Pod, m.IP))
+	}
+	return place{}, fmt.Errorf("%q is several pods: %s: expected one by NAMESPACE/POD or address", text, strings.Join(names, ", "))
+}
+
+// known lists some of the names there are, for an error.
+func (f *fleet) known() string {
+	names := f.names()
+	for _, a := range f.report.Sorted() {
+		if a.Pod != "" && len(names) < 12 {
+			names = append(names, a.Namespace+"/"+a.Pod)
+		}
+	}
+	return "there is " + strings.Join(names, ", ")
+}
+
+// at says what is known of an address.
+func (f *fleet) at(addr netip.Addr) place {
+	p := place{Address: addr, Entry: api.EntryPod}
+	for _, b := range f.report.Blocks {
+		cidr, err := netip.ParsePrefix(b.CIDR)
+		if err == nil && cidr.Contains(addr) {
+			p.Block, p.Owner = b.CIDR, strings.TrimPrefix(strings.TrimPrefix(b.Affinity, "host:"), "virtual:")
+			p.Node = p.Owner
+		}
+	}
+	if name, ok := f.nodeAt(addr); ok {
+		p.Name, p.Node, p.Entry = name, name, api.EntryHost
+		return p
+	}
+	for _, a := range f.report.Allocations[addr.String()] {
+		if a.CoolingDown {
+			continue
+		}
+		p.Given = true
+		if a.Node != "" {
+			p.Node = a.Node
+		}
+		switch {
+		case a.Pod != "":
+			p.Name = a.Pod
+			if a.Namespace != "" && a.Namespace != "default" {
+				p.Name = a.Namespace + "/" + a.Pod
+			}
+		case strings.HasSuffix(a.Attrs["type"], "TunnelAddress"):
+			p.Name, p.Entry = a.Node, api.EntryHost
+		}
+	}
+	return p
+}
+
+// podAt returns the name of the pod that has an address, "" when nobody knows.
+func (f *fleet) podAt(addr netip.Addr) string {
+	if !addr.IsValid() {
+		return ""
+	}
+	p := f.at(addr)
+	if p.Entry == api.EntryHost && p.Name != "" {
+		return "node " + p.Name
+	}
+	return p.Name
+}
+
+// pool returns the pool that an address lies in.
+func (f *fleet) pool(addr netip.Addr) *datastore.IPPool {
+	var best *datastore.IPPool
+	bits := -1
+	for _, p := range f.pools {
+		if cidr, err := p.Prefix(); err == nil && cidr.Contains(addr) && cidr.Bits() > bits {
+			best, bits = p, cidr.Bits()
+		}
+	}
+	return best
+}
+
+// eachNode runs f for all nodes named, at the same time.
+func eachNode(nodes []string, f func(i int, node string)) {
+	var wg sync.WaitGroup
+	for i, n := range nodes {
+		wg.Go(func() { f(i, n) })
+	}
+	wg.Wait()
+}
+
+func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }

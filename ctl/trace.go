@@ -1,0 +1,327 @@
+package ctl
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	"margay/agent/api"
+	"margay/vrouter/packet"
+)
+
+// Exit statuses of trace: 0 only for a packet that arrives.
+const (
+	exitNotArrived = 1
+	exitUnknown    = 2
+)
+
+// maxHops bounds a trace, as a loop between nodes would have no end.
+const maxHops = 16
+
+// way is a packet's way from one end to the other.
+type way struct {
+	Segments []api.Segment `json:"nodes"`
+	Outcome  api.Outcome   `json:"outcome"` // of the last
+	At       string        `json:"at"`      // the last node that was asked, or should have been
+	By       string        `json:"by,omitempty"`
+	Rung     string        `json:"rung,omitempty"`
+	Reason   string        `json:"reason,omitempty"`
+	Why      string        `json:"why,omitempty"`
+	Fix      string        `json:"fix,omitempty"`
+}
+
+// traceResult is what `margayctl trace -o json` prints.
+type traceResult struct {
+	Verdict     string   `json:"verdict"` // arrives, does not arrive, unknown, leaves the cluster
+	Line        string   `json:"line"`
+	Source      place    `json:"source"`
+	Destination place    `json:"destination"`
+	Packet      string   `json:"packet"`
+	There       way      `json:"there"`
+	Back        *way     `json:"back,omitempty"`
+	Notes       []string `json:"notes,omitempty"`
+	code        int
+}
+
+func newTraceCommand() *cobra.Command {
+	var (
+		p      probe
+		oneWay bool
+		output string
+	)
+	cmd := &cobra.Command{
+		Use:   "trace SOURCE DESTINATION",
+		Short: "The path a packet would take through every node and back, rung by rung, and why it does not arrive",
+		Long: `trace asks every node on the way what it would do with a packet, without sending one: the vRouter walks its own
+forwarding ladder with it, and the kernel is asked for its routes, the reverse path filter included. What the kernel
+decides is marked kernel, what the vRouter decides vrouter.
+
+SOURCE and DESTINATION are addresses, pods (NAME or NAMESPACE/NAME) or nodes; DESTINATION may also lie outside.
+
+The first line is the verdict: that the packet arrives and the answer comes back, or where it ends, why, and what would
+mend it. The exit status is 0 only if it arrives; 1 if it does not; 2 if somebody could not be asked, or the packet
+leaves the cluster, where nobody can be.`,
+		Example: `  margayctl trace lab-node1-pod1 lab-node2-pod1
+  margayctl trace 10.244.1.2 10.244.2.5 --proto tcp --dport 443
+  margayctl trace default/web-0 node2 --size 1500 --df -o json`,
+		Args: cobra.ExactArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := checkOutput(output, "text", "json"); err != nil {
+				return err
+			}
+			if err := p.check(); err != nil {
+				return err
+			}
+			ctx, cancel := context.WithTimeout(cmd.Context(), 4*callTimeout)
+			defer cancel()
+			f, err := openFleet(ctx, cmd)
+			if err != nil {
+				return err
+			}
+			r, err := runTrace(ctx, f, &p, args[0], args[1], oneWay)
+			if err != nil {
+				return err
+			}
+			if output == "json" {
+				err = printJSON(cmd.OutOrStdout(), r)
+			} else {
+				err = r.print(cmd.OutOrStdout())
+			}
+			if err == nil && r.code != 0 {
+				return ExitError{r.code}
+			}
+			return err
+		},
+	}
+	p.flags(cmd)
+	cmd.Flags().BoolVar(&oneWay, "one-way", false, "do not ask for the way back")
+	addOutput(cmd, &output, "text", "text or json")
+	return cmd
+}
+
+func runTrace(ctx context.Context, f *fleet, p *probe, from, to string, oneWay bool) (*traceResult, error) {
+	src, err := f.find(from)
+	if err != nil {
+		return nil, fmt.Errorf("source: %w", err)
+	}
+	dst, err := f.find(to)
+	if err != nil {
+		return nil, fmt.Errorf("destination: %w", err)
+	}
+	if src.Node == "" {
+		return nil, fmt.Errorf("source: %s belongs to no pod and no node of the cluster: it is in no block of the datastore", from)
+	}
+	if from == src.Name && src.Entry == api.EntryHost {
+		src.Address = netip.IPv4Unspecified() // what the node's own kernel takes
+	}
+	r := &traceResult{Source: src, Destination: dst}
+	r.Packet = describe(p.build(src.Address, dst.Address, false), p.size)
+	r.There = f.follow(ctx, src, p.build(src.Address, dst.Address, false), dst.Address)
+	f.note(r, src.Address)
+	f.note(r, dst.Address)
+	if r.There.Outcome == api.Delivered && !oneWay {
+		last := r.There.Segments[len(r.There.Segments)-1]
+		arrived, fault := packet.ParseIPv4(last.Packet)
+		if fault != packet.FaultNone {
+			return nil, fmt.Errorf("%s: the agent gave a packet that is none: %s", last.Node, fault)
+		}
+		back := dst
+		back.Node, back.Address = last.Node, arrived.Dst()
+		back.Entry = api.EntryHost
+		if strings.HasPrefix(last.Via, "cali") {
+			back.Entry = api.EntryPod
+		}
+		w := f.follow(ctx, back, p.build(arrived.Dst(), arrived.Src(), true), arrived.Src())
+		r.Back = &w
+	}
+	r.judge()
+	return r, nil
+}
+
+// follow asks node after node.
+func (f *fleet) follow(ctx context.Context, from place, pkt []byte, dst netip.Addr) (w way) {
+	node, entry := from.Node, from.Entry
+	for range maxHops {
+		w.At = node
+		s, err := f.ask(ctx, node, api.TraceRequest{Entry: entry, Packet: pkt})
+		if err != nil {
+			w.Outcome, w.Reason, w.Why = api.Unknown, "agent_silent", err.Error()
+			w.By, w.Rung = "agent", "asking it"
+			w.Fix = "start the agent of " + node + ", and see that its --diag-port can be reached from here"
+			if _, ok := f.members[node]; !ok {
+				w.Fix = "the datastore has no Node " + node + " either: start its agent, which registers it"
+			}
+			return w
+		}
+		w.Segments = append(w.Segments, s)
+		w.Outcome, w.Reason, w.Why, w.Fix = s.Outcome, s.Reason, s.Why, s.Fix
+		if n := len(s.Rungs); n > 0 {
+			w.By, w.Rung = s.Rungs[n-1].By, s.Rungs[n-1].Name
+		}
+		if s.Outcome != api.Forwarded {
+			f.refine(&w, dst)
+			return w
+		}
+		next, ok := f.nodeAt(s.Next)
+		if !ok {
+			w.At, w.By, w.Rung = s.Next.String(), "datastore", "the next node"
+			w.Outcome, w.Reason = api.Unknown, "not_a_node"
+			w.Why = fmt.Sprintf("%s sends it to %s, which is no node in the datastore", node, s.Next)
+			w.Fix = "start the agent there: it registers its node"
+			return w
+		}
+		node, entry, pkt = next, api.EntryUnderlay, s.Packet
+	}
+	w.Outcome, w.Reason, w.Why = api.Dropped, "loop", fmt.Sprintf("after %d nodes it has not arrived: it goes in a circle", maxHops)
+	w.Fix = "compare `margayctl node routes` of the nodes"
+	return w
+}
+
+func (f *fleet) ask(ctx context.Context, node string, req api.TraceRequest) (api.Segment, error) {
+	c, err := f.client(node)
+	if err != nil {
+		return api.Segment{}, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, agentTimeout)
+	defer cancel()
+	s, err := c.Trace(ctx, req)
+	if errors.Is(err, context.DeadlineExceeded) {
+		err = fmt.Errorf("margay-agent of %s %w within %s", node, api.ErrUnreachable, agentTimeout)
+	}
+	return s, err
+}
+
+// refine adds what only the datastore knows about a packet that found no way.
+func (f *fleet) refine(w *way, dst netip.Addr) {
+	switch w.Reason {
+	case "no_route", "blackhole", "no_such_pod", "no_kernel_route", "no_pod":
+	default:
+		return
+	}
+	p := f.at(dst)
+	pool := f.pool(dst)
+	switch {
+	case pool == nil:
+		w.Why += fmt.Sprintf("; %s is in no pool", dst)
+		return
+	case p.Block == "":
+		w.Why += fmt.Sprintf("; %s is in pool %s, and no node has a block with it", dst, pool.Metadata.Name)
+		w.Fix = "nothing has this address: ask for another"
+		return
+	case !p.Given:
+		w.Why += fmt.Sprintf("; IPAM has not given %s out (block %s of %s)", dst, p.Block, orNobody(p.Owner))
+		w.Fix = "no pod has this address: ask for another, or start the pod"
+		return
+	}
+	w.Why += fmt.Sprintf("; %s is %s on %s", dst, orText(p.Name, "in use"), orNobody(p.Node))
+	if _, ok := f.members[p.Node]; p.Node != "" && !ok {
+		w.Why += ", which is not in the datastore"
+		w.Reason = "node_not_in_datastore"
+		w.Fix = "restart the agent of " + p.Node + ": it registers its node"
+	} else if pool.Spec.DisableBGPExport && w.Reason == "no_route" {
+		w.Why += fmt.Sprintf(", and pool %s has disableBGPExport", pool.Metadata.Name)
+		w.Fix = "set spec.disableBGPExport of the pool to false"
+	}
+}
+
+func orNobody(name string) string { return orText(name, "nobody") }
+
+func orText(s, other string) string {
+	if s == "" {
+		return other
+	}
+	return s
+}
+
+// note remarks what is unusual about an address without stopping packets.
+func (f *fleet) note(r *traceResult, addr netip.Addr) {
+	if p := f.pool(addr); p != nil && p.Spec.Disabled {
+		r.Notes = append(r.Notes, fmt.Sprintf("pool %s of %s is disabled: it gives out no new addresses, and packets flow", p.Metadata.Name, addr))
+	}
+}
+
+// judge writes the verdict and the first line.
+func (r *traceResult) judge() {
+	for _, w := range []*way{&r.There, r.Back} {
+		if w == nil {
+			continue
+		}
+		for _, s := range w.Segments {
+			r.Notes = append(r.Notes, s.Caveats...)
+		}
+	}
+	route := fmt.Sprintf("%s → %s", r.Source, r.Destination)
+	switch {
+	case r.There.Outcome == api.Left:
+		r.Verdict, r.code = "leaves the cluster", exitUnknown
+		last := r.There.Segments[len(r.There.Segments)-1]
+		r.Line = fmt.Sprintf("leaves the cluster: %s, at %s by %s to %s; what becomes of it there is not known here", route, last.Node, last.Via, last.Next)
+	case r.There.Outcome != api.Delivered:
+		r.Verdict, r.code, r.Line = r.There.verdict(route, "does not arrive")
+	case r.Back == nil:
+		r.Verdict, r.Line = "arrives", "arrives: "+route
+	case r.Back.Outcome == api.Delivered:
+		r.Verdict, r.Line = "arrives", "arrives: "+route+", and the answer comes back"
+	case r.Back.Outcome == api.Left:
+		r.Verdict, r.code = "unknown", exitUnknown
+		r.Line = "arrives, and the answer leaves the cluster: " + route
+	default:
+		r.Verdict, r.code, r.Line = r.Back.verdict(route, "arrives, but the answer does not come back")
+	}
+}
+
+func (w *way) verdict(route, what string) (verdict string, code int, line string) {
+	verdict, code = "does not arrive", exitNotArrived
+	if w.Outcome == api.Unknown {
+		verdict, code, what = "unknown", exitUnknown, "unknown whether it arrives"
+	}
+	line = fmt.Sprintf("%s: %s: at %s, %s, %s: %s", what, route, w.At, w.By, w.Rung, w.Why)
+	if w.Fix != "" {
+		line += ". To mend it: " + w.Fix
+	}
+	return verdict, code, line
+}
+
+// print writes the verdict, and the rungs node by node.
+func (r *traceResult) print(w io.Writer) error {
+	fmt.Fprintln(w, r.Line)
+	for _, n := range r.Notes {
+		fmt.Fprintln(w, "note:", n)
+	}
+	fmt.Fprintf(w, "\nthere: %s\n", r.Packet)
+	if err := r.There.print(w); err != nil {
+		return err
+	}
+	if r.Back == nil {
+		return nil
+	}
+	fmt.Fprintln(w, "\nback:")
+	return r.Back.print(w)
+}
+
+func (w *way) print(out io.Writer) error {
+	for _, s := range w.Segments {
+		fmt.Fprintf(out, "  %s (%s): %s\n", s.Node, s.Address, s.Outcome)
+		tw := tabwriter.NewWriter(out, 0, 1, 2, ' ', 0)
+		for _, r := range s.Rungs {
+			mark := "ok"
+			if !r.Passed {
+				mark = "NO"
+			}
+			fmt.Fprintf(tw, "    %s\t%s\t%s\t%s\n", mark, r.By, r.Name, r.Detail)
+		}
+		if err := tw.Flush(); err != nil {
+			return err
+		}
+	}
+	if w.Reason == "agent_silent" {
+		fmt.Fprintf(out, "  %s: %s\n", w.At, w.Why)
+	}
+	return nil
+}

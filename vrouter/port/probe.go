@@ -1,0 +1,68 @@
+package port
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// Probe is one thing that the drivers need of the kernel, and whether it is there.
+type Probe struct {
+	Name string
+	// Needed says that without it no vRouter starts; the others only make it faster.
+	Needed bool
+	For    string // what it is for
+	Err    error  // nil: it is there; else usually a Missing
+}
+
+// ProbeAll opens, in the calling thread's network namespace, what the drivers open, and closes it again. It leaves nothing
+// behind and disturbs no vRouter that runs.
+func ProbeAll() []Probe {
+	return []Probe{
+		{"TUN device", true, "vr0", probeTUN((*TUN).openPlain)},
+		{"TUN offloads", false, "--attach tun: superpackets from the pods pass whole", probeTUN((*TUN).openOffload)},
+		{"sockets", true, "sending and receiving IP-in-IP", probeUnderlay()},
+		{"BPF at tc egress", false, "superpackets to other nodes leave whole", probeRetag()},
+		{"BPF for direct", false, "--attach direct", probeSteering()},
+		{"AF_XDP", false, "--io xdp", probeXDP()},
+	}
+}
+
+// openPlain is openTUN, as openOffload is.
+func (t *TUN) openPlain(name string) (int, error) { return openTUN(name) }
+
+// probeTUN makes a device of a name of its own, which goes when it is closed.
+func probeTUN(open func(*TUN, string) (int, error)) error {
+	name := fmt.Sprintf("vrprobe%d", os.Getpid()%1e8)
+	fd, err := open(&TUN{vr0: vr0{name: name}, vnet: vnetHeader}, name)
+	if err != nil {
+		return err
+	}
+	return errors.Join(unix.IoctlSetInt(fd, unix.TUNSETPERSIST, 0), unix.Close(fd))
+}
+
+func probeUnderlay() error {
+	u, err := OpenUnderlay()
+	if err != nil {
+		return err
+	}
+	return u.Close()
+}
+
+func probeRetag() error {
+	r, err := newRetag()
+	if err != nil {
+		return err
+	}
+	return r.close()
+}
+
+func probeSteering() error {
+	s, err := newSteering()
+	if err != nil {
+		return err
+	}
+	return s.close()
+}
