@@ -266,11 +266,10 @@ func (w *Worker) decap(v *view, batch []*Packet) {
 	v.routes.LookupBatch(w.addresses, w.hops)
 	for i, a := range w.asked {
 		verdict, reason := v.decap(a.p, a.inner, w.hops[2*i], w.hops[2*i+1])
-		if verdict != VerdictForward {
-			w.drop(a.p, reason)
-			continue
+		if verdict == VerdictForward && v.tooLong(a.p, a.inner) {
+			verdict = VerdictSplit
 		}
-		w.outgoing = append(w.outgoing, a.p)
+		w.settle(a, 0, verdict, reason)
 	}
 }
 

@@ -169,6 +169,7 @@ func TestKernel(t *testing.T) {
 		{Attach: port.AttachTUNPlain, IO: port.IOPacket, Name: "vr0"},
 		{Attach: port.AttachTUN, IO: port.IOPacket, Name: "vr0"},
 		{Attach: port.AttachVeth, IO: port.IOPacket, Name: "vr0"},
+		{Attach: port.AttachVeth, IO: port.IOXDP, Name: "vr0"},
 	} {
 		t.Run(driver.Attach+","+driver.IO, func(t *testing.T) { withKernel(t, driver) })
 	}
