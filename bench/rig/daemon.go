@@ -117,8 +117,18 @@ func (b *Bed) vrouter(ctx context.Context, i int) error {
 	if err := b.program(ctx, d.client, i); err != nil {
 		return err
 	}
-	return node.Do(func() error {
+	err = node.Do(func() error {
 		return errors.Join(linkUp("vr0", ownAddress(i)+"/32"), route("vr0", pool, "", ownAddress(i)))
+	})
+	if err != nil || b.Path.Attach != "direct" {
+		return err
+	}
+	return d.await(ctx, "the pod's interface", func() error {
+		s, err := d.client.Status(ctx)
+		if err == nil && !strings.Contains(s.Port, fmt.Sprintf("%[1]d of %[1]d pods read", s.Pods)) {
+			err = errors.New(s.Port)
+		}
+		return err
 	})
 }
 

@@ -82,19 +82,21 @@ func Scenarios() []Scenario {
 	all = append(all,
 		roundTrips(),
 		udp("udp", "small UDP, one node, as fast as it goes", rig.Edge, traffic.Small),
+		udp("udp-xdp", "small UDP, one node, made by XDP, as fast as it goes", rig.Edge, traffic.SmallXDP),
 		lossless("udp-lossless", "small UDP, one node, at most 0.5 % lost", rig.Edge, traffic.Small),
 		udp("udp2", "small UDP, two nodes, as fast as it goes", rig.Pair, traffic.Small),
-		lossless("udp2-lossless", "small UDP, two nodes, at most 0.5 % lost", rig.Pair, traffic.Small),
 		udp("imix", "IMIX, one node, as fast as it goes", rig.Edge, traffic.IMIX),
-		lossless("imix-lossless", "IMIX, one node, at most 0.5 % lost", rig.Edge, traffic.IMIX),
 	)
 	return append(all, memory()...)
 }
 
 // ProfileOf returns the packet sizes of a UDP scenario.
 func ProfileOf(scenario string) traffic.Profile {
-	if strings.HasPrefix(scenario, "imix") {
+	switch {
+	case strings.HasPrefix(scenario, "imix"):
 		return traffic.IMIX
+	case scenario == "udp-xdp":
+		return traffic.SmallXDP
 	}
 	return traffic.Small
 }

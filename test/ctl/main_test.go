@@ -4,10 +4,13 @@ package ctl
 
 import (
 	"bytes"
+	"context"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/rogpeppe/go-internal/testscript"
 
 	"margay/ctl"
 	"margay/datastore"
@@ -17,7 +20,15 @@ import (
 // endpoint is the server that all tests of this package share.
 var endpoint string
 
-func TestMain(m *testing.M) { os.Exit(embeddedtest.Main(m, &endpoint)) }
+// TestMain lets scripts execute margayctl: this binary, under that name.
+func TestMain(m *testing.M) {
+	testscript.Main(tests{m}, map[string]func(){"margayctl": func() { os.Exit(ctl.Main(context.Background(), os.Args[1:], os.Stderr)) }})
+}
+
+// tests runs the package's tests beside an etcd.
+type tests struct{ m *testing.M }
+
+func (t tests) Run() int { return embeddedtest.Main(t.m, &endpoint) }
 
 // openStore empties the datastore, and makes margayctl use it.
 func openStore(t *testing.T) *datastore.Store {

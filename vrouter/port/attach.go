@@ -140,7 +140,7 @@ func openPorts(o Options, before func() error, open openers) (*Ports, error) {
 func openOffload(o Options, before func() error, open openers, why string) (*Ports, error) {
 	if o.Attach == AttachDirect {
 		// What direct needs beside the others is asked for first: it can be refused without a trace.
-		s, err := newSteering()
+		s, err := newSteering(o.IO)
 		if err != nil {
 			return nil, err
 		}
@@ -160,7 +160,7 @@ func openOffload(o Options, before func() error, open openers, why string) (*Por
 		return nil, errors.Join(err, p.Underlay.Close())
 	}
 	if o.Attach == AttachDirect {
-		if p.Direct, err = OpenDirect(p.Device, p.Underlay); err != nil {
+		if p.Direct, err = OpenDirect(p.Device, p.Underlay, o.IO); err != nil {
 			return nil, errors.Join(err, p.Close())
 		}
 	}

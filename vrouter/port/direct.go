@@ -63,12 +63,15 @@ const (
 	wakeEvent = -1
 )
 
-// OpenDirect opens the port on top of the host's and the underlay's, which it takes over. Pods follow by SetPods.
-func OpenDirect(host Device, underlay *Underlay) (*Direct, error) { return openDirect(host, underlay) }
+// OpenDirect opens the port on top of the host's and the underlay's, which it takes over. io is IOPacket or IOXDP. Pods
+// follow by SetPods.
+func OpenDirect(host Device, underlay *Underlay, io string) (*Direct, error) {
+	return openDirect(host, underlay, io)
+}
 
-func openDirect(host, underlay reader) (_ *Direct, err error) {
+func openDirect(host, underlay reader, io string) (_ *Direct, err error) {
 	d := &Direct{host: host, underlay: underlay, epoll: -1, wake: -1, table: &directTable{pods: vrouter.NewPods(nil)}}
-	d.sender.fd = -1
+	d.sender.writer.fd = -1
 	d.next.Store(d.table)
 	defer func() {
 		if err != nil {
@@ -88,7 +91,7 @@ func openDirect(host, underlay reader) (_ *Direct, err error) {
 	if err := d.sender.open(); err != nil {
 		return nil, err
 	}
-	if d.pods, err = newDirectPods(d); err != nil {
+	if d.pods, err = newDirectPods(d, io); err != nil {
 		return nil, err
 	}
 	return d, nil
@@ -177,8 +180,7 @@ func (d *Direct) recv(batch []*vrouter.Packet) int {
 			// It may have gone since the look.
 			at := vrouter.Interface(event)
 			if l := d.table.link(at); l != nil {
-				// EAGAIN, or once ENETDOWN when the interface goes.
-				got, _ := d.receiver.recv(l.fd, ethernetHeader, batch[n:])
+				got := l.recv(&d.receiver, batch[n:])
 				for _, p := range batch[n : n+got] {
 					p.In = at
 				}
@@ -200,20 +202,19 @@ func (t *directTable) link(at vrouter.Interface) *podLink {
 // Send implements vrouter.Port.
 func (d *Direct) Send(batch []*vrouter.Packet) {
 	d.toHost, d.toUnderlay = d.toHost[:0], d.toUnderlay[:0]
-	for _, p := range batch {
+	for i, p := range batch {
 		switch p.Out {
 		case vrouter.HostInterface:
 			d.toHost = append(d.toHost, p)
 		case vrouter.UnderlayInterface:
 			d.toUnderlay = append(d.toUnderlay, p)
 		default:
-			p.Sent, p.Drop = 0, vrouter.ReasonNotSet
 			l := d.table.link(p.Out)
 			if l == nil {
-				p.Drop = vrouter.ReasonNoPod
+				p.Sent, p.Drop = 0, vrouter.ReasonNoPod
 				continue
 			}
-			d.sender.send(l, p)
+			d.sender.send(l, batch[i:i+1])
 		}
 	}
 	d.sender.flush()
@@ -247,7 +248,7 @@ func (d *Direct) free() error {
 	if d.pods != nil {
 		errs = append(errs, d.pods.close())
 	}
-	for _, fd := range []int{d.epoll, d.wake, d.sender.fd} {
+	for _, fd := range []int{d.epoll, d.wake, d.sender.writer.fd} {
 		if fd >= 0 {
 			errs = append(errs, unix.Close(fd))
 		}

@@ -30,6 +30,10 @@ type steering struct {
 	drop                *ebpf.Program // TCX ingress: the same, kept from the kernel
 	record              *ebpf.Program // TCX egress: writes flows
 	prefixes            map[netip.Prefix]ownership
+
+	// With AF_XDP only.
+	sockets  *ebpf.Map     // by the slot that taken gives an interface
+	redirect *ebpf.Program // XDP: what filter and drop do with AF_PACKET
 }
 
 // ownership says why a prefix is owned.
@@ -51,7 +55,7 @@ const (
 
 // newSteering loads maps and programs, and attaches one for a moment to the loopback device of the calling thread's
 // namespace, so that what is missing is known at start.
-func newSteering() (_ *steering, err error) {
+func newSteering(io string) (_ *steering, err error) {
 	s := &steering{prefixes: make(map[netip.Prefix]ownership)}
 	defer func() {
 		if err != nil {
@@ -78,13 +82,19 @@ func newSteering() (_ *steering, err error) {
 		p, err = ebpf.NewProgram(&ebpf.ProgramSpec{Name: name, Type: kind, License: "GPL", Instructions: program})
 		return p
 	}
+	if io == IOXDP {
+		s.sockets, err = ebpf.NewMap(&ebpf.MapSpec{Name: "margay_pods", Type: ebpf.XSKMap, KeySize: 4, ValueSize: 4, MaxEntries: maxTaken})
+		if err == nil {
+			s.redirect = load("margay_redirect", ebpf.XDP, s.classify(asm.FnXdpLoadBytes, xdpIndex, s.toSocket(), returns(xdpPass)))
+		}
+	}
 	s.filter = load("margay_filter", ebpf.SocketFilter, s.classify(asm.FnSkbLoadBytes, skbIndex, returns(0x40000), returns(0)))
 	s.drop = load("margay_drop", ebpf.SchedCLS, s.classify(asm.FnSkbLoadBytes, skbIndex, returns(tcxDrop), returns(tcxNext)))
 	s.record = load("margay_record", ebpf.SchedCLS, s.recorder())
 	if err != nil {
 		return nil, err
 	}
-	probe, err := s.attach(loopbackIndex)
+	probe, err := s.attach(loopbackIndex, true)
 	if err != nil {
 		return nil, err
 	}
@@ -103,13 +113,17 @@ func explainSteering(err error) error {
 	return &Missing{What: "BPF for --attach direct (TCX, Linux 6.6)", Err: unwrapErrno(err), Do: do}
 }
 
-// attach puts the two TCX programs onto an interface of the calling thread's namespace.
-func (s *steering) attach(index int) ([]link.Link, error) {
+// attach puts the TCX programs onto an interface of the calling thread's namespace: the one that records, and the one
+// that drops.
+func (s *steering) attach(index int, dropping bool) ([]link.Link, error) {
 	var links []link.Link
 	for _, at := range []struct {
 		program *ebpf.Program
 		where   ebpf.AttachType
 	}{{s.record, ebpf.AttachTCXEgress}, {s.drop, ebpf.AttachTCXIngress}} {
+		if at.program == s.drop && !dropping {
+			continue
+		}
 		l, err := link.AttachTCX(link.TCXOptions{Interface: index, Program: at.program, Attach: at.where, Anchor: link.Head()})
 		if err != nil {
 			return nil, errors.Join(fmt.Errorf("attach the BPF program: %w", err), closeLinks(links))
@@ -119,11 +133,11 @@ func (s *steering) attach(index int) ([]link.Link, error) {
 	return links, nil
 }
 
-// take opens or closes the gate of the interface index.
-func (s *steering) take(index int, on bool) error {
+// take opens or closes the gate of the interface index. slot is where its AF_XDP socket, if it has one, is in sockets.
+func (s *steering) take(index, slot int, on bool) error {
 	var err error
 	if on {
-		err = s.taken.Put(uint32(index), uint32(1))
+		err = s.taken.Put(uint32(index), uint32(slot))
 	} else if err = s.taken.Delete(uint32(index)); errors.Is(err, ebpf.ErrKeyNotExist) {
 		err = nil
 	}
@@ -177,12 +191,12 @@ func (s *steering) own(p netip.Prefix, why ownership, on bool) error {
 
 func (s *steering) close() error {
 	var errs []error
-	for _, p := range []*ebpf.Program{s.filter, s.drop, s.record} {
+	for _, p := range []*ebpf.Program{s.filter, s.drop, s.record, s.redirect} {
 		if p != nil {
 			errs = append(errs, p.Close())
 		}
 	}
-	for _, m := range []*ebpf.Map{s.owned, s.flows, s.taken} {
+	for _, m := range []*ebpf.Map{s.owned, s.flows, s.taken, s.sockets} {
 		if m != nil {
 			errs = append(errs, m.Close())
 		}
@@ -266,7 +280,7 @@ func returns(verdict int32) asm.Instructions {
 }
 
 // classify is the program, whatever its type, that goes to owned or to kernel. load is its type's way to read the packet,
-// index where its context has the interface; R6 holds the context.
+// index where its context has the interface; R6 holds the context. At owned R0 points to what taken says.
 func (s *steering) classify(load asm.BuiltinFunc, index int16, owned, kernel asm.Instructions) asm.Instructions {
 	program := append(asm.Instructions{asm.Mov.Reg(asm.R6, asm.R1)}, loadHeaders(load, moreFragments|fragmentOffset, "kernel")...)
 	program = append(program, asm.JEq.Imm(asm.R7, unix.IPPROTO_ICMP, "icmp"))
@@ -304,6 +318,23 @@ func (s *steering) classify(load asm.BuiltinFunc, index int16, owned, kernel asm
 	kernel[0] = kernel[0].WithSymbol("kernel")
 	return append(append(program, owned...), kernel...)
 }
+
+// toSocket redirects to the AF_XDP socket of the interface, which is bound to the first queue; what comes by others, and to
+// an interface without a socket, is the kernel's.
+func (s *steering) toSocket() asm.Instructions {
+	return asm.Instructions{
+		asm.LoadMem(asm.R1, asm.R6, xdpQueue, asm.Word),
+		asm.JNE.Imm(asm.R1, 0, "kernel"),
+		asm.LoadMem(asm.R2, asm.R0, 0, asm.Word),
+		asm.LoadMapPtr(asm.R1, s.sockets.FD()),
+		asm.Mov.Imm(asm.R3, xdpPass),
+		asm.FnRedirectMap.Call(),
+		asm.Return(),
+	}
+}
+
+// xdpIndex is the offset of ingress_ifindex in struct xdp_md, in bytes.
+const xdpIndex = 12
 
 // recorder is the program at the interface's egress: it puts the other direction of what the kernel delivers into flows.
 // What the vRouter delivers carries its mark.

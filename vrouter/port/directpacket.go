@@ -2,9 +2,8 @@ package port
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
-	"sync/atomic"
-	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -17,22 +16,38 @@ import (
 // podLink is the host's side of one pod's interface; immutable once it is in a table.
 type podLink struct {
 	index    int
-	fd       int // an AF_PACKET socket that receives what the vRouter owns
+	fd       int  // an AF_PACKET socket that receives what the vRouter owns; with AF_XDP none, -1
+	xsk      *xsk // nil: AF_PACKET
 	ethernet [ethernetHeader]byte
 	address  unix.RawSockaddrLinklayer
 	programs []link.Link
-	lost     atomic.Uint64 // packets that the socket had no room for
+	lost     socketLosses
+	waits    bool // the sender has packets queued for its AF_XDP socket
 }
 
-// openPodLink prepares to take over the interface index for the pod with the hardware address pod; own is the
-// interface's. Until steering.take the interface is the kernel's.
-func openPodLink(s *steering, index int, own, pod []byte) (_ *podLink, err error) {
+// newPodLink returns an interface that has nothing open.
+func newPodLink(index int, own, pod []byte) *podLink {
 	l := &podLink{index: index, fd: -1}
 	copy(l.ethernet[:6], pod)
 	copy(l.ethernet[6:12], own)
 	binary.BigEndian.PutUint16(l.ethernet[12:], unix.ETH_P_IP)
 	l.address = unix.RawSockaddrLinklayer{Family: unix.AF_PACKET, Protocol: htons(unix.ETH_P_IP), Ifindex: int32(index), Halen: 6}
 	copy(l.address.Addr[:], pod)
+	return l
+}
+
+// readFD is the descriptor that is readable when a packet has come.
+func (l *podLink) readFD() int {
+	if l.xsk != nil {
+		return l.xsk.fd
+	}
+	return l.fd
+}
+
+// openPodLink prepares to take over the interface index for the pod with the hardware address pod; own is the
+// interface's. Until steering.take the interface is the kernel's.
+func openPodLink(s *steering, index int, own, pod []byte) (_ *podLink, err error) {
+	l := newPodLink(index, own, pod)
 	defer func() {
 		if err != nil {
 			_ = l.close()
@@ -41,7 +56,7 @@ func openPodLink(s *steering, index int, own, pod []byte) (_ *podLink, err error
 	if l.fd, err = podSocket(s.filter); err != nil {
 		return nil, explainSocket("packet socket for a pod", err)
 	}
-	if l.programs, err = s.attach(index); err != nil {
+	if l.programs, err = s.attach(index, true); err != nil {
 		return nil, err
 	}
 	// ETH_P_ALL, because that is heard before the programs at tc ingress run, and ETH_P_IP after.
@@ -83,92 +98,95 @@ func (l *podLink) moved(own, pod []byte) bool {
 
 // dropped returns what the socket has lost so far.
 func (l *podLink) dropped() uint64 {
-	// Reading resets the kernel's count, so the sum is kept here.
-	if s, err := unix.GetsockoptTpacketStats(l.fd, unix.SOL_PACKET, unix.PACKET_STATISTICS); err == nil {
-		l.lost.Add(uint64(s.Drops))
+	if l.xsk != nil {
+		return l.xsk.dropped()
 	}
-	return l.lost.Load()
+	return l.lost.read(l.fd)
+}
+
+// recv takes what waits, without waiting for more.
+func (l *podLink) recv(r *packetReader, batch []*vrouter.Packet) int {
+	if l.xsk == nil {
+		// EAGAIN, or once ENETDOWN when the interface goes: there is nothing either way.
+		n, _ := r.recv(l.fd, ethernetHeader, batch)
+		return n
+	}
+	n := l.xsk.receive(batch, ethernetHeader)
+	for _, p := range batch[:n] {
+		markUnfinished(p)
+	}
+	return n
 }
 
 func (l *podLink) close() error {
-	err := closeLinks(l.programs)
+	errs := []error{closeLinks(l.programs)}
 	if l.fd >= 0 {
-		if closeErr := unix.Close(l.fd); err == nil {
-			err = closeErr
-		}
+		errs = append(errs, unix.Close(l.fd))
 	}
-	return err
+	if l.xsk != nil {
+		errs = append(errs, l.xsk.close())
+	}
+	return errors.Join(errs...)
 }
 
-// podSender sends to pods' interfaces by one AF_PACKET socket, superpackets whole, a batch in a system call. It is used by
-// one goroutine. It goes through the interface's queueing discipline, so that a limit which an operator has set on it
-// holds; the mark says to the programs there that it is ours.
+// podSender sends to pods' interfaces: superpackets, and where there is no AF_XDP everything, by one AF_PACKET socket. It is
+// used by one goroutine. It goes through the interface's queueing discipline, so that a limit which an operator has set
+// on it holds; the mark says to the programs there that it is ours.
 type podSender struct {
-	fd       int
-	n        int // messages that wait
-	messages [packetBatch]mmsghdr
-	pieces   [packetBatch]unix.Iovec
-	owners   [packetBatch]*vrouter.Packet
-	counts   [packetBatch]int // packets that the message stands for
+	writer packetWriter
+	queued []*podLink // whose AF_XDP socket has packets that wait
 }
 
 func (s *podSender) open() (err error) {
 	// Protocol 0: it receives nothing.
-	s.fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
 		return explainSocket("packet socket for sending", err)
 	}
-	if err := enlarge(s.fd, unix.SO_SNDBUFFORCE, unix.SO_SNDBUF); err != nil {
+	s.writer.fd = fd
+	if err := enlarge(fd, unix.SO_SNDBUFFORCE, unix.SO_SNDBUF); err != nil {
 		return err
 	}
-	if err := unix.SetsockoptInt(s.fd, unix.SOL_PACKET, unix.PACKET_VNET_HDR, 1); err != nil {
+	if err := unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_VNET_HDR, 1); err != nil {
 		return fmt.Errorf("PACKET_VNET_HDR: %w", err)
 	}
-	return explainMark(unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_MARK, retagMark))
+	return explainMark(unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, retagMark))
 }
 
-// send puts p into the queue.
-func (s *podSender) send(l *podLink, p *vrouter.Packet) {
+// send puts the one packet of one into a queue. Superpackets go by AF_PACKET, whatever the interface has beside it:
+// AF_XDP knows none.
+func (s *podSender) send(l *podLink, one []*vrouter.Packet) {
+	p := one[0]
+	p.Sent, p.Drop = 0, vrouter.ReasonNotSet
+	if l.xsk != nil && p.Offload.Segmentation == vrouter.SegmentNone {
+		l.xsk.send(p, l.ethernet[:])
+		if !l.waits {
+			l.waits = true
+			s.queued = append(s.queued, l)
+		}
+		return
+	}
 	headers, segments, fault := super(p.Bytes(), 0, &p.Offload)
 	if fault != packet.FaultNone {
 		p.Drop = vrouter.ReasonMalformed
 		return
 	}
-	if s.n == packetBatch {
-		s.flush()
+	if !s.writer.room(1) {
+		s.writer.flush(nil)
 	}
 	start := p.Off - ethernetHeader - vnetHeader
 	putVnet(p.Buf[start:], &p.Offload, ethernetHeader, headers)
 	copy(p.Buf[p.Off-ethernetHeader:], l.ethernet[:])
-	i := s.n
-	s.pieces[i].Base = &p.Buf[start]
-	s.pieces[i].SetLen(p.Off + p.Len - start)
-	m := &s.messages[i].header
-	m.Name = (*byte)(unsafe.Pointer(&l.address))
-	m.Namelen = unix.SizeofSockaddrLinklayer
-	m.Iov = &s.pieces[i]
-	m.SetIovlen(1)
-	s.owners[i], s.counts[i] = p, segments
-	s.n++
+	s.writer.begin(&l.address, one, segments)
+	s.writer.piece(p.Buf[start : p.Off+p.Len])
 }
 
-// flush sends what waits, and notes the outcome with each packet. It never waits for room: a pod that does not take its
-// packets must not hold up the others.
+// flush sends what waits. It never waits for room: a pod that does not take its packets must not hold up the others.
 func (s *podSender) flush() {
-	for i := 0; i < s.n; {
-		sent, err := sendmmsg(s.fd, s.messages[i:s.n], unix.MSG_DONTWAIT)
-		if err == unix.EINTR {
-			continue
-		}
-		if err != nil {
-			s.owners[i].Drop = sendFailure(err)
-			i++
-			continue
-		}
-		for range sent {
-			s.owners[i].Sent = s.counts[i]
-			i++
-		}
+	for _, l := range s.queued {
+		l.xsk.flush(nil)
+		l.waits = false
 	}
-	s.n = 0
+	s.queued = s.queued[:0]
+	s.writer.flush(nil)
 }

@@ -30,6 +30,7 @@ const (
 // the kernel's.
 type directPods struct {
 	direct   *Direct
+	io       string // IOPacket or IOXDP
 	steering *steering
 	links    *netlink.Handle
 	place    *namespace
@@ -56,12 +57,14 @@ type directPods struct {
 	taken   map[netip.Addr]int // slots
 	retired []retiredLink
 	trouble map[string]error // by interface: why it is left to the kernel
+	noXDP   error            // why an interface is read by AF_PACKET instead
 }
 
 // device is what matters of an interface.
 type device struct {
 	index int
 	mac   net.HardwareAddr
+	mtu   int // bytes
 	up    bool
 }
 
@@ -84,15 +87,15 @@ type routeChange struct {
 	tunnel bool
 }
 
-func newDirectPods(d *Direct) (_ *directPods, err error) {
-	p := &directPods{direct: d, events: -1, wake: -1, open: make(map[*podLink]bool), stale: true,
+func newDirectPods(d *Direct, io string) (_ *directPods, err error) {
+	p := &directPods{direct: d, io: io, events: -1, wake: -1, open: make(map[*podLink]bool), stale: true,
 		asked: make(map[neighbour]bool), taken: make(map[netip.Addr]int), trouble: make(map[string]error)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, p.free())
 		}
 	}()
-	if p.steering, err = newSteering(); err != nil {
+	if p.steering, err = newSteering(io); err != nil {
 		return nil, err
 	}
 	if p.place, err = thisNamespace(); err != nil {
@@ -275,7 +278,7 @@ func (p *directPods) setDevice(l netlink.Link, there bool) {
 		return
 	}
 	p.names[a.Index] = a.Name
-	p.devices[a.Name] = device{index: a.Index, mac: bytes.Clone(a.HardwareAddr),
+	p.devices[a.Name] = device{index: a.Index, mac: bytes.Clone(a.HardwareAddr), mtu: a.MTU,
 		up: a.Flags&net.FlagUp != 0 && a.EncapType == "ether" && len(a.HardwareAddr) == 6}
 }
 
@@ -349,7 +352,7 @@ func (p *directPods) release() (changed bool) {
 			}
 		}
 		p.own(address, false)
-		if err := p.steering.take(l.index, false); err != nil {
+		if err := p.steering.take(l.index, slot, false); err != nil {
 			p.trouble[address.String()] = err
 		}
 		p.slots[slot] = nil
@@ -385,7 +388,8 @@ func (p *directPods) acquire() (changed bool) {
 		if used[d.index] || bytes.Equal(mac, d.mac) {
 			continue
 		}
-		l, err := openPodLink(p.steering, d.index, d.mac, mac)
+		slot := p.freeSlot()
+		l, err := p.openLink(d, slot, mac)
 		if err != nil {
 			p.trouble[pod.Interface] = err
 			continue
@@ -394,11 +398,22 @@ func (p *directPods) acquire() (changed bool) {
 		p.open[l] = true
 		p.mu.Unlock()
 		used[d.index] = true
-		slot := p.freeSlot()
 		p.slots[slot], p.taken[pod.Address] = l, slot
 		changed = true
 	}
 	return changed
+}
+
+// openLink opens an interface by AF_XDP where that was asked for and works, else by AF_PACKET.
+func (p *directPods) openLink(d device, slot int, mac net.HardwareAddr) (*podLink, error) {
+	if p.io == IOXDP {
+		l, err := openPodXSK(p.steering, d.index, slot, d.mtu, d.mac, mac)
+		if err == nil {
+			return l, nil
+		}
+		p.noXDP = err
+	}
+	return openPodLink(p.steering, d.index, d.mac, mac)
 }
 
 // ask makes the kernel find out a pod's hardware address and keep it fresh, on its own from then on.
@@ -444,10 +459,10 @@ func (p *directPods) publish() {
 	for address, slot := range p.taken {
 		l := p.slots[slot]
 		if at := vrouter.FirstPodInterface + vrouter.Interface(slot); old.link(at) != l {
-			if err := p.direct.listen(l.fd, int32(at)); err != nil {
+			if err := p.direct.listen(l.readFD(), int32(at)); err != nil {
 				p.trouble[address.String()] = err
 			}
-			if err := p.steering.take(l.index, true); err != nil {
+			if err := p.steering.take(l.index, slot, true); err != nil {
 				p.trouble[address.String()] = err
 			}
 			p.own(address, true)
@@ -487,6 +502,18 @@ func (p *directPods) dropped() uint64 {
 // describe says for people which interfaces we have.
 func (p *directPods) describe() {
 	text := fmt.Sprintf("%d of %d pods read by AF_PACKET", len(p.taken), len(p.pods))
+	if p.io == IOXDP {
+		packet := 0
+		for _, slot := range p.taken {
+			if p.slots[slot].xsk == nil {
+				packet++
+			}
+		}
+		text = fmt.Sprintf("%d of %d pods read by AF_XDP", len(p.taken), len(p.pods))
+		if packet > 0 {
+			text += fmt.Sprintf(", %d of them by AF_PACKET, because: %v", packet, p.noXDP)
+		}
+	}
 	for what, err := range p.trouble {
 		text += fmt.Sprintf("; %s left to the kernel: %v", what, err)
 		break // one is enough to tell what is wrong

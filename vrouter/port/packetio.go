@@ -106,11 +106,12 @@ func (w *packetWriter) piece(b []byte) {
 	m.SetIovlen(int(m.Iovlen) + 1)
 }
 
-// flush sends what waits, and notes the outcome with each packet. A full socket is waited for with drained, once.
+// flush sends what waits, and notes the outcome with each packet. A full socket is waited for with drained, if there
+// is one, once.
 func (w *packetWriter) flush(drained *waiter) {
 	for i := 0; i < w.n; {
 		sent, err := sendmmsg(w.fd, w.messages[i:w.n], unix.MSG_DONTWAIT)
-		if err == unix.EAGAIN && drained.wait(w.fd, unix.POLLOUT, sendPatience) {
+		if err == unix.EAGAIN && drained != nil && drained.wait(w.fd, unix.POLLOUT, sendPatience) {
 			sent, err = sendmmsg(w.fd, w.messages[i:w.n], unix.MSG_DONTWAIT)
 		}
 		if err == unix.EINTR {

@@ -60,7 +60,7 @@ func probeRetag() error {
 }
 
 func probeSteering() error {
-	s, err := newSteering()
+	s, err := newSteering(IOPacket)
 	if err != nil {
 		return err
 	}

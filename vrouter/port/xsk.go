@@ -261,8 +261,8 @@ func (x *xsk) reclaim() bool {
 	return n > 0
 }
 
-// flush sends what queue has taken. A full device is waited for with patience of w; what it has not taken then goes with
-// the next flush. ENETDOWN, ENXIO and the like are no matter: the port looks after its interface.
+// flush sends what queue has taken. A full device is waited for with patience of w, if there is one; what it has not
+// taken then goes with the next flush. ENETDOWN, ENXIO and the like are no matter: the port looks after its interface.
 func (x *xsk) flush(w *waiter) {
 	if x == nil {
 		return
@@ -282,7 +282,7 @@ func (x *xsk) flush(w *waiter) {
 		}
 		now := x.tx.consumer.Load()
 		if now == before {
-			if waited || errno != unix.EAGAIN && errno != unix.EBUSY && errno != unix.ENOBUFS {
+			if w == nil || waited || errno != unix.EAGAIN && errno != unix.EBUSY && errno != unix.ENOBUFS {
 				break
 			}
 			waited = true
