@@ -16,37 +16,40 @@ func FuzzWorker(f *testing.F) {
 	f.Add(ip(node2, self, 4, ip(pod2, ownPod, 17, make([]byte, 1600))), uint8(1), uint8(0), uint16(40), uint16(0))
 	f.Add(ip(ownPod, pod2, 6, append([]byte{12: 5 << 4}, make([]byte, 4000)...)), uint8(2), uint8(SegmentTCPv4), uint16(20), uint16(1500))
 	f.Add(ip(ownPod, pod2, 17, append([]byte{4: 0xf, 5: 0xa8, 7: 0}, make([]byte, 4000)...)), uint8(2), uint8(SegmentUDP), uint16(20), uint16(9))
+	// The workers are made once: their buffers are large.
+	r := testRouter(f)
+	reply := &queue{}
+	host, decap := &queue{}, &queue{}
+	pods := &switched{pods: testPods()}
+	workers := []*Worker{r.NewWorker(Encap, host, host), r.NewWorker(Decap, decap, decap), r.NewSwitch(pods)}
+	for _, w := range workers {
+		w.SetReply(reply)
+	}
+	var count [3]int
 	f.Fuzz(func(t *testing.T, b []byte, from, segmentation uint8, start, size uint16) {
 		if len(b) > MaxPacket {
 			return
 		}
 		mendHeaders(b)
 		o := Offload{Segmentation: Segmentation(segmentation % 4), NeedsChecksum: start != 0, ChecksumStart: start, ChecksumOffset: start % 17, Size: size}
-		r := testRouter(t)
 		if err := r.SetOptions(Options{ClampMSS: true, NestedTunnels: size%2 == 0, ICMPRate: 1000, DSCP: DSCP{Mode: DSCPMode(from % 3)},
 			AcceptSources: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}}); err != nil {
 			t.Fatal(err)
 		}
-		var w *Worker
-		out, reply := &queue{out: [][]byte{}}, &queue{out: [][]byte{}}
-		switch from % 5 {
-		case 0:
-			w = r.NewWorker(Encap, &queue{in: [][]byte{b}, meta: o}, out)
-		case 1:
-			w = r.NewWorker(Decap, &queue{in: [][]byte{b}, meta: o}, out)
-		default:
-			s := &switched{queue: queue{in: [][]byte{b}, meta: o, out: [][]byte{}}, from: Interface(from%5) - 2, pods: testPods()}
-			w, out = r.NewSwitch(s), &s.queue
-		}
-		w.SetReply(reply)
+		kind := min(int(from%6), 2)
+		q := []*queue{host, decap, &pods.queue}[kind]
+		*q, reply.out = queue{in: [][]byte{b}, meta: o, out: [][]byte{}}, [][]byte{}
+		pods.from = Interface(max(int(from%6)-2, 0))
+		w := workers[kind]
+		count[kind]++
 		if err := w.Run(); err != nil {
 			t.Fatal(err)
 		}
-		balanced(t, w, 1)
+		balanced(t, w, count[kind])
 		if w.tallies.dropped[ReasonNotSet].packets.Load() != 0 {
 			t.Error("dropped without a reason")
 		}
-		for _, sent := range append(out.out, reply.out...) {
+		for _, sent := range append(q.out, reply.out...) {
 			p, fault := packet.ParseIPv4(sent)
 			if fault != packet.FaultNone {
 				t.Fatalf("sent % x: %v", sent[:min(len(sent), 60)], fault)
