@@ -18,6 +18,8 @@ type switched struct {
 	from Interface
 	to   []Interface
 	pods *Pods
+
+	rewritten []Flow
 }
 
 func (s *switched) Recv(batch []*Packet) (int, error) {
@@ -38,6 +40,8 @@ func (s *switched) Send(batch []*Packet) {
 }
 
 func (s *switched) Pods() *Pods { return s.pods }
+
+func (s *switched) Rewritten() []Flow { return s.rewritten }
 
 var neighbourPod = netip.MustParseAddr("10.244.1.9")
 
@@ -141,7 +145,8 @@ func fixSum(b []byte) []byte {
 // TestTransitKernelFlows: what the kernel sends to another node for a pod, which is a flow that it may have rewritten,
 // comes back by the kernel; all else comes back by the pod's interface.
 func TestTransitKernelFlows(t *testing.T) {
-	in := &switched{queue: queue{out: [][]byte{}}, pods: testPods()}
+	in := &switched{queue: queue{out: [][]byte{}}, pods: testPods(), rewritten: []Flow{{
+		Source: netip.AddrPortFrom(pod2, 80), Destination: netip.AddrPortFrom(ownPod, 999), Protocol: 6}}}
 	w := testRouter(t).NewSwitch(in)
 	send := func(from Interface, b []byte) Interface {
 		t.Helper()
@@ -168,7 +173,7 @@ func TestTransitKernelFlows(t *testing.T) {
 		protocol byte
 		from, to uint16
 		want     Interface
-	}{{17, 53, 4000, HostInterface}, {17, 53, 4001, ownPodAt}, {17, 54, 4000, ownPodAt}, {6, 53, 4000, ownPodAt}} {
+	}{{17, 53, 4000, HostInterface}, {17, 53, 4001, ownPodAt}, {17, 54, 4000, ownPodAt}, {6, 53, 4000, ownPodAt}, {6, 80, 999, HostInterface}, {17, 80, 999, ownPodAt}} {
 		if got := back(c.protocol, c.from, c.to); got != c.want {
 			t.Errorf("back %+v: %v", c, got)
 		}

@@ -48,7 +48,11 @@ type asked struct {
 // NewSwitch returns a worker that carries packets among the interfaces of port. It is the only one that receives and
 // sends on it.
 func (r *Router) NewSwitch(port SwitchPort) *Worker {
-	return r.newWorker(&Worker{direction: Transit, in: port, out: port, switched: port, kernel: newFlowSet()})
+	w := &Worker{direction: Transit, in: port, out: port, switched: port, kernel: newFlowSet()}
+	for _, f := range port.Rewritten() {
+		w.kernel.add(f.word())
+	}
+	return r.newWorker(w)
 }
 
 // NewWorker returns a worker that receives from in, walks the ladder of direction and sends on out. Its counters are
