@@ -29,6 +29,7 @@ demo: setup build ## a cluster of three nodes on this machine: what the system i
 test: setup build ## all tests: units, integration in network namespaces, a whole cluster
 	go vet ./...
 	go test -count=1 -timeout 15m $$(go list ./... | grep -v '^margay/test/')
+	go test -run '^$$' -bench . -benchtime 1x ./bench/... ./vrouter/...
 	go test -count=1 -timeout 20m -v ./test/...
 
 .PHONY: test-race
@@ -43,6 +44,12 @@ bench: setup ## Margay beside its peers, in network namespaces, into bench/resul
 bench-short: setup ## the same in about two minutes: fewer peers, scenarios and rounds
 	@go build -trimpath -ldflags '$(LDFLAGS)' -o bin/margay-bench ./bench/cmd/margay-bench
 	@bin/margay-bench --short --results bench/results
+
+.PHONY: bench-rte-lpm
+bench-rte-lpm: ## lookups beside DPDK's rte_lpm, which takes minutes to load (installs libdpdk-dev)
+	@dpkg -s libdpdk-dev >/dev/null 2>&1 || apt-get install -y -q --no-install-recommends gcc pkg-config libdpdk-dev
+	@go build -trimpath -ldflags '$(LDFLAGS)' -o bin/margay-bench ./bench/cmd/margay-bench
+	@bin/margay-bench --scenario lookup --rte-lpm -o markdown
 
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME (30s)

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strconv"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -100,23 +101,57 @@ func routeText(r netlink.Route, nl *netlink.Handle) string {
 var routeTypes = map[int]string{unix.RTN_LOCAL: "local", unix.RTN_BROADCAST: "broadcast", unix.RTN_MULTICAST: "multicast",
 	unix.RTN_BLACKHOLE: "blackhole", unix.RTN_UNREACHABLE: "unreachable", unix.RTN_PROHIBIT: "prohibit", unix.RTN_THROW: "throw"}
 
-// refusal reads the kernel's error: each of the ways in which ip_route_input and ip_route_output refuse has its own, but for
-// EINVAL and EHOSTUNREACH.
+// strict reports whether the reverse path filter of an interface refuses a source: rp_filter is 1 and the route to the source
+// leads elsewhere, or 2 and there is none (RFC 3704; Linux takes the greater of the interface's value and all's).
+func (k *kernelTable) strict(src netip.Addr, in string) bool {
+	mode := max(sysctl("all/rp_filter"), sysctl(in+"/rp_filter"))
+	if mode == 0 {
+		return false
+	}
+	routes, err := k.nl.RouteGet(src.AsSlice())
+	if err != nil || len(routes) == 0 {
+		return true
+	}
+	link, err := k.nl.LinkByIndex(routes[0].LinkIndex)
+	return routes[0].Type == unix.RTN_UNICAST && mode == 1 && err == nil && link.Attrs().Name != in
+}
+
+func (k *kernelTable) reversePath(src netip.Addr, in string) kernelAnswer {
+	_, way := k.longest(src)
+	return kernelAnswer{reason: "rp_filter", detail: fmt.Sprintf("the way back to %s is not by %s: %s", src, in, orText(way, "there is no route"))}
+}
+
+// sysctl reads a number below net/ipv4/conf; 0 for what is not there.
+func sysctl(name string) int {
+	b, err := os.ReadFile("/proc/sys/net/ipv4/conf/" + name)
+	if err != nil {
+		return 0
+	}
+	n, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		return 0
+	}
+	return n
+}
+
+// refusal reads the kernel's error. What the error leaves open is looked up: the kernel has EINVAL for a blackhole, for an
+// address that cannot be, and, in newer releases, for the reverse path filter.
 func (k *kernelTable) refusal(err error, src, dst netip.Addr, in string) (kernelAnswer, error) {
 	best, text := k.longest(dst)
 	switch {
 	case errors.Is(err, unix.EXDEV):
-		_, way := k.longest(src)
-		return kernelAnswer{reason: "rp_filter", detail: fmt.Sprintf("the way back to %s is not by %s: %s", src, in, orText(way, "there is no route"))}, nil
+		return k.reversePath(src, in), nil
 	case errors.Is(err, unix.EACCES):
 		return kernelAnswer{reason: "prohibited", detail: text, route: text}, nil
 	case errors.Is(err, unix.EINVAL) && best == unix.RTN_BLACKHOLE:
 		return kernelAnswer{reason: "blackhole", detail: text, route: text}, nil
+	case errors.Is(err, unix.EINVAL) && in != "" && k.strict(src, in):
+		return k.reversePath(src, in), nil // older kernels said EXDEV, 6.18 says EINVAL
 	case errors.Is(err, unix.EINVAL) && in != "":
 		return kernelAnswer{reason: "martian", detail: fmt.Sprintf("%s to %s cannot come from %s: one of the two is the node's own, a loopback, multicast or reserved address", src, dst, in)}, nil
 	case errors.Is(err, unix.EINVAL):
 		return kernelAnswer{reason: "martian", detail: fmt.Sprintf("the node cannot send from %s", src)}, nil
-	case errors.Is(err, unix.EHOSTUNREACH) && in != "" && !forwarding(in):
+	case errors.Is(err, unix.EHOSTUNREACH) && in != "" && sysctl(in+"/forwarding") == 0:
 		return kernelAnswer{reason: "forwarding_off", detail: "net.ipv4.conf." + in + ".forwarding is 0"}, nil
 	case errors.Is(err, unix.EHOSTUNREACH) && best == unix.RTN_UNREACHABLE:
 		return kernelAnswer{reason: "unreachable", detail: text, route: text}, nil
@@ -149,11 +184,6 @@ func (k *kernelTable) longest(dst netip.Addr) (kind int, text string) {
 		}
 	}
 	return kind, text
-}
-
-func forwarding(device string) bool {
-	b, err := os.ReadFile("/proc/sys/net/ipv4/conf/" + device + "/forwarding")
-	return err != nil || strings.TrimSpace(string(b)) != "0"
 }
 
 // linkState says what is wrong with an interface; "" when packets can leave by it. reader is set for a device behind which

@@ -177,8 +177,8 @@ func (r *Report) rest(p *printer) {
 		p.line("## The generator")
 		p.line("")
 		for _, profile := range slices.Sorted(maps.Keys(r.Limit)) {
-			p.line("- %s: %s kpps with nothing in between; rates above a %.1fth of that are marked generator-bound", profile,
-				stat.Number(r.Limit[profile]/1e3), generatorBound)
+			p.line("- %s: %s kpps with nothing in between; from %s on a rate is marked generator-bound", profile,
+				stat.Number(r.Limit[profile]/1e3), stat.Number(r.Limit[profile]/1e3/generatorBound))
 		}
 		p.line("")
 	}

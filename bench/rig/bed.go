@@ -58,7 +58,6 @@ type Options struct {
 	VRouter   string // the vrouter binary
 	WireGuard string // the wireguard-go binary
 	Self      string // this program, which is generator and sink as well
-	Log       func(format string, args ...any)
 }
 
 // Shape is what a bed consists of.
@@ -190,7 +189,10 @@ func (b *Bed) buildWire() error {
 	if b.wire, err = b.space("wire"); err != nil {
 		return err
 	}
-	return pair(end{pod, "eth0", podMAC(1), underlayMTU}, end{b.wire, "eth0", underlayMAC(2), underlayMTU})
+	if err := pair(end{pod, "eth0", podMAC(1), underlayMTU}, end{b.wire, "eth0", underlayMAC(2), underlayMTU}); err != nil {
+		return err
+	}
+	return b.wire.Do(func() error { return offload("eth0", ethtoolGRO, true) })
 }
 
 // buildNode makes node i with a pod.
@@ -229,7 +231,11 @@ func (b *Bed) buildPod(i int, node *Space, address string) error {
 		return err
 	}
 	return node.Do(func() error {
-		return errors.Join(neighbour(cali(i), address, podMAC(i)), route(cali(i), address+"/32", "", ""))
+		return errors.Join(
+			neighbour(cali(i), address, podMAC(i)),
+			route(cali(i), address+"/32", "", ""),
+			offload(cali(i), ethtoolGRO, true), // the XDP generator's frames need it; what a pod's kernel sends goes past it
+		)
 	})
 }
 

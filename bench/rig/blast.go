@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"margay/bench/traffic"
@@ -101,7 +102,7 @@ func (b *Bed) Blast(ctx context.Context, l Load) (Blast, error) {
 	before := read(gen, sink)
 	gen.Rate.Store(l.Rate)
 	gen.Run.Store(1)
-	err := wait(ctx, l.Warm)
+	err := begin(ctx, &gen.Packets, l.Warm)
 	var from, to counts
 	var meter *Meter
 	if err == nil {
@@ -110,7 +111,7 @@ func (b *Bed) Blast(ctx context.Context, l Load) (Blast, error) {
 	began := time.Now()
 	from = read(gen, sink)
 	if err == nil {
-		err = wait(ctx, l.Window)
+		err = window(ctx, &gen.Packets, from.sent, l.Window)
 	}
 	to = read(gen, sink)
 	took := time.Since(began).Seconds()
@@ -122,7 +123,10 @@ func (b *Bed) Blast(ctx context.Context, l Load) (Blast, error) {
 	if err != nil {
 		return Blast{}, err
 	}
-	after := b.drain()
+	after, err := b.drain(ctx)
+	if err != nil {
+		return Blast{}, err
+	}
 	out := Blast{
 		Offered:  float64(to.sent-from.sent) / took,
 		Received: float64(to.got-from.got) / took,
@@ -198,17 +202,60 @@ func read(gen, sink *traffic.Board) counts {
 	return c
 }
 
-// drain waits until nothing has arrived any more for a while, and the sink has asked for its losses.
-func (b *Bed) drain() counts {
-	const quiet = 60 * time.Millisecond
-	last := read(b.source.board, b.sink.board)
-	since := time.Now()
-	for limit := since.Add(2 * time.Second); time.Since(since) < quiet && time.Now().Before(limit); time.Sleep(2 * time.Millisecond) {
-		if now := read(b.source.board, b.sink.board); now != last {
-			last, since = now, time.Now()
+// drain waits until the generator has stopped, and then until the sink has looked into an empty ring for longer than the kernel
+// keeps a block that is not full. Both tell by themselves how far they are: on a busy machine a time would say nothing.
+func (b *Bed) drain(ctx context.Context) (counts, error) {
+	const empty = 25 // looks, a millisecond and more apart
+	gen, sink := b.source.board, b.sink.board
+	advance := func(idle *atomic.Uint64, by uint64) error {
+		for from, limit := idle.Load(), time.Now().Add(patience); idle.Load() < from+by; {
+			if time.Now().After(limit) {
+				return errors.New("generator or sink: does not come to rest")
+			}
+			if err := wait(ctx, time.Millisecond); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	if err := advance(&gen.Idle, 3); err != nil {
+		return counts{}, err
+	}
+	for last := read(gen, sink); ; {
+		if err := advance(&sink.Idle, empty); err != nil {
+			return counts{}, err
+		}
+		now := read(gen, sink)
+		if now == last {
+			return now, nil
+		}
+		last = now
+	}
+}
+
+// begin waits until a count moves, and then for the time to warm up.
+func begin(ctx context.Context, count *atomic.Uint64, warm time.Duration) error {
+	if err := window(ctx, count, count.Load(), 0); err != nil {
+		return err
+	}
+	return wait(ctx, warm)
+}
+
+// window waits for d, and then, if a count is still what it was, until it moves: a machine that is busy with other things makes
+// a slow measurement, not a wrong one.
+func window(ctx context.Context, count *atomic.Uint64, was uint64, d time.Duration) error {
+	if err := wait(ctx, d); err != nil {
+		return err
+	}
+	for limit := time.Now().Add(patience); count.Load() == was; {
+		if time.Now().After(limit) {
+			return fmt.Errorf("nothing was carried in %v", patience)
+		}
+		if err := wait(ctx, time.Millisecond); err != nil {
+			return err
 		}
 	}
-	return last
+	return nil
 }
 
 // wait sleeps for d, or until ctx ends.

@@ -16,7 +16,7 @@ type Bulk struct {
 }
 
 // TCP sends as much as flows TCP connections can, from the first pod to the second.
-func (b *Bed) TCP(ctx context.Context, flows int, warm, window time.Duration) (_ Bulk, err error) {
+func (b *Bed) TCP(ctx context.Context, flows int, warm, length time.Duration) (_ Bulk, err error) {
 	if len(b.pods) < 2 {
 		return Bulk{}, errors.New("TCP: expected a bed with two pods")
 	}
@@ -34,15 +34,15 @@ func (b *Bed) TCP(ctx context.Context, flows int, warm, window time.Duration) (_
 	}
 	defer func() { err = errors.Join(err, from.stop()) }()
 	from.board.Run.Store(1)
-	if err := wait(ctx, warm); err != nil {
-		return Bulk{}, err
+	if err := begin(ctx, &to.board.Bytes, warm); err != nil {
+		return Bulk{}, fmt.Errorf("TCP: %w", err)
 	}
 	meter, err := StartMeter(from.cmd.Process.Pid, to.cmd.Process.Pid, b.PIDs()...)
 	if err != nil {
 		return Bulk{}, err
 	}
 	began, before := time.Now(), to.board.Bytes.Load()
-	err = wait(ctx, window)
+	err = window(ctx, &to.board.Bytes, before, length)
 	bytes, took := to.board.Bytes.Load()-before, time.Since(began)
 	cpu, meterErr := meter.Stop()
 	if err := errors.Join(err, meterErr); err != nil {
@@ -54,9 +54,6 @@ func (b *Bed) TCP(ctx context.Context, flows int, warm, window time.Duration) (_
 	case <-to.ended:
 		return Bulk{}, fmt.Errorf("TCP receiver ended: %s", to.output.String())
 	default:
-	}
-	if bytes == 0 {
-		return Bulk{}, errors.New("TCP: nothing arrived")
 	}
 	return Bulk{BitRate: 8 * float64(bytes) / took.Seconds(), Bytes: bytes, CPU: cpu}, nil
 }

@@ -2,6 +2,7 @@ package suite
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"runtime/debug"
@@ -41,7 +42,8 @@ func memory() []Scenario {
 type Memory struct {
 	Wanted   func(scenario string) bool
 	Rounds   int
-	Packets  int // of one measurement of the loop; as many lookups, and a tenth as many updates
+	Packets  int  // of one measurement of the loop; as many lookups, and a tenth as many updates
+	RTELPM   bool // look addresses up in DPDK's rte_lpm too, whose load takes minutes
 	Progress func(Progress)
 }
 
@@ -172,7 +174,20 @@ func (m Memory) lookups(full []netip.Prefix) ([]variant, error) {
 		}})
 	}
 	out[0].close = forms.Close
-	return out, nil
+	if !m.RTELPM {
+		return out, nil
+	}
+	peer, err := table.NewRTELPM(full, dst)
+	if err == nil {
+		err = peer.Check(forms, dst)
+	}
+	if err != nil {
+		return out, errors.Join(err, forms.Close())
+	}
+	return append(out, variant{name: RTE, close: peer.Close, measure: func() (Values, error) {
+		took, _, err := peer.Lookups(m.Packets)
+		return Values{"time": float64(took.Nanoseconds()) / float64(m.Packets)}, err
+	}}), nil
 }
 
 func (m Memory) updates(full []netip.Prefix) ([]variant, error) {

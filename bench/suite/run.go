@@ -76,6 +76,11 @@ func Run(ctx context.Context, c Config) (*Outcome, error) {
 	}
 	err := r.run(ctx)
 	err = errors.Join(err, r.close())
+	if r.env.Disturbed > 0 {
+		r.round = 1
+		r.note("in %d of %d measurements other processes took more than 4 %% of the busy time, also when they were repeated",
+			r.env.Disturbed, r.env.Measured)
+	}
 	r.out.Limit, r.out.Took = r.env.Limit, time.Since(r.began)
 	return &r.out, err
 }

@@ -183,15 +183,15 @@ const (
 
 // NewForms builds the prefixes in every form.
 func NewForms(prefixes []netip.Prefix) (_ *Forms, err error) {
-	fast, t := new(bart.Fast[fib.NextHop]), fib.New()
+	fast, t := new(bart.Fast[uint32]), fib.New()
 	routes := routesOf(prefixes)
-	for _, r := range routes {
-		fast.Insert(r.Prefix, r.NextHop)
-	}
 	if err := t.Update(routes, nil); err != nil {
 		return nil, err
 	}
 	f := t.Forwarding()
+	for _, r := range routes {
+		fast.Insert(r.Prefix, binary.BigEndian.Uint32(r.NextHop.Gateway.AsSlice()))
+	}
 	all, hops := flatten(prefixes, f.Lookup)
 	d := newDXR(all, hops)
 	out := &Forms{All: []Form{
@@ -199,8 +199,8 @@ func NewForms(prefixes []netip.Prefix) (_ *Forms, err error) {
 			for i, a := range dst {
 				var b [4]byte
 				binary.BigEndian.PutUint32(b[:], a)
-				n, _ := fast.Lookup(netip.AddrFrom4(b))
-				hops[i] = fib.Hop(n.Kind)
+				gateway, _ := fast.Lookup(netip.AddrFrom4(b))
+				hops[i] = fib.Hop(gateway)
 			}
 		}},
 		{Name: Ours, Batch: f.LookupBatch, Bytes: uint64(f.Bytes())},

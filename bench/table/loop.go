@@ -63,6 +63,15 @@ const FullTable = 901_899
 // Real reads the FullTable IPv4 prefixes of the Internet that the bart module ships. It asks `go list` where that is, so it
 // wants to be called in a checkout.
 func Real() ([]netip.Prefix, error) {
+	prefixes, err := readPrefixes(netip.Addr.Is4)
+	if err == nil && len(prefixes) != FullTable {
+		err = fmt.Errorf("the bart module ships %d IPv4 prefixes: expected %d", len(prefixes), FullTable)
+	}
+	return prefixes, err
+}
+
+// readPrefixes reads those of one family from the list that the bart module ships.
+func readPrefixes(family func(netip.Addr) bool) ([]netip.Prefix, error) {
 	out, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", "github.com/gaissmai/bart").Output()
 	if err != nil {
 		return nil, fmt.Errorf("find the bart module, whose prefixes these are (stand in the checkout): %w", err)
@@ -82,12 +91,9 @@ func Real() ([]netip.Prefix, error) {
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", f.Name(), err)
 		}
-		if p.Addr().Is4() {
+		if family(p.Addr()) {
 			prefixes = append(prefixes, p)
 		}
-	}
-	if len(prefixes) != FullTable {
-		return nil, fmt.Errorf("%s: %d IPv4 prefixes: expected %d", f.Name(), len(prefixes), FullTable)
 	}
 	return prefixes, nil
 }

@@ -16,6 +16,7 @@ type Board struct {
 	Rate atomic.Uint64 // packets per second, 0: as fast as it can
 	_    [48]byte
 
+	Idle    atomic.Uint64 // how often the process, about every millisecond, has found nothing to do
 	Packets atomic.Uint64 // sent, or received whole
 	Bytes   atomic.Uint64 // of the IP packets, inner ones where there is an outer
 	Refused atomic.Uint64 // packets that the kernel did not take from the generator

@@ -73,49 +73,54 @@ func NewGenerator(device string, f Frame, b *Board) (_ *Generator, err error) {
 	return g, nil
 }
 
-// tick is how long the generator sleeps between two bursts when it keeps a rate.
-const tick = 100 * time.Microsecond
-
 // Run sends while the board says so, at the board's rate, and returns only with an error.
 func (g *Generator) Run() error {
+	at, n := 0, len(g.messages)-batch
+	return pace(g.board, batch, 100*time.Microsecond, func(packets int) (uint64, error) {
+		count, err := g.send(at, packets)
+		at = (at + count) % n
+		return uint64(packets), err // also what it refused has had its turn
+	})
+}
+
+// pace calls send while the board says so, at the board's rate: each time for so many packets as are due, at most burst, and
+// not more often than once a tick. At no rate it calls send for burst packets again and again. It returns only with an error.
+func pace(b *Board, burst uint64, tick time.Duration, send func(packets int) (uint64, error)) error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	// The kernel may otherwise round a sleep up by 50 µs.
 	if err := unix.Prctl(unix.PR_SET_TIMERSLACK, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("PR_SET_TIMERSLACK: %w", err)
 	}
-	g.board.Live.Store(1)
+	b.Live.Store(1)
 	var (
-		at    int
-		n     = len(g.messages) - batch
-		began time.Time
-		sent  uint64 // since began
-		rate  uint64 // since began
+		began      time.Time
+		sent, rate uint64 // since began
 	)
 	for {
-		if g.board.Run.Load() == 0 {
+		if b.Run.Load() == 0 {
 			began = time.Time{}
+			b.Idle.Add(1)
 			time.Sleep(time.Millisecond)
 			continue
 		}
-		if r := g.board.Rate.Load(); began.IsZero() || r != rate {
+		if r := b.Rate.Load(); began.IsZero() || r != rate {
 			began, sent, rate = time.Now(), 0, r
 		}
-		want := uint64(batch)
+		want := burst
 		if rate > 0 {
 			due := uint64(time.Since(began).Seconds() * float64(rate))
 			if due <= sent {
 				sleep(tick)
 				continue
 			}
-			want = min(due-sent, batch)
+			want = min(due-sent, burst)
 		}
-		count, err := g.send(at, int(want))
+		n, err := send(int(want))
 		if err != nil {
 			return err
 		}
-		sent += want
-		at = (at + count) % n
+		sent += n
 	}
 }
 

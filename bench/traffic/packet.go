@@ -17,20 +17,21 @@ type Profile string
 
 // The profiles. Sizes are those of the IP packet in bytes. Small is 18 bytes of UDP payload, what a 64-byte Ethernet frame
 // carries. IMIX is 7 small ones, 4 of 576 and 1 of 1,400: the usual mixture, but for its longest packet, which has to fit
-// every peer's tunnel.
+// every peer's tunnel. SmallXDP is Small, made by XDPGenerator instead of Generator.
 const (
-	Small Profile = "small"
-	IMIX  Profile = "imix"
+	Small    Profile = "small"
+	SmallXDP Profile = "small-xdp"
+	IMIX     Profile = "imix"
 )
 
 func (p Profile) sizes() ([]int, error) {
 	switch p {
-	case Small:
+	case Small, SmallXDP:
 		return []int{46}, nil
 	case IMIX:
 		return []int{46, 576, 46, 46, 576, 46, 1400, 46, 576, 46, 46, 576}, nil
 	}
-	return nil, fmt.Errorf("profile %q: expected %s or %s", p, Small, IMIX)
+	return nil, fmt.Errorf("profile %q: expected %s, %s or %s", p, Small, SmallXDP, IMIX)
 }
 
 // Frame describes what the generator sends.

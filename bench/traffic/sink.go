@@ -87,6 +87,7 @@ func (s *Sink) Run() error {
 				}
 				asked = time.Now()
 			}
+			s.board.Idle.Add(1)
 			sleep(time.Millisecond)
 			continue
 		}

@@ -47,6 +47,13 @@ func children() []*cobra.Command {
 		if f.Destination, err = netip.ParseAddr(destination); err != nil {
 			return err
 		}
+		if f.Profile == traffic.SmallXDP {
+			g, err := traffic.NewXDPGenerator(device, f, b)
+			if err != nil {
+				return err
+			}
+			return g.Run()
+		}
 		g, err := traffic.NewGenerator(device, f, b)
 		if err != nil {
 			return err

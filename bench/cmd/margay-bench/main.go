@@ -33,6 +33,7 @@ func main() {
 
 type options struct {
 	short           bool
+	rteLPM          bool
 	only, scenarios []string
 	rounds          int
 	window          time.Duration
@@ -78,6 +79,7 @@ with an attachment; then @BINARY for another vrouter than this checkout's.`,
 	cmd.SetVersionTemplate(version.Line("margay-bench") + "\n")
 	f := cmd.Flags()
 	f.BoolVar(&o.short, "short", false, "two minutes instead of fifteen: fewer paths, scenarios and rounds")
+	f.BoolVar(&o.rteLPM, "rte-lpm", false, "look up in DPDK's rte_lpm too: it needs gcc, pkg-config and libdpdk-dev, and minutes to load")
 	f.StringSliceVar(&o.only, "only", nil, "`paths` to measure (default "+strings.Join(fullPaths, ",")+")")
 	f.StringSliceVar(&o.scenarios, "scenario", nil, "`scenarios` to run: "+strings.Join(names(suite.Scenarios()), ", ")+" (default all)")
 	f.IntVar(&o.rounds, "rounds", 5, "`number` of rounds that count; one more is discarded")
@@ -145,7 +147,7 @@ func measure(ctx context.Context, o *options, tools rig.Options, paths []rig.Pat
 	progress func(suite.Progress)) (*suite.Outcome, error) {
 	c := suite.Config{Paths: paths, Rounds: o.rounds, Rig: tools, Progress: progress}
 	c.Times = suite.Times{Warm: o.window / 3, Window: o.window, Step: o.window / 2, Steps: 7}
-	m := suite.Memory{Rounds: o.rounds, Packets: 3_000_000, Progress: progress}
+	m := suite.Memory{RTELPM: o.rteLPM, Rounds: o.rounds, Packets: 3_000_000, Progress: progress}
 	m.Wanted = func(name string) bool { return slices.Contains(names(scenarios), name) }
 	for _, s := range scenarios {
 		if s.Measure != nil {

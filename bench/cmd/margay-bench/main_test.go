@@ -75,7 +75,7 @@ func until(t *testing.T, what string, condition func() bool) {
 // TestSmoke measures a little of every kind, ours and a peer's, and looks at what was written.
 func TestSmoke(t *testing.T) {
 	dir := t.TempDir()
-	cmd := command("--only", "vxlan+rps,tun", "--scenario", "tcp1,tcp1-off,rr,udp,imix-lossless", "--rounds", "1", "--window", "60ms",
+	cmd := command("--only", "vxlan+rps,tun", "--scenario", "tcp1,tcp1-off,rr,udp,udp-xdp,udp-lossless", "--rounds", "1", "--window", "60ms",
 		"--results", dir, "-o", "json")
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
@@ -90,7 +90,7 @@ func TestSmoke(t *testing.T) {
 	if len(r.Failures) > 0 {
 		t.Errorf("failures: %+v", r.Failures)
 	}
-	for _, want := range []string{"tcp1", "tcp1-off", "rr", "udp", "imix-lossless"} {
+	for _, want := range []string{"tcp1", "tcp1-off", "rr", "udp", "udp-xdp", "udp-lossless"} {
 		for _, path := range []string{"vxlan+rps", "tun"} {
 			found := slices.ContainsFunc(r.Series, func(s suite.Series) bool {
 				return s.Scenario == want && s.Path == path && s.Name != "loss" && s.Summary.N == 1 && s.Summary.Median > 0
