@@ -94,7 +94,7 @@ func TestHostReachesRemotePodAndBack(t *testing.T) {
 // TestUnderlayCarriesOnlyIPIP looks at node1's wire while its pods talk to node2's.
 func TestUnderlayCarriesOnlyIPIP(t *testing.T) {
 	n1, n2 := node(t, 1), node(t, 2)
-	// At the other end of the wire: what goes by AF_XDP no socket sees at node1's own.
+	// At the bridge's end of the wire: taps on the node's do not see what AF_XDP sends and receives.
 	tap := tapOn(t, labName+"-underlay", "n1")
 	exchange(t, n1, n2)
 	pool := netip.MustParsePrefix("10.244.0.0/16")
