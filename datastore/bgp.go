@@ -237,7 +237,7 @@ func (c *BGPConfiguration) Validate() error {
 		"spec.serviceClusterIPs":      c.Spec.ServiceClusterIPs,
 	} {
 		for _, b := range blocks {
-			if _, err := netip.ParsePrefix(b.CIDR); err != nil {
+			if _, err := netip.ParsePrefix(b.CIDR); err != nil && b.CIDR != "" { // Calico takes an entry without
 				return fmt.Errorf("%s: cidr %q: expected a prefix such as 10.96.0.0/12", field, b.CIDR)
 			}
 		}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"reflect"
+	"strconv"
 	"strings"
 
 	"sigs.k8s.io/yaml"
@@ -156,6 +157,11 @@ func decodeOne(k *Kind, raw []byte, opts ManifestOptions) (Object, error) {
 	name, _ := named.(string)
 	obj := k.New()
 	h := obj.Head()
+	if asText(reflect.TypeOf(obj), doc) {
+		if raw, err = json.Marshal(doc); err != nil {
+			return nil, err
+		}
+	}
 	if err := json.Unmarshal(raw, obj); err != nil {
 		return nil, &ResourceError{Kind: k.Kind, Name: name, Err: typeError(err)}
 	}
@@ -172,6 +178,65 @@ func decodeOne(k *Kind, raw []byte, opts ManifestOptions) (Object, error) {
 		return nil, err
 	}
 	return obj, nil
+}
+
+// asText makes texts of the numbers and truth values that a manifest has where t, the type of a resource or of a part of it,
+// has text, as calicoctl does: YAML reads a label's value true, or 1, as something else. It says whether there were any.
+func asText(t reflect.Type, value any) (changed bool) {
+	for t.Kind() == reflect.Pointer {
+		t = t.Elem()
+	}
+	if reflect.PointerTo(t).Implements(unmarshaler) {
+		return false
+	}
+	switch v := value.(type) {
+	case []any:
+		if t.Kind() != reflect.Slice {
+			return false
+		}
+		for i := range v {
+			if text, ok := scalarText(t.Elem(), v[i]); ok {
+				v[i], changed = text, true
+			}
+			changed = asText(t.Elem(), v[i]) || changed
+		}
+	case map[string]any:
+		fields := map[string]jsonField{}
+		if t.Kind() == reflect.Struct {
+			fields = jsonFields(t)
+		}
+		for key := range v {
+			field := fields[strings.ToLower(key)].typ
+			if t.Kind() == reflect.Map {
+				field = t.Elem()
+			}
+			if field == nil {
+				continue
+			}
+			if text, ok := scalarText(field, v[key]); ok {
+				v[key], changed = text, true
+			}
+			changed = asText(field, v[key]) || changed
+		}
+	}
+	return changed
+}
+
+// scalarText is what a number or a truth value is as text, where t is text.
+func scalarText(t reflect.Type, value any) (string, bool) {
+	for t.Kind() == reflect.Pointer {
+		t = t.Elem()
+	}
+	if t.Kind() != reflect.String || reflect.PointerTo(t).Implements(unmarshaler) {
+		return "", false
+	}
+	switch v := value.(type) {
+	case bool:
+		return strconv.FormatBool(v), true
+	case json.Number:
+		return v.String(), true
+	}
+	return "", false
 }
 
 // setNamespace brings together the namespace that a resource names and the one that it was asked to be in; the texts

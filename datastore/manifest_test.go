@@ -2,6 +2,7 @@ package datastore
 
 import (
 	"encoding/json"
+	"maps"
 	"strings"
 	"testing"
 )
@@ -41,6 +42,23 @@ func TestDecodeManifest(t *testing.T) {
 	}
 	if c := objs[2].(*BGPConfiguration); c.Spec.NodeToNodeMeshEnabled == nil || *c.Spec.NodeToNodeMeshEnabled {
 		t.Errorf("configuration: %+v", c)
+	}
+}
+
+// YAML reads some words as other than text; calicoctl takes them for what they are meant to be.
+func TestDecodeManifestMakesText(t *testing.T) {
+	objs, err := DecodeManifest([]byte("apiVersion: projectcalico.org/v3\nkind: Node\nmetadata: {name: n, labels: {rr: true, rack: 1, size: 1.5}, annotations: {why: off}}\n" +
+		"spec: {orchRefs: [{orchestrator: 5}]}\n---\napiVersion: projectcalico.org/v3\nkind: NetworkSet\nmetadata: {name: s, labels: {size: 7}}\nspec: {nets: []}\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := objs[0].(*Node)
+	want := map[string]string{"rr": "true", "rack": "1", "size": "1.5"}
+	if !maps.Equal(n.Metadata.Labels, want) || n.Metadata.Annotations["why"] != "false" || n.Spec.OrchRefs[0].Orchestrator != "5" {
+		t.Errorf("%+v", n)
+	}
+	if labels := objs[1].Head().Metadata.Labels; labels["size"] != "7" {
+		t.Errorf("%v", labels)
 	}
 }
 

@@ -58,6 +58,9 @@ func New(s *datastore.Store, node string, log *slog.Logger) *Allocator {
 	return &Allocator{store: s, node: node, log: log, turn: make(chan struct{}, 1), cache: map[netip.Prefix]*stored{}, now: time.Now}
 }
 
+// UseClock has the allocator go by another clock than the machine's, before its first use: for simulations.
+func (a *Allocator) UseClock(now func() time.Time) { a.now = now }
+
 // Request says for whom addresses are, and where from.
 type Request struct {
 	Handle string            // who holds them: "<network>.<containerID>", "ipip-tunnel-addr-<node>"

@@ -35,6 +35,7 @@ type attribute struct {
 	hasHandle bool
 	secondary map[string]string
 	extra     map[string]json.RawMessage // releasedAt, and whatever else a newer version wrote
+	raw       []byte                     // its JSON, nil where that was not made yet; never changed
 }
 
 // newBlock makes an empty block. The sequence should be one that the same block did not have in an earlier life.
@@ -283,7 +284,7 @@ func decodeAttribute(raw []byte) (attribute, error) {
 	if err := json.Unmarshal(raw, &w); err != nil {
 		return attribute{}, err
 	}
-	a := attribute{secondary: w.Secondary}
+	a := attribute{secondary: w.Secondary, raw: raw}
 	if w.Handle != nil {
 		a.handle, a.hasHandle = *w.Handle, true
 	}
@@ -292,36 +293,73 @@ func decodeAttribute(raw []byte) (attribute, error) {
 	return a, err
 }
 
-// encode gives the JSON to store.
+// encode gives the JSON to store. It is written by hand, as it is done for every pod that comes or goes: an attribute's
+// part stays as it was read or first written.
 func (b *block) encode() ([]byte, error) {
-	w := wireBlock{CIDR: b.cidr.String(), Allocations: make([]*int, len(b.allocations)), Unallocated: b.unallocated,
-		Attributes: []json.RawMessage{}, Sequence: b.sequence, Given: make(map[string]uint64, len(b.given)), Deleted: b.deleted}
-	if b.unallocated == nil {
-		w.Unallocated = []int{}
-	}
+	affinity := []byte("null")
 	if b.affinity != "" {
-		w.Affinity = &b.affinity
-	}
-	for ordinal, at := range b.allocations {
-		if at != free {
-			w.Allocations[ordinal] = &b.allocations[ordinal]
-		}
-	}
-	for _, a := range b.attributes {
-		wa := wireAttribute{Secondary: a.secondary}
-		if a.hasHandle {
-			wa.Handle = &a.handle
-		}
-		raw, err := withUnknown(wa, a.extra)
-		if err != nil {
+		var err error
+		if affinity, err = json.Marshal(b.affinity); err != nil {
 			return nil, err
 		}
-		w.Attributes = append(w.Attributes, raw)
 	}
-	for ordinal, seq := range b.given {
-		w.Given[strconv.Itoa(ordinal)] = seq
+	size := 256 + 8*len(b.allocations) + 28*len(b.given)
+	for i := range b.attributes {
+		if b.attributes[i].raw == nil {
+			raw, err := b.attributes[i].encode()
+			if err != nil {
+				return nil, err
+			}
+			b.attributes[i].raw = raw
+		}
+		size += len(b.attributes[i].raw) + 1
 	}
-	return withUnknown(w, b.extra)
+	out := make([]byte, 0, size)
+	out = fmt.Appendf(out, `{"cidr":"%s","affinity":%s,"allocations":[`, b.cidr, affinity)
+	for ordinal, at := range b.allocations {
+		out = appendComma(out, ordinal)
+		if at == free {
+			out = append(out, "null"...)
+		} else {
+			out = strconv.AppendInt(out, int64(at), 10)
+		}
+	}
+	out = append(out, `],"unallocated":[`...)
+	for i, ordinal := range b.unallocated {
+		out = strconv.AppendInt(appendComma(out, i), int64(ordinal), 10)
+	}
+	out = append(out, `],"attributes":[`...)
+	for i, a := range b.attributes {
+		out = append(appendComma(out, i), a.raw...)
+	}
+	out = fmt.Appendf(out, `],"sequenceNumber":%d,"sequenceNumberForAllocation":{`, b.sequence)
+	n := 0
+	for ordinal := range b.allocations {
+		if seq, ok := b.given[ordinal]; ok {
+			out = appendComma(out, n)
+			n++
+			out = append(strconv.AppendInt(append(out, '"'), int64(ordinal), 10), `":`...)
+			out = strconv.AppendUint(out, seq, 10)
+		}
+	}
+	out = fmt.Appendf(out, `},"deleted":%t}`, b.deleted)
+	return appendUnknown(out, b.extra)
+}
+
+// appendComma separates the i-th element of a list from the one before it.
+func appendComma(out []byte, i int) []byte {
+	if i > 0 {
+		return append(out, ',')
+	}
+	return out
+}
+
+func (a attribute) encode() ([]byte, error) {
+	w := wireAttribute{Secondary: a.secondary}
+	if a.hasHandle {
+		w.Handle = &a.handle
+	}
+	return withUnknown(w, a.extra)
 }
 
 // unknown returns the fields of a JSON object other than the known ones; nil if there are none. Go matches field names
@@ -346,8 +384,16 @@ func unknown(raw []byte, known ...string) (map[string]json.RawMessage, error) {
 // withUnknown marshals v and adds the fields that were kept aside.
 func withUnknown(v any, extra map[string]json.RawMessage) ([]byte, error) {
 	raw, err := json.Marshal(v)
-	if err != nil || len(extra) == 0 {
-		return raw, err
+	if err != nil {
+		return nil, err
+	}
+	return appendUnknown(raw, extra)
+}
+
+// appendUnknown adds fields to a JSON object that has some.
+func appendUnknown(raw []byte, extra map[string]json.RawMessage) ([]byte, error) {
+	if len(extra) == 0 {
+		return raw, nil
 	}
 	rest, err := json.Marshal(extra)
 	if err != nil {

@@ -89,6 +89,7 @@ with an attachment; then @BINARY for another vrouter than this checkout's.`,
 	f.StringVar(&o.results, "results", "", "`directory` for report.md, report.json and the plots (default: none are written)")
 	f.StringVarP(&o.output, "output", "o", "table", "what to print: table (targets), markdown (everything) or json")
 	cmd.AddCommand(children()...)
+	cmd.AddCommand(newIPAMCommand())
 	return cmd
 }
 

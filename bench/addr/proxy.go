@@ -1,14 +1,13 @@
-package ipam
+package addr
 
 import (
 	"io"
 	"net"
 	"sync"
-	"testing"
 )
 
-// simProxy stands between the allocators and etcd and cuts connections: what was on the way then, nobody knows.
-type simProxy struct {
+// proxy stands between the allocators and etcd and cuts connections: what was on the way then, nobody knows.
+type proxy struct {
 	listener net.Listener
 	target   string
 
@@ -17,14 +16,13 @@ type simProxy struct {
 	wg    sync.WaitGroup
 }
 
-// startProxy forwards to target until the test ends.
-func startProxy(t *testing.T, target string) *simProxy {
-	t.Helper()
+// startProxy forwards to target until it is closed.
+func startProxy(target string) (*proxy, error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
-	p := &simProxy{listener: l, target: target, conns: map[net.Conn]bool{}}
+	p := &proxy{listener: l, target: target, conns: map[net.Conn]bool{}}
 	p.wg.Go(func() {
 		for {
 			c, err := l.Accept()
@@ -34,17 +32,18 @@ func startProxy(t *testing.T, target string) *simProxy {
 			p.wg.Go(func() { p.forward(c) })
 		}
 	})
-	t.Cleanup(func() {
-		_ = l.Close()
-		p.cut()
-		p.wg.Wait()
-	})
-	return p
+	return p, nil
 }
 
-func (p *simProxy) url() string { return "http://" + p.listener.Addr().String() }
+func (p *proxy) close() {
+	_ = p.listener.Close()
+	p.cut()
+	p.wg.Wait()
+}
 
-func (p *simProxy) forward(client net.Conn) {
+func (p *proxy) url() string { return "http://" + p.listener.Addr().String() }
+
+func (p *proxy) forward(client net.Conn) {
 	server, err := net.Dial("tcp", p.target)
 	if err != nil {
 		_ = client.Close()
@@ -69,7 +68,7 @@ func (p *simProxy) forward(client net.Conn) {
 }
 
 // cut closes all connections as they are.
-func (p *simProxy) cut() {
+func (p *proxy) cut() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for c := range p.conns {

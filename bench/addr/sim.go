@@ -1,0 +1,446 @@
+package addr
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"margay/datastore"
+	"margay/ipam"
+)
+
+// Simulation says what cluster to simulate. Many nodes take and give back addresses at once; agents are killed in the
+// middle of what they do and come back without a memory; nodes leave for good; clocks jump; connections break; etcd stops
+// and comes back. What every operation reported is kept in a model, and at the end the checker, which shares no code with
+// the allocator, goes over the store.
+type Simulation struct {
+	Nodes   int
+	Workers int                 // operations at the same time
+	Pools   []*datastore.IPPool // none: one /12 and one IPv6 pool
+	Ops     int64               // ends after so many operations, or after Time, whichever comes first
+	Time    time.Duration
+	Cuts    int // of all connections; etcd restarts at each fourth
+	// Fixed is the range out of which pods now and then ask for a given address; the zero value for none.
+	Fixed netip.Prefix
+	// Reserved are ranges held back by an IPReservation.
+	Reserved []string
+	Progress func(SimResult)
+}
+
+// SimResult is what happened, and what was found wrong.
+type SimResult struct {
+	Nodes      int           `json:"nodes"`
+	Ops        int64         `json:"operations"`
+	Kills      int64         `json:"kills"`
+	Away       int64         `json:"etcdAway"` // operations that met an etcd that was away
+	Refused    int64         `json:"refused"`  // for want of addresses, or after losing too often
+	Borrowed   int64         `json:"borrowed"`
+	TakenOver  int64         `json:"blocksTakenOver"`
+	Deaths     int64         `json:"nodesDied"`
+	Restarts   int64         `json:"etcdRestarts"`
+	Held       int           `json:"addressesHeldAtTheEnd"`
+	Blocks     int           `json:"blocksAtTheEnd"`
+	Collected  int           `json:"collected"` // addresses of killed operations that the garbage collector found
+	Duplicates int           `json:"duplicates"`
+	Leaks      int           `json:"leaks"`
+	Lost       int           `json:"lost"` // addresses given out that the store does not know
+	Problems   []string      `json:"problems"`
+	Took       time.Duration `json:"took_ns"`
+}
+
+// sim is a simulation that runs.
+type sim struct {
+	Simulation
+	etcd   *etcd
+	proxy  *proxy
+	stores []*datastore.Store
+	nodes  []*simNode
+
+	mu      sync.Mutex
+	holder  map[netip.Addr]string // as reported, by addresses that are held for certain
+	unknown map[string]bool       // handles of which nobody knows: killed, or etcd did not answer
+	res     SimResult             // but for the counters
+
+	ops, kills, away, refused, deaths, borrowed, takenOver, restarts, handles atomic.Int64
+}
+
+type simNode struct {
+	name     string
+	alive    sync.RWMutex // held for writing while the node is taken away
+	mu       sync.Mutex
+	alloc    *ipam.Allocator
+	pods     map[string][]netip.Addr // by handle
+	skew     atomic.Int64            // of its clock, ns
+	draining atomic.Bool
+}
+
+// Enabled, Handle, WithAttrs and WithGroup make the simulation the allocators' log, which it counts.
+func (s *sim) Enabled(context.Context, slog.Level) bool { return true }
+
+func (s *sim) Handle(_ context.Context, r slog.Record) error {
+	switch r.Message {
+	case "address borrowed":
+		s.borrowed.Add(1)
+	case "empty block taken over":
+		s.takenOver.Add(1)
+	}
+	return nil
+}
+
+func (s *sim) WithAttrs([]slog.Attr) slog.Handler { return s }
+
+func (s *sim) WithGroup(string) slog.Handler { return s }
+
+// Run simulates, and checks. The error says that the simulation itself could not be carried out; what it found is in the
+// result's Problems.
+func (c Simulation) Run(ctx context.Context) (res SimResult, err error) {
+	began := time.Now()
+	if len(c.Pools) == 0 {
+		c.Pools = []*datastore.IPPool{newPool("four", "10.16.0.0/12", 26), newPool("six", "fd00:10::/32", 122)}
+	}
+	s := &sim{Simulation: c, holder: map[netip.Addr]string{}, unknown: map[string]bool{}}
+	defer func() { err = errors.Join(err, s.close()) }()
+	if err := s.open(ctx); err != nil {
+		return res, err
+	}
+	for i := range c.Nodes {
+		n := &simNode{name: fmt.Sprintf("node%d", i), pods: map[string][]netip.Addr{}}
+		s.boot(n)
+		s.nodes = append(s.nodes, n)
+	}
+	if err := s.register(ctx); err != nil {
+		return res, err
+	}
+	if err := s.run(ctx); err != nil {
+		return s.result(), err
+	}
+	if err := s.verify(ctx); err != nil {
+		return s.result(), err
+	}
+	res = s.result()
+	res.Took = time.Since(began)
+	return res, nil
+}
+
+func (s *sim) open(ctx context.Context) (err error) {
+	if s.etcd, err = startEtcd(false); err != nil {
+		return err
+	}
+	if s.proxy, err = startProxy(s.etcd.addr); err != nil {
+		return err
+	}
+	for range 8 {
+		st, err := datastore.Open(ctx, datastore.Config{Endpoints: []string{s.proxy.url()}, DialTimeout: 2 * time.Second})
+		if err != nil {
+			return err
+		}
+		s.stores = append(s.stores, st)
+	}
+	for _, p := range s.Pools {
+		if err := datastore.CreateResource(ctx, s.stores[0], p); err != nil {
+			return err
+		}
+	}
+	if len(s.Reserved) > 0 {
+		r := datastore.NewIPReservation("r")
+		r.Spec.ReservedCIDRs = s.Reserved
+		return datastore.CreateResource(ctx, s.stores[0], r)
+	}
+	return nil
+}
+
+// register puts the nodes into the datastore.
+func (s *sim) register(ctx context.Context) error {
+	for batch := range slices.Chunk(s.nodes, 100) {
+		ops := make([]datastore.Op, len(batch))
+		for i, n := range batch {
+			ops[i] = datastore.OpCreate(datastore.Nodes.Key(n.name),
+				fmt.Appendf(nil, `{"kind":"Node","apiVersion":"projectcalico.org/v3","metadata":{"name":%q},"spec":{}}`, n.name))
+		}
+		if _, err := s.stores[0].Txn(ctx, ops...); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *sim) close() error {
+	var errs []error
+	for _, st := range s.stores {
+		errs = append(errs, st.Close())
+	}
+	if s.proxy != nil {
+		s.proxy.close()
+	}
+	if s.etcd != nil {
+		errs = append(errs, s.etcd.close())
+	}
+	return errors.Join(errs...)
+}
+
+// result is what has happened up to now.
+func (s *sim) result() SimResult {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r := s.res
+	r.Nodes, r.Ops, r.Kills, r.Away, r.Refused, r.Deaths = s.Nodes, s.ops.Load(), s.kills.Load(), s.away.Load(), s.refused.Load(), s.deaths.Load()
+	r.Borrowed, r.TakenOver, r.Restarts = s.borrowed.Load(), s.takenOver.Load(), s.restarts.Load()
+	return r
+}
+
+// problem notes what is wrong; of many the first few are enough.
+func (s *sim) problem(format string, args ...any) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.res.Problems) < 100 {
+		s.res.Problems = append(s.res.Problems, fmt.Sprintf(format, args...))
+	}
+}
+
+// boot gives a node an allocator that knows nothing, by a clock that is off.
+func (s *sim) boot(n *simNode) {
+	alloc := ipam.New(s.stores[rand.IntN(len(s.stores))], n.name, slog.New(s))
+	n.skew.Store(int64(time.Duration(rand.IntN(600)-300) * time.Second))
+	alloc.UseClock(func() time.Time { return time.Now().Add(time.Duration(n.skew.Load())) })
+	n.mu.Lock()
+	n.alloc = alloc
+	n.mu.Unlock()
+}
+
+func (n *simNode) allocator() *ipam.Allocator {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.alloc
+}
+
+// take removes one of the node's pods from the model: from now on nobody vouches for it.
+func (s *sim) take(n *simNode) (string, []netip.Addr) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for h, addrs := range n.pods {
+		delete(n.pods, h)
+		s.mu.Lock()
+		for _, a := range addrs {
+			delete(s.holder, a)
+		}
+		s.mu.Unlock()
+		return h, addrs
+	}
+	return "", nil
+}
+
+// uncertain says that an operation may have happened or not.
+func uncertain(err error) bool {
+	return errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, datastore.ErrUnreachable)
+}
+
+func contended(err error) bool {
+	return errors.Is(err, datastore.ErrConflict) || errors.Is(err, datastore.ErrExists) || errors.Is(err, datastore.ErrNotFound)
+}
+
+func (s *sim) settle(what, handle string, err error) {
+	switch {
+	case uncertain(err):
+		if errors.Is(err, datastore.ErrUnreachable) {
+			s.away.Add(1)
+		}
+		s.forget(handle)
+	case errors.Is(err, ipam.ErrNoAddress), errors.Is(err, ipam.ErrAddressInUse), contended(err):
+		s.refused.Add(1)
+	default:
+		s.problem("%s %s: %v", what, handle, err)
+	}
+}
+
+// forget notes that nobody knows what a handle holds.
+func (s *sim) forget(handle string) {
+	s.mu.Lock()
+	s.unknown[handle] = true
+	s.mu.Unlock()
+}
+
+// step is one operation of one worker.
+func (s *sim) step(ctx context.Context, n *simNode) {
+	n.alive.RLock()
+	defer n.alive.RUnlock()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	switch rand.IntN(20) {
+	case 0, 1, 2, 3: // killed in the middle
+		s.kills.Add(1)
+		stop := time.AfterFunc(time.Duration(rand.IntN(8000))*time.Microsecond, cancel)
+		defer stop.Stop()
+		defer s.boot(n)
+	case 4: // the clock jumps
+		n.skew.Store(int64(time.Duration(rand.IntN(7200)-3600) * time.Second))
+	}
+	s.ops.Add(1)
+	alloc := n.allocator()
+	// A node that is draining only gives back, so that its blocks run empty and others take them over.
+	if rand.IntN(100) < 60 && !n.draining.Load() {
+		s.add(ctx, n, alloc)
+		return
+	}
+	handle, addrs := s.take(n)
+	if handle == "" {
+		n.draining.Store(false)
+		return
+	}
+	if rand.IntN(100) == 0 {
+		n.draining.Store(true)
+	}
+	if rand.IntN(2) == 0 { // another node's agent may release as well
+		alloc = s.nodes[rand.IntN(len(s.nodes))].allocator()
+	}
+	if err := s.release(ctx, alloc, handle, addrs); err != nil {
+		s.settle("release of", handle, err)
+		s.forget(handle)
+	}
+}
+
+func (s *sim) release(ctx context.Context, alloc *ipam.Allocator, handle string, addrs []netip.Addr) error {
+	if rand.IntN(3) > 0 {
+		freed, err := alloc.ReleaseHandle(ctx, handle)
+		if err == nil && !sameAddrs(freed, addrs) {
+			s.problem("release of %s, which holds %v: %v", handle, addrs, freed)
+		}
+		return err
+	}
+	for _, addr := range addrs {
+		h, err := ipam.Lookup(ctx, s.stores[0], addr)
+		if err != nil {
+			return err
+		}
+		if err := alloc.ReleaseAddress(ctx, ipam.Release{Addr: addr, Handle: handle, Sequence: &h.Sequence}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func sameAddrs(a, b []netip.Addr) bool {
+	if len(a) != len(b) {
+		return false
+	}
+	has := map[netip.Addr]bool{}
+	for _, addr := range a {
+		has[addr] = true
+	}
+	for _, addr := range b {
+		if !has[addr] {
+			return false
+		}
+	}
+	return true
+}
+
+func (s *sim) add(ctx context.Context, n *simNode, alloc *ipam.Allocator) {
+	req := ipam.Request{Handle: fmt.Sprintf("net.%d", s.handles.Add(1)), Attrs: map[string]string{"pod": "x"}}
+	req.IPv4.Want = ipam.Required
+	switch k := rand.IntN(10); {
+	case k == 0 && s.Fixed.IsValid():
+		base := s.Fixed.Addr().As4()
+		req.IPv4.IP = netip.AddrFrom4([4]byte{base[0], base[1], byte(rand.IntN(16)), byte(rand.IntN(256))})
+	case k < 4:
+		req.IPv6.Want = ipam.IfPool
+	}
+	got, err := alloc.AssignAll(ctx, req)
+	if err != nil {
+		s.settle("assign", req.Handle, err)
+		return
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, a := range got {
+		if other := s.holder[a.Addr]; other != "" {
+			s.res.Duplicates++
+			s.res.Problems = append(s.res.Problems, fmt.Sprintf("%s was given to %s while %s has it", a.Addr, req.Handle, other))
+		}
+		s.holder[a.Addr] = req.Handle
+		n.pods[req.Handle] = append(n.pods[req.Handle], a.Addr)
+	}
+}
+
+// die takes a node away for good; another cleans up after it.
+func (s *sim) die(ctx context.Context, n, other *simNode) {
+	n.alive.Lock()
+	defer n.alive.Unlock()
+	s.deaths.Add(1)
+	for {
+		h, _ := s.take(n)
+		if h == "" {
+			break
+		}
+		s.forget(h) // until somebody looks
+	}
+	if _, err := other.allocator().ReleaseNode(ctx, n.name); err != nil && !uncertain(err) && !contended(err) {
+		s.problem("node %s: %v", n.name, err)
+	}
+	s.boot(n)
+}
+
+// run lets the workers loose, cuts their connections again and again, and restarts etcd under them.
+func (s *sim) run(ctx context.Context) error {
+	end := time.Now().Add(s.Time)
+	going := func() bool { return ctx.Err() == nil && time.Now().Before(end) && (s.Ops == 0 || s.ops.Load() < s.Ops) }
+	var next atomic.Int64
+	var workers sync.WaitGroup
+	for range s.Workers {
+		workers.Go(func() {
+			// First every node gets a pod, and with it a block; then it is chance whose turn it is.
+			for i := next.Add(1) - 1; int(i) < len(s.nodes) && going(); i = next.Add(1) - 1 {
+				s.add(ctx, s.nodes[i], s.nodes[i].allocator())
+				s.ops.Add(1)
+			}
+			for going() {
+				n := s.nodes[rand.IntN(len(s.nodes))]
+				s.step(ctx, n)
+				if rand.IntN(max(400, 4*s.Nodes)) == 0 {
+					s.die(ctx, n, s.nodes[rand.IntN(len(s.nodes))])
+				}
+			}
+		})
+	}
+	done := make(chan struct{})
+	go func() { workers.Wait(); close(done) }()
+	err := s.disturb(ctx, done)
+	<-done
+	return errors.Join(err, ctx.Err())
+}
+
+// disturb cuts connections, restarts etcd and changes the configuration until the workers are done.
+func (s *sim) disturb(ctx context.Context, done <-chan struct{}) error {
+	pause := time.NewTicker(s.Time / time.Duration(s.Cuts+1))
+	defer pause.Stop()
+	for i := 0; ; i++ {
+		select {
+		case <-done:
+			return nil
+		case <-pause.C:
+		}
+		if s.Progress != nil {
+			s.Progress(s.result())
+		}
+		// Under strict affinity nodes in want take over what is empty, else they mostly borrow.
+		err := ipam.ChangeConfig(ctx, s.stores[0], func(c *ipam.Config) { c.StrictAffinity = i%2 == 0 })
+		if err != nil && !uncertain(err) && !contended(err) {
+			return err
+		}
+		s.proxy.cut()
+		if i%4 == 2 {
+			if err := errors.Join(s.etcd.stop(), s.etcd.start()); err != nil {
+				return err
+			}
+			s.restarts.Add(1)
+		}
+	}
+}
