@@ -117,6 +117,4 @@ type SwitchPort interface {
 	Port
 	// Pods returns the pods' interfaces as they are until the next Recv.
 	Pods() *Pods
-	// Rewritten returns the flows that the kernel rewrote when the port was opened, in the direction of the answers.
-	Rewritten() []Flow
 }

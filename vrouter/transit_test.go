@@ -18,8 +18,6 @@ type switched struct {
 	from Interface
 	to   []Interface
 	pods *Pods
-
-	rewritten []Flow
 }
 
 func (s *switched) Recv(batch []*Packet) (int, error) {
@@ -40,8 +38,6 @@ func (s *switched) Send(batch []*Packet) {
 }
 
 func (s *switched) Pods() *Pods { return s.pods }
-
-func (s *switched) Rewritten() []Flow { return s.rewritten }
 
 var neighbourPod = netip.MustParseAddr("10.244.1.9")
 
@@ -145,9 +141,8 @@ func fixSum(b []byte) []byte {
 // TestTransitKernelFlows: what the kernel sends to another node for a pod, which is a flow that it may have rewritten,
 // comes back by the kernel; all else comes back by the pod's interface.
 func TestTransitKernelFlows(t *testing.T) {
-	in := &switched{queue: queue{out: [][]byte{}}, pods: testPods(), rewritten: []Flow{{
-		Source: netip.AddrPortFrom(pod2, 80), Destination: netip.AddrPortFrom(ownPod, 999), Protocol: 6}}}
-	w := testRouter(t).NewSwitch(in)
+	in := &switched{queue: queue{out: [][]byte{}}, pods: testPods()}
+	w := testRouter(t).NewSwitch(in, Flow{Source: netip.AddrPortFrom(pod2, 80), Destination: netip.AddrPortFrom(ownPod, 999), Protocol: 6})
 	send := func(from Interface, b []byte) Interface {
 		t.Helper()
 		in.in, in.from, in.to = [][]byte{b}, from, nil

@@ -46,10 +46,10 @@ type asked struct {
 }
 
 // NewSwitch returns a worker that carries packets among the interfaces of port. It is the only one that receives and
-// sends on it.
-func (r *Router) NewSwitch(port SwitchPort) *Worker {
+// sends on it. rewritten are flows whose packets come back to the kernel, because it rewrites what it sends of them.
+func (r *Router) NewSwitch(port SwitchPort, rewritten ...Flow) *Worker {
 	w := &Worker{direction: Transit, in: port, out: port, switched: port, kernel: newFlowSet()}
-	for _, f := range port.Rewritten() {
+	for _, f := range rewritten {
 		w.kernel.add(f.word())
 	}
 	return r.newWorker(w)

@@ -132,7 +132,7 @@ func (d *Direct) String() string { return d.pods.String() }
 // Pods implements vrouter.SwitchPort.
 func (d *Direct) Pods() *vrouter.Pods { return d.table.pods }
 
-// Rewritten implements vrouter.SwitchPort.
+// Rewritten returns the flows that the kernel rewrote when the port was opened, for vrouter.Router.NewSwitch.
 func (d *Direct) Rewritten() []vrouter.Flow { return d.pods.rewritten }
 
 // Recv implements vrouter.Port.
