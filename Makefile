@@ -31,6 +31,18 @@ test: setup build ## all tests: units, integration in network namespaces, a whol
 	go test -count=1 -timeout 15m $$(go list ./... | grep -v '^margay/test/')
 	go test -run '^$$' -bench . -benchtime 1x ./bench/... ./vrouter/...
 	go test -count=1 -timeout 20m -v ./test/...
+	@$(MAKE) --no-print-directory test-attachments
+
+# The rest of the matrix: what depends on how packets come and go, on every attachment and I/O but the default ones.
+ATTACHMENTS := tun-plain:packet tun:xdp veth:packet veth:xdp direct:packet direct:xdp
+ATTACHTESTS := TestEveryPodReachesEveryPod|TestHostReachesRemotePodAndBack|TestUnderlayCarriesOnlyIPIP|TestMasquerade|TestDecapsulationIsNoOpenDoor|TestVRouterKilled
+
+.PHONY: test-attachments
+test-attachments: build ## a part of the cluster's tests on each other attachment and I/O
+	@set -e; for c in $(ATTACHMENTS); do \
+		echo "test/cluster with --attach $${c%:*} --io $${c#*:}"; \
+		MARGAY_TEST_ATTACH=$${c%:*} MARGAY_TEST_IO=$${c#*:} go test -count=1 -timeout 10m -run '$(ATTACHTESTS)' ./test/cluster; \
+	done
 
 .PHONY: test-race
 test-race: setup ## the race detector on everything that can carry it (needs a C compiler)

@@ -8,6 +8,7 @@ package check
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"strings"
 )
 
@@ -84,7 +85,11 @@ type Node struct {
 
 // unknown is the result for what could not be read.
 func unknown(name string, err error) Result {
-	return Result{Name: name, Status: Unknown, Found: oneLine(err), Do: "run it as root on the node"}
+	r := Result{Name: name, Status: Unknown, Found: oneLine(err), Do: "look by hand"}
+	if errors.Is(err, fs.ErrPermission) { // EPERM and EACCES
+		r.Do = "run it as root on the node"
+	}
+	return r
 }
 
 func oneLine(err error) string {

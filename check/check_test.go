@@ -292,7 +292,7 @@ func TestMTU(t *testing.T) {
 	n.Tunnel = "vr7"
 	expect(t, n.mtu(), OK, "not there yet")
 	n.Underlay = ""
-	expect(t, n.mtu(), Unknown, "default route")
+	expect(t, n.mtu(), Unknown, "default route", "--underlay")
 	err := netlink.RouteAdd(&netlink.Route{LinkIndex: link(t, "eth0").Attrs().Index, Scope: unix.RT_SCOPE_LINK, Dst: &net.IPNet{IP: net.IPv4zero, Mask: net.CIDRMask(0, 32)}})
 	if err != nil {
 		t.Fatal(err)

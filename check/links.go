@@ -118,7 +118,9 @@ func (n *Node) mtu() Result {
 	if underlay == "" {
 		var err error
 		if underlay, err = defaultInterface(); err != nil {
-			return unknown(name, err)
+			r := unknown(name, err)
+			r.Do = "name the interface to the other nodes with --underlay"
+			return r
 		}
 	}
 	under, err := netlink.LinkByName(underlay)
@@ -175,7 +177,7 @@ func defaultInterface() (string, error) {
 			return l.Attrs().Name, nil
 		}
 	}
-	return "", errors.New("no default route: name the interface to the other nodes with --underlay")
+	return "", errors.New("there is no default route, and margay-agent does not say which interface leads to the other nodes")
 }
 
 func ones(n *net.IPNet) int {

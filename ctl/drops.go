@@ -362,11 +362,8 @@ func (a *dropsAnswer) problem() string {
 
 // news prints the samples that are new, and the kernel's counters that have moved; of the first answer nothing.
 func (o *dropsOptions) news(out io.Writer, f *fleet, d api.Drops, only netip.Addr, since *uint64, kernel []map[string]uint64, i int, first bool) error {
-	if n := len(d.Samples); n == 0 && d.VRouter != "" {
-		*since = 0 // the next vRouter counts anew
-	}
 	for _, s := range d.Samples {
-		*since = max(*since, s.Number)
+		*since = s.Number
 		if first || !concerns(s.Packet, only) || o.reason != "" && s.Reason != o.reason {
 			continue
 		}

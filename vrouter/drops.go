@@ -205,6 +205,9 @@ func (r *Router) Drops(since uint64) ([]DropFlow, []DropSample) {
 	}
 	r.drops.mu.Lock()
 	defer r.drops.mu.Unlock()
+	if since > r.drops.seq {
+		since = 0 // it counted the samples of a process before this one
+	}
 	first, _ := slices.BinarySearchFunc(r.drops.recent, since+1, func(s DropSample, seq uint64) int {
 		return int(int64(s.Seq - seq))
 	})

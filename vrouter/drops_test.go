@@ -53,6 +53,10 @@ func TestDropsAreSampledAndCountedByFlow(t *testing.T) {
 		t.Errorf("nothing new, and yet %+v", later)
 	}
 
+	if _, all := r.Drops(1000); len(all) != 4 {
+		t.Errorf("asked for what follows a number that was never given: %d samples, expected all", len(all))
+	}
+
 	// The slot is free again, and long packets are cut.
 	long := ip(ownPod, lost, 17, make([]byte, 1000))
 	if err := r.NewWorker(Encap, &queue{in: [][]byte{long}}, &queue{}).turn(); err != nil {

@@ -247,7 +247,7 @@ func (r *Router) newScratch(d Direction) *Worker {
 	w := &Worker{router: r, direction: d, out: &nowhere{}}
 	for _, real := range r.Workers() {
 		if real.switched != nil {
-			w.direction, w.switched, w.kernel = Transit, real.switched, newFlowSet()
+			w.direction, w.switched, w.kernel = Transit, r.knownPods(), newFlowSet()
 		}
 		if real.reply != nil && real.direction == w.direction {
 			w.reply = w.out
@@ -256,6 +256,25 @@ func (r *Router) newScratch(d Direction) *Worker {
 	w.makeRoom(1)
 	return w
 }
+
+// knownPods is a port that has all pods that the control plane has told of: the real one's own table belongs to its worker's
+// thread.
+func (r *Router) knownPods() SwitchPort {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var addresses []netip.Addr
+	for _, p := range r.pods.all() {
+		addresses = append(addresses, p.Address)
+	}
+	return &podTable{pods: NewPods(addresses)}
+}
+
+type podTable struct {
+	SwitchPort
+	pods *Pods
+}
+
+func (t *podTable) Pods() *Pods { return t.pods }
 
 // nowhere is the port of a scratch worker. What is sent on it before the trace is over, the pieces of a very long packet, it
 // forgets but for the first.

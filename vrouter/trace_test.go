@@ -112,7 +112,7 @@ func TestTraceWithinASwitch(t *testing.T) {
 	if _, err := r.Trace(Transit, ip(ownPod, neighbourPod, 17, nil)); !errors.Is(err, ErrNoSwitch) {
 		t.Errorf("without a switch: %v", err)
 	}
-	if err := r.Update(Update{AddPods: []Pod{{neighbourPod, "cali2"}}}); err != nil {
+	if err := r.Update(Update{AddPods: []Pod{{neighbourPod, "cali2"}, {ownPod, "cali1"}}}); err != nil {
 		t.Fatal(err)
 	}
 	r.NewSwitch(&switched{pods: testPods()})

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -120,6 +121,23 @@ func (d *daemon) stop(t *testing.T, signal os.Signal) {
 	if signal == syscall.SIGTERM && err != nil {
 		t.Errorf("%v\n%s", err, d.output.String())
 	}
+}
+
+// cpuTicks returns the processor time that the daemon has used, in hundredths of a second (USER_HZ).
+func (d *daemon) cpuTicks(t *testing.T) int {
+	t.Helper()
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", d.cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// After the name, which is in parentheses: utime and stime are the 12th and 13th field.
+	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+	user, err := strconv.Atoi(fields[11])
+	system, err2 := strconv.Atoi(fields[12])
+	if err := errors.Join(err, err2); err != nil {
+		t.Fatal(err)
+	}
+	return user + system
 }
 
 func (d *daemon) dial(t *testing.T) *rpc.Client {
@@ -289,6 +307,11 @@ func daemons(t *testing.T, args []string, port string) {
 			t.Errorf("status after %v: %+v", signal, s)
 		}
 	}
+	eventually(t, "without traffic it costs nothing", func() bool {
+		before := running[b].cpuTicks(t)
+		time.Sleep(time.Second)
+		return running[b].cpuTicks(t)-before <= 1 // of 100 in a second
+	})
 	b.do(t, func() error {
 		cmd := command("--socket", filepath.Join(dirB, "vrouter.sock"), "--state-dir", dirB)
 		expectRefused(t, cmd, "another vrouter is alive")

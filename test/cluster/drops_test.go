@@ -216,7 +216,7 @@ func TestCapture(t *testing.T) {
 	}
 	gateway := ip(t, n2.Address).String()
 	for i, want := range []string{"\t8\t" + ip(t, to.Address).String() + "\tforwarded in IP-in-IP to " + gateway,
-		"\t0\t" + ip(t, n1.Address).String() + "," + ip(t, from.Address).String() + "\tforwarded, the outer header taken off",
+		"\t0\t" + ip(t, n1.Address).String() + "," + ip(t, from.Address).String() + "\tforwarded",
 		"\t8\t10.244.255.252\tdropped: no_route"} {
 		if !strings.Contains(rows[i], want) || !strings.HasPrefix(rows[i], n1.Name+"/") {
 			t.Errorf("row %d: %q: expected %q", i, rows[i], want)

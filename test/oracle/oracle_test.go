@@ -15,7 +15,7 @@ import (
 const batch = 110
 
 // attachments are those whose kernel routes to vr0.
-var attachments = []string{"tun-plain", "tun"}
+var attachments = []string{"tun-plain", "tun", "veth"}
 
 func nodeOptions() vrouter.Options {
 	// Without these two the vRouter does what no kernel does, see docs/router.md.

@@ -7,10 +7,9 @@ import (
 	"sync/atomic"
 )
 
-// trie4 is the IPv4 table as workers read it: flat arrays of numbers, a trie of strides 20, 4 and 8. A cell is either a
+// trie4 is the IPv4 table as workers read it: flat arrays of numbers, a trie of strides 16, 8 and 8. A cell is either a
 // leaf, which holds the answer for all addresses below it (the index of a [Hop], and the length of the prefix that put
-// it there), or leads to a node of more cells: 16, one line of a cache, on the second level, 256 on the third, which few
-// prefixes need. A lookup is one, two or three loads and one for the hop, and depends on no other, so that a processor
+// it there), or leads to a node of 256 more cells. A lookup is one, two or three loads and one for the hop, and depends on no other, so that a processor
 // works on several of a batch at once.
 //
 // What makes changes under readers' eyes safe without locks: within one trie a node and a hop stay what they are once a
@@ -103,18 +102,20 @@ const stride = 64
 // too often.
 func (f *trie4) lookups(dst []uint32, hops []Hop) {
 	var step [stride]uint32 // the index of each address' next cell, then the cell
-	cells := f.cells
+	// These three, and the lengths they tell the compiler, spare some of the checks of indexes.
+	cells, root, dst := f.cells, (*[rootLen]uint32)(f.cells), dst[:min(len(dst), stride)]
 	for i, a := range dst {
-		c := atomic.LoadUint32(&cells[a>>rootShift])
+		c := atomic.LoadUint32(&root[a>>rootShift])
 		// A leaf's next cell is the leaf once more.
 		node := uint32(int32(c) >> 31)
-		step[i%stride] = (c<<unitBits|a>>lowBits&(unitLen-1))&node | a>>rootShift&^node
+		step[i] = (c<<unitBits|a>>lowBits&(unitLen-1))&node | a>>rootShift&^node
 	}
 	for i := range dst {
-		step[i%stride] = atomic.LoadUint32(&cells[step[i%stride]])
+		step[i] = atomic.LoadUint32(&cells[step[i]])
 	}
+	hops = hops[:len(dst)]
 	for i, a := range dst {
-		c := step[i%stride]
+		c := step[i]
 		if c >= cellNode {
 			// Few prefixes are longer than 24 bits. It may also be a leaf of the root that has become a node.
 			c = f.leaf(a)

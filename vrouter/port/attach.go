@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"margay/vrouter"
 )
@@ -44,7 +45,14 @@ type Options struct {
 	Name   string // of vr0
 	// BusyPoll is how many microseconds AF_XDP sockets look for packets at the device; 0: interrupts bring them.
 	BusyPoll int
+	// Spin is how many microseconds a worker looks for packets before it sleeps, while they come that often; 0: it
+	// sleeps at once.
+	Spin int
 }
+
+// DefaultSpin is what Options.Spin is unless somebody says otherwise: longer than a packet takes from node to node and
+// back.
+const DefaultSpin = 200
 
 // Check returns an error that names the option that is wrong, and what was expected.
 func (o Options) Check() error {
@@ -65,6 +73,9 @@ func (o Options) Check() error {
 	}
 	if o.BusyPoll > 0 && o.IO != IOXDP {
 		return fmt.Errorf("--busy-poll %d: it is for --io %s: expected that, or 0", o.BusyPoll, IOXDP)
+	}
+	if o.Spin < 0 || o.Spin > maxBusyPoll {
+		return fmt.Errorf("--spin %d: expected 0 to %d microseconds", o.Spin, maxBusyPoll)
 	}
 	return nil
 }
@@ -120,7 +131,11 @@ func deviceOf[D interface {
 // OpenPorts opens ports. before is called between the underlay, which can be refused without a trace, and the device,
 // which stays behind; its error ends the attempt.
 func OpenPorts(o Options, before func() error) (*Ports, error) {
-	return openPorts(o, before, openersOf(o))
+	p, err := openPorts(o, before, openersOf(o))
+	if err == nil {
+		p.spin(time.Duration(o.Spin) * time.Microsecond)
+	}
+	return p, err
 }
 
 func openPorts(o Options, before func() error, open openers) (*Ports, error) {
@@ -200,6 +215,16 @@ func openAuto(o Options, before func() error, open openers) (*Ports, error) {
 		return p, err
 	}
 	return openPlain(o, once, fmt.Sprintf("auto: %v", err))
+}
+
+// spin says how long to look for packets before sleeping.
+func (p *Ports) spin(longest time.Duration) {
+	if p.Direct != nil {
+		p.Direct.spinner.longest = longest
+		return
+	}
+	p.Device.spin(longest)
+	p.Underlay.spin(longest)
 }
 
 // String describes the ports for people: what was chosen, and why.

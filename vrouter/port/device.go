@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -19,6 +20,8 @@ type Device interface {
 	SetMTU(mtu int) error
 	// Offloads describes for people what passes whole.
 	Offloads() string
+	// spin says how long to look for packets before sleeping. It comes before the first Recv.
+	spin(longest time.Duration)
 }
 
 // vr0 is what every port on vr0 has to do with the kernel's links.

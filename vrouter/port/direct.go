@@ -35,6 +35,7 @@ type Direct struct {
 	epoll   int
 	wake    int // eventfd: there is another table, or stopped
 	stopped atomic.Bool
+	spinner spinner
 	next    atomic.Pointer[directTable]
 	taken   atomic.Uint64 // the generation of the table that Recv has taken
 
@@ -147,9 +148,14 @@ func (d *Direct) Recv(batch []*vrouter.Packet) (int, error) {
 			d.pods.poke() // what the table before had and this one has not can be closed
 		}
 		if n := d.recv(batch); n > 0 {
+			d.spinner.found()
 			return n, nil
 		}
-		n, err := unix.EpollWait(d.epoll, d.events[:], -1)
+		timeout := -1
+		if d.spinner.again() {
+			timeout = 0
+		}
+		n, err := unix.EpollWait(d.epoll, d.events[:], timeout)
 		if err != nil && err != unix.EINTR {
 			return 0, fmt.Errorf("epoll: %w", err)
 		}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -108,3 +109,21 @@ func (x *XSK) Close() error {
 	}
 	return err
 }
+
+// Spinner is a spinner, for tests of nothing else.
+type Spinner struct{ s spinner }
+
+// NewSpinner returns one that looks for so long at most.
+func NewSpinner(longest time.Duration) *Spinner { return &Spinner{spinner{longest: longest}} }
+
+// SetLongest changes how long it looks.
+func (s *Spinner) SetLongest(longest time.Duration) { s.s.longest = longest }
+
+// Again is spinner.again.
+func (s *Spinner) Again() bool { return s.s.again() }
+
+// Found is spinner.found.
+func (s *Spinner) Found() { s.s.found() }
+
+// Looks reports whether the next wait begins with looking.
+func (s *Spinner) Looks() bool { return s.s.looking }

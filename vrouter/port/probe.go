@@ -22,9 +22,9 @@ type Probe struct {
 func ProbeAll() []Probe {
 	return []Probe{
 		{"TUN device", true, "vr0", probeTUN((*TUN).openPlain)},
-		{"TUN offloads", false, "--attach tun: superpackets from the pods pass whole", probeTUN((*TUN).openOffload)},
+		{"TUN offloads", false, "superpackets that come whole from the pods (--attach tun)", probeTUN((*TUN).openOffload)},
 		{"sockets", true, "sending and receiving IP-in-IP", probeUnderlay()},
-		{"BPF at tc egress", false, "superpackets to other nodes leave whole", probeRetag()},
+		{"BPF at tc egress", false, "superpackets that leave whole for other nodes", probeRetag()},
 		{"BPF for direct", false, "--attach direct", probeSteering()},
 		{"AF_XDP", false, "--io xdp", probeXDP()},
 	}

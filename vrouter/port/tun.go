@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"sync/atomic"
+	"time"
 
 	"github.com/songgao/water"
 	"github.com/vishvananda/netlink"
@@ -155,10 +156,14 @@ func (t *TUN) Recv(batch []*vrouter.Packet) (int, error) {
 		}
 		n, err := t.read(batch)
 		if n > 0 {
+			t.waiter.found()
 			return n, nil
 		}
 		if err == unix.EBADFD { // the device was deleted under us
 			t.reopen()
+			continue
+		}
+		if t.waiter.again() {
 			continue
 		}
 		t.waiter.wait(t.fd, unix.POLLIN, -1)
@@ -267,6 +272,9 @@ func (t *TUN) write(b []byte) {
 		return
 	}
 }
+
+// spin implements Device.
+func (t *TUN) spin(longest time.Duration) { t.waiter.longest = longest }
 
 // Stop implements vrouter.Port.
 func (t *TUN) Stop() { t.waiter.stop() }

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/net/bpf"
@@ -346,7 +347,11 @@ func (u *Underlay) Recv(batch []*vrouter.Packet) (int, error) {
 			return 0, vrouter.ErrStopped
 		}
 		if n := u.recvReady(batch); n > 0 {
+			u.waiter.found()
 			return n, nil
+		}
+		if u.waiter.again() {
+			continue
 		}
 		if !u.waiter.wait(u.readFD(), unix.POLLIN, rebindInterval) {
 			u.tend()
@@ -399,6 +404,9 @@ func (u *Underlay) Counters() []vrouter.Counter {
 	lost := u.lost.read(u.recv) + u.bypass.dropped()
 	return []vrouter.Counter{{Name: "kernel_underlay_rx_dropped", Packets: lost}} // we were too slow
 }
+
+// spin says how long to look for packets before sleeping; it comes before the first Recv.
+func (u *Underlay) spin(longest time.Duration) { u.waiter.longest = longest }
 
 // Stop implements vrouter.Port.
 func (u *Underlay) Stop() {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync/atomic"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -202,7 +203,11 @@ func (v *Veth) Recv(batch []*vrouter.Packet) (int, error) {
 			return 0, vrouter.ErrStopped
 		}
 		if n := v.recvReady(batch); n > 0 {
+			v.waiter.found()
 			return n, nil
+		}
+		if v.waiter.again() {
+			continue
 		}
 		if !v.waiter.wait(v.readFD(), unix.POLLIN, rebindInterval) {
 			v.tend()
@@ -314,6 +319,9 @@ func (v *Veth) Counters() []vrouter.Counter {
 	lost := v.lost.read(v.fd) + v.bypass.dropped()
 	return append(v.vr0.Counters(), vrouter.Counter{Name: "kernel_vr0_queue_dropped", Packets: lost}) // we were too slow
 }
+
+// spin implements Device.
+func (v *Veth) spin(longest time.Duration) { v.waiter.longest = longest }
 
 // Stop implements vrouter.Port.
 func (v *Veth) Stop() {

@@ -8,6 +8,7 @@ import (
 
 // waiter waits for a file descriptor, and can be told to stop from any goroutine.
 type waiter struct {
+	spinner
 	event   int // eventfd; readable for ever once stopped
 	stopped atomic.Bool
 	fds     [2]unix.PollFd
