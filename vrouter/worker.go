@@ -46,9 +46,13 @@ type asked struct {
 }
 
 // NewSwitch returns a worker that carries packets among the interfaces of port. It is the only one that receives and
-// sends on it.
-func (r *Router) NewSwitch(port SwitchPort) *Worker {
-	return r.newWorker(&Worker{direction: Transit, in: port, out: port, switched: port, kernel: newFlowSet()})
+// sends on it. rewritten are flows whose packets come back to the kernel, because it rewrites what it sends of them.
+func (r *Router) NewSwitch(port SwitchPort, rewritten ...Flow) *Worker {
+	w := &Worker{direction: Transit, in: port, out: port, switched: port, kernel: newFlowSet()}
+	for _, f := range rewritten {
+		w.kernel.add(f.word())
+	}
+	return r.newWorker(w)
 }
 
 // NewWorker returns a worker that receives from in, walks the ladder of direction and sends on out. Its counters are
