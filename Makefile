@@ -67,6 +67,12 @@ bench-rte-lpm: ## lookups beside DPDK's rte_lpm, which takes minutes to load (in
 fuzz: ## every fuzz target for FUZZTIME (30s)
 	@scripts/fuzz.sh $(FUZZTIME)
 
+.PHONY: interop-kernel
+interop-kernel: setup ## a real tunl0 as the other node: a Debian kernel in QEMU (about a minute; fetches 27 MB once)
+	@scripts/interop-kernel.sh $(CURDIR)/bin/interop-kernel
+	go vet -tags interop ./test/interop/...
+	MARGAY_INTEROP_KERNEL=$(CURDIR)/bin/interop-kernel go test -tags interop -count=1 -v -timeout 5m ./test/interop
+
 .PHONY: lint
 lint: ## gofmt, go vet, staticcheck
 	@test -z "$$(gofmt -l . | tee /dev/stderr)"

@@ -166,6 +166,31 @@ func TestSplitSuperpacket(t *testing.T) {
 	}
 }
 
+// TestSplitOutOfTheTunnel: what a reassembled outer packet has brought, and vr0 does not carry.
+func TestSplitOutOfTheTunnel(t *testing.T) {
+	r := testRouter(t)
+	for _, df := range []bool{false, true} {
+		in, out := &queue{in: [][]byte{ip(node2, self, 4, ip(pod2, ownPod, 17, make([]byte, 4000), func(b []byte) {
+			if df {
+				setDF(b)
+			}
+		}))}}, &queue{out: [][]byte{}}
+		w := r.NewWorker(Decap, in, out)
+		if err := w.Run(); err != nil {
+			t.Fatal(err)
+		}
+		balanced(t, w, 1)
+		if want := map[bool]int{false: 3, true: 1}[df]; len(out.out) != want {
+			t.Errorf("DF %v: %d packets", df, len(out.out))
+		}
+		for _, b := range out.out {
+			if p, fault := packet.ParseIPv4(b); fault != 0 || p.Src() != pod2 || len(p) > 1480 && !df {
+				t.Errorf("DF %v: %v, %d bytes", df, fault, len(b))
+			}
+		}
+	}
+}
+
 // TestPieces: more pieces than a worker has room for are sent all the same, and in order.
 func TestPieces(t *testing.T) {
 	r := testRouter(t)

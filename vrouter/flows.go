@@ -2,9 +2,34 @@ package vrouter
 
 import (
 	"encoding/binary"
+	"net/netip"
 
 	"margay/vrouter/packet"
 )
+
+// Flow is one direction of a transport connection over IPv4.
+type Flow struct {
+	Source, Destination netip.AddrPort
+	Protocol            uint8
+}
+
+// Key returns the flow as BPF programs read it off a packet: the addresses and the ports in network order, the protocol as
+// a word of this machine's.
+func (f Flow) Key() (key [16]byte) {
+	from, to := f.Source.Addr().As4(), f.Destination.Addr().As4()
+	copy(key[:], from[:])
+	copy(key[4:], to[:])
+	binary.BigEndian.PutUint16(key[8:], f.Source.Port())
+	binary.BigEndian.PutUint16(key[10:], f.Destination.Port())
+	binary.NativeEndian.PutUint32(key[12:], uint32(f.Protocol))
+	return key
+}
+
+// word returns the flow as flowSet keeps it.
+func (f Flow) word() flow {
+	key := f.Key()
+	return flow{binary.BigEndian.Uint64(key[:]), uint64(f.Protocol)<<32 | uint64(binary.BigEndian.Uint32(key[8:]))}
+}
 
 // flow is one direction of a transport connection, as a word for the addresses and one for the rest. The zero flow is
 // none.

@@ -225,3 +225,10 @@ func (v *view) decap(p *Packet, inner packet.IPv4, back, here fib.Hop) (Verdict,
 	p.Len = len(inner)
 	return VerdictForward, ReasonNotSet
 }
+
+// tooLong reports whether a packet out of the tunnel is to be split because vr0 does not carry it: the outer one was in
+// fragments, and has brought more than the way from another node usually does. One with DF set is for the kernel to
+// answer.
+func (v *view) tooLong(p *Packet, inner packet.IPv4) bool {
+	return len(inner) > v.state.config.MTU && p.Offload.Segmentation == SegmentNone && !inner.DF()
+}

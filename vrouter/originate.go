@@ -44,11 +44,15 @@ func (w *Worker) piece() *Packet {
 	return p
 }
 
-// split sends inner, the packet in p that is too long for the tunnel to hop as it is, in pieces: a superpacket in its
-// segments, and what is too long then, and has DF clear, in fragments. It is the second half of the ladder for each.
+// split sends inner, the packet in p that is too long for the tunnel to hop, or for vr0, as it is, in pieces: a
+// superpacket in its segments, and what is too long then, and has DF clear, in fragments. Into the tunnel it is the second
+// half of the ladder for each.
 func (w *Worker) split(p *Packet, inner packet.IPv4, hop fib.Hop) {
 	s := &w.splitting
 	s.in, s.hop, s.mtu, s.made = p.In, hop, w.view.state.mtuTo(hop.Gateway()), 0
+	if w.direction == Decap {
+		s.mtu = w.view.state.config.MTU
+	}
 	fault := packet.FaultNone
 	switch o := &p.Offload; o.Segmentation {
 	case SegmentNone:
@@ -106,10 +110,14 @@ func (w *Worker) fragments(b packet.IPv4) packet.Fault {
 	}
 }
 
-// sendPiece encapsulates one piece.
+// sendPiece sends one piece, into the tunnel in a header of its own.
 func (w *Worker) sendPiece(p *Packet) {
 	s := &w.splitting
 	s.made++
+	if w.direction == Decap {
+		w.outgoing = append(w.outgoing, p)
+		return
+	}
 	p.In, p.Out = s.in, UnderlayInterface
 	if verdict, reason := w.view.encap(p, packet.IPv4(p.Bytes()), s.hop, &w.outer); verdict != VerdictForward {
 		w.drop(p, reason)

@@ -142,7 +142,7 @@ func fixSum(b []byte) []byte {
 // comes back by the kernel; all else comes back by the pod's interface.
 func TestTransitKernelFlows(t *testing.T) {
 	in := &switched{queue: queue{out: [][]byte{}}, pods: testPods()}
-	w := testRouter(t).NewSwitch(in)
+	w := testRouter(t).NewSwitch(in, Flow{Source: netip.AddrPortFrom(pod2, 80), Destination: netip.AddrPortFrom(ownPod, 999), Protocol: 6})
 	send := func(from Interface, b []byte) Interface {
 		t.Helper()
 		in.in, in.from, in.to = [][]byte{b}, from, nil
@@ -168,7 +168,7 @@ func TestTransitKernelFlows(t *testing.T) {
 		protocol byte
 		from, to uint16
 		want     Interface
-	}{{17, 53, 4000, HostInterface}, {17, 53, 4001, ownPodAt}, {17, 54, 4000, ownPodAt}, {6, 53, 4000, ownPodAt}} {
+	}{{17, 53, 4000, HostInterface}, {17, 53, 4001, ownPodAt}, {17, 54, 4000, ownPodAt}, {6, 53, 4000, ownPodAt}, {6, 80, 999, HostInterface}, {17, 80, 999, ownPodAt}} {
 		if got := back(c.protocol, c.from, c.to); got != c.want {
 			t.Errorf("back %+v: %v", c, got)
 		}

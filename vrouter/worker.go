@@ -46,9 +46,13 @@ type asked struct {
 }
 
 // NewSwitch returns a worker that carries packets among the interfaces of port. It is the only one that receives and
-// sends on it.
-func (r *Router) NewSwitch(port SwitchPort) *Worker {
-	return r.newWorker(&Worker{direction: Transit, in: port, out: port, switched: port, kernel: newFlowSet()})
+// sends on it. rewritten are flows whose packets come back to the kernel, because it rewrites what it sends of them.
+func (r *Router) NewSwitch(port SwitchPort, rewritten ...Flow) *Worker {
+	w := &Worker{direction: Transit, in: port, out: port, switched: port, kernel: newFlowSet()}
+	for _, f := range rewritten {
+		w.kernel.add(f.word())
+	}
+	return r.newWorker(w)
 }
 
 // NewWorker returns a worker that receives from in, walks the ladder of direction and sends on out. Its counters are
@@ -266,11 +270,10 @@ func (w *Worker) decap(v *view, batch []*Packet) {
 	v.routes.LookupBatch(w.addresses, w.hops)
 	for i, a := range w.asked {
 		verdict, reason := v.decap(a.p, a.inner, w.hops[2*i], w.hops[2*i+1])
-		if verdict != VerdictForward {
-			w.drop(a.p, reason)
-			continue
+		if verdict == VerdictForward && v.tooLong(a.p, a.inner) {
+			verdict = VerdictSplit
 		}
-		w.outgoing = append(w.outgoing, a.p)
+		w.settle(a, 0, verdict, reason)
 	}
 }
 

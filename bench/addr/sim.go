@@ -26,7 +26,7 @@ type Simulation struct {
 	Pools   []*datastore.IPPool // none: one /12 and one IPv6 pool
 	Ops     int64               // ends after so many operations, or after Time, whichever comes first
 	Time    time.Duration
-	Cuts    int // of all connections; etcd restarts at each fourth
+	Cuts    int // of all connections, spread over the operations; etcd restarts at each fourth
 	// Fixed is the range out of which pods now and then ask for a given address; the zero value for none.
 	Fixed netip.Prefix
 	// Reserved are ranges held back by an IPReservation.
@@ -391,7 +391,7 @@ func (s *sim) die(ctx context.Context, n, other *simNode) {
 // run lets the workers loose, cuts their connections again and again, and restarts etcd under them.
 func (s *sim) run(ctx context.Context) error {
 	end := time.Now().Add(s.Time)
-	going := func() bool { return ctx.Err() == nil && time.Now().Before(end) && (s.Ops == 0 || s.ops.Load() < s.Ops) }
+	going := func() bool { return ctx.Err() == nil && time.Now().Before(end) && s.ops.Load() < s.Ops }
 	var next atomic.Int64
 	var workers sync.WaitGroup
 	for range s.Workers {
@@ -419,24 +419,28 @@ func (s *sim) run(ctx context.Context) error {
 
 // disturb cuts connections, restarts etcd and changes the configuration until the workers are done.
 func (s *sim) disturb(ctx context.Context, done <-chan struct{}) error {
-	pause := time.NewTicker(s.Time / time.Duration(s.Cuts+1))
-	defer pause.Stop()
-	for i := 0; ; i++ {
+	look := time.NewTicker(10 * time.Millisecond)
+	defer look.Stop()
+	for i := 0; ; {
 		select {
 		case <-done:
 			return nil
-		case <-pause.C:
+		case <-look.C:
 		}
+		if s.ops.Load() < s.Ops*int64(i+1)/int64(s.Cuts+1) {
+			continue
+		}
+		i++
 		if s.Progress != nil {
 			s.Progress(s.result())
 		}
 		// Under strict affinity nodes in want take over what is empty, else they mostly borrow.
-		err := ipam.ChangeConfig(ctx, s.stores[0], func(c *ipam.Config) { c.StrictAffinity = i%2 == 0 })
+		err := ipam.ChangeConfig(ctx, s.stores[0], func(c *ipam.Config) { c.StrictAffinity = i%2 == 1 })
 		if err != nil && !uncertain(err) && !contended(err) {
 			return err
 		}
 		s.proxy.cut()
-		if i%4 == 2 {
+		if i%4 == 3 {
 			if err := errors.Join(s.etcd.stop(), s.etcd.start()); err != nil {
 				return err
 			}

@@ -13,6 +13,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 
+	"margay/test/space"
 	"margay/vrouter"
 	"margay/vrouter/port"
 )
@@ -62,8 +63,8 @@ type kernelBox struct{ in, out *tun }
 func newKernelBox(t testing.TB) *kernelBox {
 	t.Helper()
 	k := &kernelBox{}
-	newSpace(t).do(t, func() (err error) {
-		if err := beRouter(); err != nil {
+	space.New(t).Do(t, func() (err error) {
+		if err := space.BeRouter(); err != nil {
 			return err
 		}
 		if k.in, err = openTUN("in0", 9000, queueLength); err != nil {
@@ -72,8 +73,8 @@ func newKernelBox(t testing.TB) *kernelBox {
 		if k.out, err = openTUN("out0", wayMTU, queueLength); err != nil {
 			return err
 		}
-		return errors.Join(address("in0", routerIn+"/32"), address("out0", routerOut+"/32"),
-			route(podsPrefix, "in0"), route(remotePrefix, "out0"), route(holePrefix, ""))
+		return errors.Join(space.Address("in0", routerIn+"/32"), space.Address("out0", routerOut+"/32"),
+			space.Route(podsPrefix, "in0"), space.Route(remotePrefix, "out0"), space.Route(holePrefix, ""))
 	})
 	t.Cleanup(func() { k.in.close(t); k.out.close(t) })
 	return k
@@ -91,7 +92,7 @@ func (k *kernelBox) route(t testing.TB, d direction, b []byte) result {
 
 // nodeBox is a node with a vRouter, and another node beside it that only looks on.
 type nodeBox struct {
-	here     *space
+	here     *space.Space
 	router   *vrouter.Router
 	in       *tun
 	peer     *tap
@@ -101,16 +102,16 @@ type nodeBox struct {
 	injected [2]uint64
 }
 
-// newNodeBox starts the vRouter of an attachment in a namespace.
-func newNodeBox(t testing.TB, attach string, options vrouter.Options) *nodeBox {
+// newNodeBox starts the vRouter with a driver in a namespace.
+func newNodeBox(t testing.TB, driver port.Options, options vrouter.Options) *nodeBox {
 	t.Helper()
-	here, there := newSpace(t), newSpace(t)
+	here, there := space.New(t), space.New(t)
 	n := &nodeBox{here: here, router: vrouter.New()}
-	here.do(t, func() error {
-		return errors.Join(beRouter(), netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "eth0", MTU: 1500},
-			PeerName: "eth0", PeerNamespace: netlink.NsFd(there.handle)}), address("eth0", nodeAddress.String()+"/24"))
+	here.Do(t, func() error {
+		return errors.Join(space.BeRouter(), netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "eth0", MTU: 1500},
+			PeerName: "eth0", PeerNamespace: netlink.NsFd(there.Handle)}), space.Address("eth0", nodeAddress.String()+"/24"))
 	})
-	there.do(t, func() (err error) {
+	there.Do(t, func() (err error) {
 		// No address: this node's kernel answers nothing.
 		l, err := netlink.LinkByName("eth0")
 		if err != nil {
@@ -125,13 +126,13 @@ func newNodeBox(t testing.TB, attach string, options vrouter.Options) *nodeBox {
 	})
 	var ports *port.Ports
 	var reply *port.Reply
-	here.do(t, func() (err error) {
+	here.Do(t, func() (err error) {
 		l, err := netlink.LinkByName("eth0")
 		if err != nil {
 			return err
 		}
 		n.nodeMAC = l.Attrs().HardwareAddr
-		if err := neighbour("eth0", peerAddress, n.peerMAC); err != nil {
+		if err := space.Neighbour("eth0", peerAddress, n.peerMAC); err != nil {
 			return err
 		}
 		if n.in, err = openTUN("in0", 9000, queueLength); err != nil {
@@ -140,26 +141,26 @@ func newNodeBox(t testing.TB, attach string, options vrouter.Options) *nodeBox {
 		if reply, err = port.OpenReply(); err != nil {
 			return err
 		}
-		if ports, err = port.OpenPorts(port.Options{Attach: attach, IO: port.IOPacket, Name: "vr0"}, func() error { return nil }); err != nil {
+		if ports, err = port.OpenPorts(driver, func() error { return nil }); err != nil {
 			return err
 		}
-		return errors.Join(address("in0", routerIn+"/32"), address("vr0", routerOut+"/32"), sysctls(map[string]string{"ipv4/conf/vr0/rp_filter": "0"}),
-			route(podsPrefix, "in0"), route(poolPrefix, "vr0"))
+		return errors.Join(space.Address("in0", routerIn+"/32"), space.Address("vr0", routerOut+"/32"), space.Sysctls(map[string]string{"ipv4/conf/vr0/rp_filter": "0"}),
+			space.Route(podsPrefix, "in0"), space.Route(poolPrefix, "vr0"))
 	})
 	n.router.OnConfig(ports.Configure)
 	if err := n.router.SetOptions(options); err != nil {
 		t.Fatal(err)
 	}
+	workers := ports.Workers(n.router)
+	workers[0].SetReply(reply)
 	if err := n.router.Update(update()); err != nil {
 		t.Fatal(err)
 	}
-	workers := ports.Workers(n.router)
-	workers[0].SetReply(reply)
 	done := make(chan error)
 	for _, w := range workers {
 		go func() {
 			runtime.LockOSThread() // never given back: the thread stays in the namespace
-			if err := netns.Set(here.handle); err != nil {
+			if err := netns.Set(here.Handle); err != nil {
 				done <- err
 				return
 			}
@@ -168,7 +169,12 @@ func newNodeBox(t testing.TB, attach string, options vrouter.Options) *nodeBox {
 	}
 	t.Cleanup(func() {
 		ports.Stop()
-		if err := errors.Join(<-done, <-done, ports.Close(), reply.Close()); err != nil {
+		for range workers {
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		}
+		if err := errors.Join(ports.Close(), reply.Close()); err != nil {
 			t.Error(err)
 		}
 		n.in.close(t)
@@ -297,7 +303,7 @@ func (n *nodeBox) books(t testing.TB) books {
 		}
 	}
 	b.accounted += b.counters["split"] - b.counters["pieces"]
-	n.here.do(t, func() error {
+	n.here.Do(t, func() error {
 		l, err := netlink.LinkByName("vr0")
 		if err == nil {
 			b.given = l.Attrs().Statistics.TxPackets + n.injected[inward]

@@ -265,7 +265,7 @@ func (p *Ports) Workers(router *vrouter.Router) []*vrouter.Worker {
 	if p.Direct != nil {
 		router.OnPods(p.Direct.SetPods)
 		router.OnRoutes(p.Direct.SetRoutes)
-		return []*vrouter.Worker{router.NewSwitch(p.Direct)}
+		return []*vrouter.Worker{router.NewSwitch(p.Direct, p.Direct.Rewritten()...)}
 	}
 	return []*vrouter.Worker{
 		router.NewWorker(vrouter.Encap, p.Device, p.Underlay),

@@ -133,6 +133,9 @@ func (d *Direct) String() string { return d.pods.String() }
 // Pods implements vrouter.SwitchPort.
 func (d *Direct) Pods() *vrouter.Pods { return d.table.pods }
 
+// Rewritten returns the flows that the kernel rewrote when the port was opened, for vrouter.Router.NewSwitch.
+func (d *Direct) Rewritten() []vrouter.Flow { return d.pods.rewritten }
+
 // Recv implements vrouter.Port.
 func (d *Direct) Recv(batch []*vrouter.Packet) (int, error) {
 	for {

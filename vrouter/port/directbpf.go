@@ -106,7 +106,7 @@ func explainSteering(err error) error {
 	const do = "choose --attach tun"
 	switch {
 	case errors.Is(err, unix.EPERM):
-		return &Missing{What: "BPF for --attach direct", Err: unix.EPERM, Do: "add the capability BPF, or " + do}
+		return &Missing{What: "BPF for --attach direct", Err: unix.EPERM, Do: "add the capabilities BPF and NET_ADMIN, or " + do}
 	case errors.Is(err, ebpf.ErrNotSupported):
 		return &Missing{What: "BPF for --attach direct (TCX, Linux 6.6)", Err: ebpf.ErrNotSupported, Do: do}
 	}

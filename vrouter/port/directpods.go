@@ -32,12 +32,14 @@ type directPods struct {
 	direct   *Direct
 	io       string // IOPacket or IOXDP
 	steering *steering
-	links    *netlink.Handle
-	place    *namespace
-	events   int // netlink socket: links and neighbours
-	wake     int // eventfd: pods, routes, or stopped
-	stopped  atomic.Bool
-	done     sync.WaitGroup
+	// rewritten is what the kernel rewrote when the port was opened.
+	rewritten []vrouter.Flow
+	links     *netlink.Handle
+	place     *namespace
+	events    int // netlink socket: links and neighbours
+	wake      int // eventfd: pods, routes, or stopped
+	stopped   atomic.Bool
+	done      sync.WaitGroup
 
 	mu     sync.Mutex // what the control plane has told, and the open interfaces for who reads their counters
 	told   []vrouter.Pod
@@ -96,6 +98,12 @@ func newDirectPods(d *Direct, io string) (_ *directPods, err error) {
 		}
 	}()
 	if p.steering, err = newSteering(io); err != nil {
+		return nil, err
+	}
+	if p.rewritten, err = rewrittenFlows(); err != nil {
+		return nil, err
+	}
+	if err := p.steering.remember(p.rewritten); err != nil {
 		return nil, err
 	}
 	if p.place, err = thisNamespace(); err != nil {

@@ -6,8 +6,9 @@ import (
 	"github.com/cilium/ebpf/link"
 )
 
-// podSlots is the number of frames of a pod's AF_XDP socket in each direction: a mebibyte a pod.
-const podSlots = 256
+// podSlots is the number of frames of a pod's AF_XDP socket in each direction, four mebibytes a pod: what comes while another
+// process has our processor for some milliseconds has to fit.
+const podSlots = 1024
 
 // openPodXSK is openPodLink with AF_XDP, on the interface's first queue. slot is its own in steering.sockets.
 func openPodXSK(s *steering, index, slot, mtu int, own, pod []byte) (_ *podLink, err error) {

@@ -51,6 +51,7 @@ type Underlay struct {
 	index  int          // of the interface that recv is bound to; 0: none
 	header atomic.Int32 // length of its link-layer header, in bytes
 	lost   socketLosses
+	joined bool // recv gets fragments put together, see defrag.go
 
 	// For Send only.
 	to       unix.SockaddrInet4
@@ -141,19 +142,30 @@ func (u *Underlay) openSend() (err error) {
 const networkOffset = 0xfff00000
 
 func (u *Underlay) openRecv() (err error) {
+	u.recv, err = openReceiver()
+	return err
+}
+
+// openReceiver opens a socket that will receive IP-in-IP packets for this host, once it is bound.
+func openReceiver() (fd int, err error) {
 	// Protocol 0: deaf until it is bound, so that nothing of another interface slips in.
 	// SOCK_RAW, because PACKET_VNET_HDR is not for SOCK_DGRAM.
-	u.recv, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
-		return err
+		return -1, err
 	}
-	if err := unix.SetsockoptInt(u.recv, unix.SOL_PACKET, unix.PACKET_VNET_HDR, 1); err != nil {
-		return fmt.Errorf("PACKET_VNET_HDR: %w", err)
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, unix.Close(fd))
+		}
+	}()
+	if err := unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_VNET_HDR, 1); err != nil {
+		return -1, fmt.Errorf("PACKET_VNET_HDR: %w", err)
 	}
-	if err := unix.SetsockoptInt(u.recv, unix.SOL_PACKET, unix.PACKET_IGNORE_OUTGOING, 1); err != nil {
-		return fmt.Errorf("PACKET_IGNORE_OUTGOING (Linux 4.20): %w", err)
+	if err := unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_IGNORE_OUTGOING, 1); err != nil {
+		return -1, fmt.Errorf("PACKET_IGNORE_OUTGOING (Linux 4.20): %w", err)
 	}
-	if err := attach(u.recv,
+	if err := attach(fd,
 		bpf.LoadExtension{Num: bpf.ExtType},
 		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unix.PACKET_HOST, SkipTrue: 3},
 		bpf.LoadAbsolute{Off: networkOffset + 9, Size: 1},
@@ -161,9 +173,9 @@ func (u *Underlay) openRecv() (err error) {
 		bpf.RetConstant{Val: 0x40000},
 		bpf.RetConstant{Val: 0},
 	); err != nil {
-		return err
+		return -1, err
 	}
-	return enlarge(u.recv, unix.SO_RCVBUFFORCE, unix.SO_RCVBUF)
+	return fd, enlarge(fd, unix.SO_RCVBUFFORCE, unix.SO_RCVBUF)
 }
 
 func attach(fd int, program ...bpf.Instruction) error {
@@ -265,11 +277,15 @@ func (u *Underlay) bind() error {
 		u.frames.resolver.setIndex(index)
 	}
 	if index == u.index && (index == 0 || boundTo(u.recv, index)) {
+		u.joinDefrag()
 		return nil
 	}
 	if index == 0 {
 		u.index = 0 // gone; the kernel has unbound the socket
 		return nil
+	}
+	if err := u.renewReceiver(); err != nil {
+		return fmt.Errorf("underlay %s: %w", u.name, err)
 	}
 	address := &unix.SockaddrLinklayer{Protocol: htons(unix.ETH_P_IP), Ifindex: index}
 	if err := unix.Bind(u.recv, address); err != nil {
@@ -281,6 +297,7 @@ func (u *Underlay) bind() error {
 	}
 	u.index = index
 	u.header.Store(u.linkHeader(request))
+	u.joinDefrag()
 	return nil
 }
 
