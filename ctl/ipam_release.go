@@ -122,7 +122,7 @@ func readReports(ctx context.Context, w io.Writer, s *datastore.Store, files []s
 		}
 		var r audit.Report
 		if err := json.Unmarshal(raw, &r); err != nil {
-			return nil, fmt.Errorf("report %s: expected what `ipam check --output` writes: %w", file, err)
+			return nil, fmt.Errorf("report %s: expected what `ipam check --output` writes: %w", file, datastore.JSONError(err))
 		}
 		if r.ClusterGUID != guid {
 			return nil, fmt.Errorf("cluster does not match the provided report (%s): mismatched cluster GUID. Refusing to release", file)

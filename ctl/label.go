@@ -27,7 +27,7 @@ func newLabelCommand() *cobra.Command {
 		ValidArgsFunction: completeResources,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			key, value, isPair := strings.Cut(args[2], "=")
-			if isPair == remove || key == "" {
+			if isPair == remove || key == "" || strings.Contains(value, "=") {
 				return fmt.Errorf("invalid label %s: expected KEY=VALUE, or KEY with --remove", args[2])
 			}
 			kind, err := datastore.LookupKind(args[0])

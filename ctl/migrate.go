@@ -209,7 +209,7 @@ func readMigration(cmd *cobra.Command, file string) (*migration, error) {
 	}
 	m.info = info
 	if err := json.Unmarshal(parts[2], &m.ipam); err != nil {
-		return nil, fmt.Errorf("%s: IPAM: expected an object of keys and values: %w", file, err)
+		return nil, fmt.Errorf("%s: IPAM: expected an object of keys and values: %w", file, datastore.JSONError(err))
 	}
 	for key := range m.ipam {
 		if !strings.HasPrefix(key, ipamPrefix) {

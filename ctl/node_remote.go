@@ -122,13 +122,13 @@ func statusOf(node string, r *datastore.Resource) (api.Status, error) {
 	st := api.Status{Node: node}
 	if own := r.Metadata.Annotations[datastore.StatusAnnotation]; own != "" {
 		if err := json.Unmarshal([]byte(own), &st); err != nil {
-			return st, fmt.Errorf("node %s: annotation %s: not what this version expects: %w", node, datastore.StatusAnnotation, err)
+			return st, fmt.Errorf("node %s: annotation %s: not what this version expects: %w", node, datastore.StatusAnnotation, datastore.JSONError(err))
 		}
 		return st, nil
 	}
 	var report datastore.NodeReport
 	if err := json.Unmarshal(r.Status, &report); err != nil {
-		return st, fmt.Errorf("node %s: status: %w", node, err)
+		return st, fmt.Errorf("node %s: status: %w", node, datastore.JSONError(err))
 	}
 	st.Version, st.Ready = report.Agent.BIRDV4.Version, report.Agent.BIRDV4.State == "Ready"
 	st.Address, _ = netip.ParseAddr(report.Agent.BIRDV4.RouterID) // none: not shown

@@ -36,6 +36,11 @@ func (r *Resource) Default() {
 		if len(r.Status) == 0 {
 			r.Status = json.RawMessage(`{"runningConfig":{"controllers":{}}}`)
 		}
+	case WorkloadEndpoints:
+		if r.Metadata.Name == "" {
+			r.Metadata.Name, _ = endpointName(spec) // Validate says what is missing
+		}
+		return
 	default:
 		return
 	}

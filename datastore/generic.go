@@ -48,6 +48,9 @@ func (r *Resource) Validate() error {
 			return err
 		}
 	}
+	if check := deep[r.of]; check != nil {
+		return check(r, spec)
+	}
 	return nil
 }
 

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 )
 
@@ -18,12 +19,21 @@ var samples = map[*Kind]string{
 	ClusterInformations: `{"clusterGUID":"x","datastoreReady":true,"newer":1}`,
 	IPReservations:      `{"reservedCIDRs":["10.244.0.0/28"],"newer":1}`,
 	IPAMConfigurations:  `{"strictAffinity":true,"autoAllocateBlocks":true,"newer":1}`,
-	FelixConfigurations: `{"bpfLogLevel":"","ipipMTU":1440,"newer":1.50}`,
-	NetworkPolicies:     `{"order":10,"selector":"all()","ingress":[{"action":"Allow","protocol":"TCP","destination":{"ports":[80,"8000:8080","http"]}}],"newer":1}`,
-	WorkloadEndpoints:   `{"interfaceName":"cali123","ipNetworks":["10.244.0.1/32"],"mac":"ee:ee:ee:ee:ee:ee","newer":1}`,
+	FelixConfigurations: `{"bpfLogLevel":"","ipipMTU":1440,"newer":1.50,"natOutgoingAddress":"192.0.2.1","natPortRange":"32768:65535","interfacePrefix":"cali,tap",` +
+		`"mtuIfacePattern":"^eth.*","routeTableRanges":[{"min":1,"max":250},{"min":256,"max":4096}],"deviceRouteSourceAddress":"",` +
+		`"deviceRouteSourceAddressIPv6":"fd00::1","deviceRouteProtocol":80,"prometheusMetricsHost":"::1","prometheusMetricsPort":9091,` +
+		`"healthPort":9099,"logSeverityScreen":"Info","floatingIPs":"Enabled","externalNodesList":["192.0.2.0/24"]}`,
+	NetworkPolicies: `{"order":10,"selector":"all()","ingress":[{"action":"Allow","protocol":"TCP","destination":{"ports":[80,"8000:8080","http"]}}],"newer":1}`,
+	WorkloadEndpoints: `{"orchestrator":"k8s","node":"node-1","containerID":"3fA-9","pod":"web-0.x","endpoint":"eth0","serviceAccountName":"web",` +
+		`"interfaceName":"cali123","ipNetworks":["10.244.0.1/32","fd00::1/128","10.244.0.2"],"ipNATs":[{"internalIP":"10.244.0.1","externalIP":"192.0.2.1"}],` +
+		`"ipv4Gateway":"169.254.1.1","ipv6Gateway":"","profiles":["kns.default"],"mac":"ee:ee:ee:ee:ee:ee","newer":1,` +
+		`"ports":[{"name":"http-2","protocol":"TCP","port":80},{"protocol":"UDP","port":53,"hostPort":5353,"hostIP":"0.0.0.0"}]}`,
 }
 
 func sampleName(k *Kind) string {
+	if k == WorkloadEndpoints {
+		return "team-a/node--1-k8s-web--0.x-eth0"
+	}
 	if k.Namespaced {
 		return "team-a/default"
 	}
@@ -45,8 +55,8 @@ func TestEveryKindRoundTrips(t *testing.T) {
 		if k.Namespaced {
 			namespace = `"namespace":"team-a",`
 		}
-		value := fmt.Appendf(nil, `{"kind":%q,"apiVersion":"projectcalico.org/v3","metadata":{"name":"default",%s"uid":"u","creationTimestamp":"2026-11-23T09:11:33Z",`+
-			`"newer":[{}]},"spec":%s,"newer":{"x":null}}`, k.Kind, namespace, spec)
+		value := fmt.Appendf(nil, `{"kind":%q,"apiVersion":"projectcalico.org/v3","metadata":{"name":%q,%s"uid":"u","creationTimestamp":"2026-11-23T09:11:33Z",`+
+			`"newer":[{}]},"spec":%s,"newer":{"x":null}}`, k.Kind, name[strings.LastIndexByte(name, '/')+1:], namespace, spec)
 		_, before, err := s.List(ctx, k.Prefix())
 		if err != nil {
 			t.Fatal(err)

@@ -120,7 +120,7 @@ func decodeJSON(raw []byte, listAllowed bool, opts ManifestOptions) ([]Object, e
 		Items      []json.RawMessage `json:"items"`
 	}
 	if err := json.Unmarshal(raw, &head); err != nil {
-		return nil, fmt.Errorf("expected a resource with kind, apiVersion, metadata and spec: %w", err)
+		return nil, fmt.Errorf("expected a resource with kind, apiVersion, metadata and spec: %w", JSONError(err))
 	}
 	if head.Kind == "" {
 		return nil, errors.New("kind: expected one, such as IPPool")
@@ -163,7 +163,7 @@ func decodeOne(k *Kind, raw []byte, opts ManifestOptions) (Object, error) {
 		}
 	}
 	if err := json.Unmarshal(raw, obj); err != nil {
-		return nil, &ResourceError{Kind: k.Kind, Name: name, Err: typeError(err)}
+		return nil, &ResourceError{Kind: k.Kind, Name: name, Err: JSONError(err)}
 	}
 	h.unknown, h.source = unknownFields(reflect.TypeOf(obj), doc, nil), raw
 	if !opts.StoredFields {
@@ -260,8 +260,9 @@ func (h *Header) setNamespace(k *Kind, asked string) error {
 	return nil
 }
 
-// typeError says which field is of the wrong type, in the words of a manifest.
-func typeError(err error) error {
+// JSONError says which field of a JSON document is of the wrong type, in the words of a manifest; other errors it returns
+// unchanged.
+func JSONError(err error) error {
 	var e *json.UnmarshalTypeError
 	if !errors.As(err, &e) {
 		return err
@@ -272,7 +273,7 @@ func typeError(err error) error {
 		want = "text"
 	case reflect.Bool:
 		want = "true or false"
-	case reflect.Slice:
+	case reflect.Slice, reflect.Array:
 		want = "a list"
 	case reflect.Int, reflect.Int32, reflect.Int64:
 		want = "a whole number"
@@ -283,5 +284,9 @@ func typeError(err error) error {
 	if got == "" {
 		got = strings.TrimPrefix(e.Value, "number ")
 	}
-	return fmt.Errorf("%s: expected %s, got %s", strings.TrimPrefix(e.Field, "Header."), want, got)
+	field := strings.TrimPrefix(strings.TrimPrefix(e.Field, "v1Header."), "Header.")
+	if field == "" {
+		return fmt.Errorf("got %s instead of %s", got, want)
+	}
+	return fmt.Errorf("%s: expected %s, got %s", field, want, got)
 }

@@ -35,7 +35,7 @@ func StatusRequestOf(r *Resource) (StatusRequest, error) {
 		return request, err
 	}
 	if err := json.Unmarshal(r.Spec, &request); err != nil {
-		return request, fmt.Errorf("spec: %w", err)
+		return request, fmt.Errorf("spec: %w", JSONError(err))
 	}
 	return request, nil
 }

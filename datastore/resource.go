@@ -6,8 +6,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	mathrand "math/rand/v2"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -110,7 +112,7 @@ func decode(k *Kind, kv KV) (Object, error) {
 		return nil, &ResourceError{Kind: k.Kind, Name: name, Err: fmt.Errorf("stored value: %w", err)}
 	}
 	if err := json.Unmarshal(kv.Value, obj); err != nil {
-		return fail(err)
+		return fail(JSONError(err))
 	}
 	h := obj.Head()
 	if h.Kind != k.Kind {
@@ -237,6 +239,26 @@ var labelPattern = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?$`)
 func validateName(name string) error {
 	if len(name) > 253 || !namePattern.MatchString(name) {
 		return fmt.Errorf("metadata.name %q: expected lower-case letters, digits, '-' and '.', at most 253 characters, beginning and ending with a letter or digit", name)
+	}
+	return nil
+}
+
+// labelPart is a label's name, behind the prefix that it may have, and its value: Kubernetes' and Calico's rule.
+var labelPart = regexp.MustCompile(`^[a-zA-Z0-9]([-a-zA-Z0-9_.]*[a-zA-Z0-9])?$`)
+
+func validateLabels(labels map[string]string) error {
+	for _, key := range slices.Sorted(maps.Keys(labels)) {
+		prefix, name, prefixed := strings.Cut(key, "/")
+		if !prefixed {
+			name = key
+		}
+		if prefixed && (len(prefix) > 253 || !namePattern.MatchString(prefix)) || len(name) > 63 || !labelPart.MatchString(name) {
+			return fmt.Errorf("metadata.labels: key %q: expected at most 63 letters, digits, '-', '_' and '.', beginning and ending with a letter or digit, "+
+				"and before them, if anything, a domain name and '/'", key)
+		}
+		if value := labels[key]; value != "" && (len(value) > 63 || !labelPart.MatchString(value)) {
+			return fmt.Errorf("metadata.labels: %s %q: expected at most 63 letters, digits, '-', '_' and '.', beginning and ending with a letter or digit", key, value)
+		}
 	}
 	return nil
 }

@@ -3,7 +3,6 @@ package datastore
 import (
 	"encoding/json"
 	"fmt"
-	"net"
 	"net/netip"
 	"regexp"
 	"slices"
@@ -99,7 +98,8 @@ func whole(name string, low, high int64) shape {
 
 // oneOf ignores case where Calico does: in log levels, for instance.
 func oneOf(name string, ignoreCase bool, values ...string) shape {
-	return shape{name: name, want: "one of " + strings.Join(values, ", "), ok: func(v any) bool {
+	known := strings.TrimSuffix(strings.Join(values, ", "), ", ")
+	return shape{name: name, want: "one of " + known, ok: func(v any) bool {
 		s, ok := v.(string)
 		return ok && slices.ContainsFunc(values, func(known string) bool {
 			return s == known || ignoreCase && strings.EqualFold(s, known)
@@ -113,6 +113,26 @@ func matching(name, want string, ok func(string) bool) shape {
 
 func address(name string) shape {
 	return matching(name, "an IP address", func(s string) bool { a, err := netip.ParseAddr(s); return err == nil && a.Zone() == "" })
+}
+
+// ipv4 is an IPv4 address, or nothing.
+func ipv4(name string) shape {
+	return orEmpty(matching(name, "an IPv4 address", func(s string) bool { a, err := netip.ParseAddr(s); return err == nil && a.Unmap().Is4() }))
+}
+
+// ipv6 is an IPv6 address, or nothing.
+func ipv6(name string) shape {
+	return orEmpty(matching(name, "an IPv6 address", func(s string) bool {
+		a, err := netip.ParseAddr(s)
+		return err == nil && a.Unmap().Is6() && a.Zone() == ""
+	}))
+}
+
+func ipv4Network(name string) shape {
+	return matching(name, "an IPv4 address or prefix such as 10.0.0.0/8", func(s string) bool {
+		p, err := parseAddress(s)
+		return err == nil && p.Addr().Unmap().Is4()
+	})
 }
 
 func network(name string) shape {
@@ -147,6 +167,13 @@ func required(f shape) shape {
 	return f
 }
 
+// orEmpty lets the empty text pass, which Calico takes for no value.
+func orEmpty(f shape) shape {
+	ok := f.ok
+	f.ok = func(v any) bool { return v == "" || ok(v) }
+	return f
+}
+
 // portRange is a port, or two with a colon between them.
 func portRange(v any) bool {
 	s := fmt.Sprint(v)
@@ -154,10 +181,10 @@ func portRange(v any) bool {
 	a, err := strconv.ParseUint(low, 10, 16)
 	if !isRange {
 		_, named := v.(string)
-		return err == nil || named && s != "" // a named port
+		return err == nil && a > 0 || err != nil && named && s != "" // a named port
 	}
 	b, err2 := strconv.ParseUint(high, 10, 16)
-	return err == nil && err2 == nil && a <= b
+	return err == nil && err2 == nil && 0 < a && a <= b
 }
 
 func protocol(name string) shape {
@@ -165,6 +192,13 @@ func protocol(name string) shape {
 		s := strings.ToLower(fmt.Sprint(v))
 		n, err := strconv.ParseUint(s, 10, 8)
 		return err == nil && n > 0 || slices.Contains([]string{"tcp", "udp", "icmp", "icmpv6", "sctp", "udplite"}, s)
+	}}
+}
+
+// portProtocol is a protocol that has ports.
+func portProtocol(name string) shape {
+	return shape{name: name, want: "TCP, UDP or SCTP", ok: func(v any) bool {
+		return slices.Contains([]string{"TCP", "UDP", "SCTP", "6", "17", "132"}, fmt.Sprint(v))
 	}}
 }
 
@@ -212,30 +246,15 @@ var shapes = map[*Kind][]shape{
 	Tiers: {number("order"), oneOf("defaultAction", false, "Deny", "Pass")},
 	HostEndpoints: {text("node"), interfaceName("interfaceName"), listOf(address("expectedIPs")), listOf(text("profiles")),
 		listOf(object("ports", endpointPort...))},
-	WorkloadEndpoints: {text("orchestrator"), text("workload"), text("node"), text("containerID"), text("pod"), text("endpoint"),
-		text("serviceAccountName"), listOf(network("ipNetworks")), listOf(object("ipNATs", address("internalIP"), address("externalIP"))),
-		address("ipv4Gateway"), address("ipv6Gateway"), listOf(text("profiles")), required(interfaceName("interfaceName")),
-		matching("mac", "a MAC address such as ee:ee:ee:ee:ee:ee", func(s string) bool { _, err := net.ParseMAC(s); return err == nil }),
-		listOf(object("ports", endpointPort...)), listOf(network("allowSpoofedSourcePrefixes"))},
-	CalicoNodeStatuses: {text("node"), listOf(oneOf("classes", false, "Agent", "BGP", "Routes")), whole("updatePeriodSeconds", 0, 1<<31-1)},
+	WorkloadEndpoints:   workloadEndpoint,
+	FelixConfigurations: felixConfiguration,
+	CalicoNodeStatuses:  {text("node"), listOf(oneOf("classes", false, "Agent", "BGP", "Routes")), whole("updatePeriodSeconds", 0, 1<<31-1)},
 	KubeControllersConfigurations: {oneOf("logSeverityScreen", true, severity...), oneOf("healthChecks", false, "Enabled", "Disabled"),
 		duration("etcdV3CompactionPeriod"), whole("prometheusMetricsPort", 0, 65535), object("controllers")},
-	FelixConfigurations: {
-		flag("ipipEnabled"), whole("ipipMTU", 0, 65535), flag("vxlanEnabled"), whole("vxlanMTU", 0, 65535), whole("vxlanMTUV6", 0, 65535),
-		whole("vxlanPort", 1, 65535), whole("vxlanVNI", 0, 1<<24-1), flag("wireguardEnabled"), flag("wireguardEnabledV6"),
-		whole("wireguardListeningPort", 1, 65535), whole("wireguardMTU", 0, 65535), flag("bpfEnabled"), flag("ipv6Support"),
-		oneOf("logSeverityScreen", true, severity...), oneOf("logSeverityFile", true, severity...), oneOf("logSeveritySys", true, severity...),
-		oneOf("chainInsertMode", true, "Insert", "Append"), oneOf("defaultEndpointToHostAction", true, "Drop", "Accept", "Return"),
-		oneOf("iptablesBackend", true, "Auto", "Legacy", "NFT"), oneOf("ipForwarding", true, "Enabled", "Disabled"),
-		oneOf("serviceLoopPrevention", true, "Drop", "Reject", "Disabled"), oneOf("workloadSourceSpoofing", true, "Disabled", "Any"),
-		oneOf("natOutgoingExclusions", false, "IPPoolsOnly", "IPPoolsAndHostIPs"), address("natOutgoingAddress"),
-		address("deviceRouteSourceAddress"), address("deviceRouteSourceAddressIPv6"), whole("deviceRouteProtocol", 0, 255),
-		flag("removeExternalRoutes"), expression("mtuIfacePattern"), text("interfacePrefix"), text("interfaceExclude"),
-		listOf(network("externalNodesList")), whole("healthPort", 0, 65535), flag("healthEnabled"), flag("prometheusMetricsEnabled"),
-		whole("prometheusMetricsPort", 0, 65535), duration("routeRefreshInterval"), duration("interfaceRefreshInterval"),
-		duration("iptablesRefreshInterval"), duration("ipsetsRefreshInterval"), duration("netlinkTimeout"), duration("reportingInterval"),
-		duration("reportingTTL"), flag("usageReportingEnabled"), flag("allowIPIPPacketsFromWorkloads"), flag("allowVXLANPacketsFromWorkloads"),
-		flag("routeSyncDisabled"), oneOf("routeSource", true, "CalicoIPAM", "WorkloadIPs"),
-		{name: "natPortRange", want: "a port, or a range such as 32768:65535", ok: portRange},
-	},
+}
+
+// deep is what of a kind depends on several fields; it is checked after the shapes.
+var deep = map[*Kind]func(*Resource, map[string]any) error{
+	WorkloadEndpoints:   validateEndpoint,
+	FelixConfigurations: validateFelix,
 }

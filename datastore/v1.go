@@ -100,7 +100,7 @@ func convertV1(raw []byte) ([]Object, error) {
 		Items []json.RawMessage `json:"items"`
 	}
 	if err := json.Unmarshal(raw, &head); err != nil {
-		return nil, fmt.Errorf("expected a resource with kind, apiVersion, metadata and spec: %w", err)
+		return nil, fmt.Errorf("expected a resource with kind, apiVersion, metadata and spec: %w", JSONError(err))
 	}
 	if head.APIVersion != "v1" {
 		return nil, fmt.Errorf("%s: apiVersion %q: expected v1, the version that is converted", head.Kind, head.APIVersion)
@@ -152,7 +152,7 @@ func v1Into[V any](raw []byte, convert func(V) (Object, error)) (Object, error) 
 	d := json.NewDecoder(bytes.NewReader(raw))
 	d.DisallowUnknownFields()
 	if err := d.Decode(&v); err != nil {
-		return nil, errors.New(strings.TrimPrefix(typeError(err).Error(), "json: "))
+		return nil, errors.New(strings.TrimPrefix(JSONError(err).Error(), "json: "))
 	}
 	return convert(v)
 }

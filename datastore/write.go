@@ -225,11 +225,17 @@ func prepare(obj Object) error {
 	h.Kind, h.APIVersion = k.Kind, APIVersion
 	obj.Default()
 	err := k.validateName(h.Path())
+	if k == WorkloadEndpoints && h.Metadata.Name == "" {
+		err = obj.Validate() // which names the field that the name could not be made without
+	}
 	if h.Metadata.Namespace == "" && k.Namespaced {
 		err = errors.New("metadata.namespace: expected one, the kind is namespaced")
 	}
 	if h.Metadata.Namespace != "" && !k.Namespaced {
 		err = fmt.Errorf("metadata.namespace %q: expected none, the kind is not namespaced", h.Metadata.Namespace)
+	}
+	if err == nil {
+		err = validateLabels(h.Metadata.Labels)
 	}
 	if err == nil {
 		err = obj.Validate()

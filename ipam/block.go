@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"margay/datastore"
 )
 
 // block is a run of addresses, their owners, and the order in which the free ones will be given out. Ordinal n is the
@@ -222,7 +224,7 @@ type wireAttribute struct {
 func decodeBlock(raw []byte) (*block, error) {
 	var w wireBlock
 	if err := json.Unmarshal(raw, &w); err != nil {
-		return nil, fmt.Errorf("expected a block: %w", err)
+		return nil, fmt.Errorf("expected a block: %w", datastore.JSONError(err))
 	}
 	cidr, err := netip.ParsePrefix(w.CIDR)
 	if err != nil || cidr != cidr.Masked() || cidr.Addr().Is4In6() || cidr.Addr().BitLen()-cidr.Bits() > 12 {
@@ -282,7 +284,7 @@ func decodeBlock(raw []byte) (*block, error) {
 func decodeAttribute(raw []byte) (attribute, error) {
 	var w wireAttribute
 	if err := json.Unmarshal(raw, &w); err != nil {
-		return attribute{}, err
+		return attribute{}, datastore.JSONError(err)
 	}
 	a := attribute{secondary: w.Secondary, raw: raw}
 	if w.Handle != nil {
@@ -367,7 +369,7 @@ func (a attribute) encode() ([]byte, error) {
 func unknown(raw []byte, known ...string) (map[string]json.RawMessage, error) {
 	var all map[string]json.RawMessage
 	if err := json.Unmarshal(raw, &all); err != nil {
-		return nil, err
+		return nil, datastore.JSONError(err)
 	}
 	if all == nil {
 		return nil, errors.New("expected a JSON object")

@@ -57,7 +57,7 @@ func decodeConfig(key, resource []datastore.KV) (Config, error) {
 	if len(key) > 0 {
 		var w wireConfig
 		if err := json.Unmarshal(key[0].Value, &w); err != nil {
-			return fail(key[0], err)
+			return fail(key[0], datastore.JSONError(err))
 		}
 		extra, err := unknown(key[0].Value, "strict_affinity", "auto_allocate_blocks", "maxBlocksPerHost", "ipCooldownSeconds")
 		if err != nil {
@@ -77,7 +77,7 @@ func decodeConfig(key, resource []datastore.KV) (Config, error) {
 		} `json:"spec"`
 	}
 	if err := json.Unmarshal(resource[0].Value, &r); err != nil {
-		return fail(resource[0], err)
+		return fail(resource[0], datastore.JSONError(err))
 	}
 	c.StrictAffinity, c.MaxBlocksPerHost, c.CooldownSeconds = r.Spec.StrictAffinity, r.Spec.MaxBlocksPerHost, r.Spec.CooldownSeconds
 	if r.Spec.AutoAllocateBlocks != nil {

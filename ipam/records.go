@@ -84,7 +84,7 @@ type wireAffinity struct {
 func decodeAffinity(raw []byte) (affinity, error) {
 	var w wireAffinity
 	if err := json.Unmarshal(raw, &w); err != nil {
-		return affinity{}, fmt.Errorf("expected an affinity: %w", err)
+		return affinity{}, fmt.Errorf("expected an affinity: %w", datastore.JSONError(err))
 	}
 	extra, err := unknown(raw, "state", "deleted")
 	return affinity{state: w.State, deleted: w.Deleted, extra: extra}, err
@@ -109,7 +109,7 @@ type wireHandle struct {
 func decodeHandle(raw []byte) (handle, error) {
 	var w wireHandle
 	if err := json.Unmarshal(raw, &w); err != nil {
-		return handle{}, fmt.Errorf("expected a handle: %w", err)
+		return handle{}, fmt.Errorf("expected a handle: %w", datastore.JSONError(err))
 	}
 	h := handle{blocks: make(map[netip.Prefix]int, len(w.Block)), deleted: w.Deleted}
 	for text, n := range w.Block {

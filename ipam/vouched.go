@@ -20,7 +20,7 @@ func decodeEndpoint(kv datastore.KV) (node string, err error) {
 		} `json:"spec"`
 	}
 	if err := json.Unmarshal(kv.Value, &w); err != nil {
-		return "", fmt.Errorf("%s: expected a WorkloadEndpoint: %w", kv.Key, err)
+		return "", fmt.Errorf("%s: expected a WorkloadEndpoint: %w", kv.Key, datastore.JSONError(err))
 	}
 	return w.Spec.Node, nil
 }

@@ -119,7 +119,7 @@ func (s *snapshot) readInfo(kv datastore.KV, name string) error {
 		return nil
 	}
 	s.infoRevision = kv.Revision
-	return json.Unmarshal(kv.Value, &s.info)
+	return datastore.JSONError(json.Unmarshal(kv.Value, &s.info))
 }
 
 func (s *snapshot) readNode(kv datastore.KV, name string) error {
@@ -138,7 +138,7 @@ func (s *snapshot) readNode(kv datastore.KV, name string) error {
 	}
 	s.nodes[name] = true
 	if err := json.Unmarshal(kv.Value, &n); err != nil {
-		return err
+		return datastore.JSONError(err)
 	}
 	for _, text := range []string{n.Spec.BGP.IPIP, n.Spec.VXLAN4, n.Spec.VXLAN6, n.Spec.Wireguard.V4, n.Spec.Wireguard.V6} {
 		if err := s.use(text, "Node("+name+")"); err != nil {
@@ -156,7 +156,7 @@ func (s *snapshot) readWorkload(kv datastore.KV, name string) error {
 		} `json:"spec"`
 	}
 	if err := json.Unmarshal(kv.Value, &w); err != nil {
-		return err
+		return datastore.JSONError(err)
 	}
 	s.vouched[w.Spec.Node] = true
 	for _, text := range w.Spec.Networks {
@@ -189,7 +189,7 @@ func (s *snapshot) readPool(kv datastore.KV, _ string) error {
 		} `json:"spec"`
 	}
 	if err := json.Unmarshal(kv.Value, &p); err != nil {
-		return err
+		return datastore.JSONError(err)
 	}
 	cidr, err := netip.ParsePrefix(p.Spec.CIDR)
 	s.pools = append(s.pools, pool{cidr.Masked(), p.Spec.Disabled})
@@ -208,13 +208,13 @@ func (s *snapshot) readIPAM(kv datastore.KV, name string) error {
 		}
 		var a affinity
 		if err := json.Unmarshal(kv.Value, &a); err != nil {
-			return err
+			return datastore.JSONError(err)
 		}
 		s.affinities[affinityID{part[1], cidr}] = a
 	case len(part) == 2 && part[0] == "handle":
 		h := storedHandle{revision: kv.Revision}
 		if err := json.Unmarshal(kv.Value, &h); err != nil {
-			return err
+			return datastore.JSONError(err)
 		}
 		s.handles[part[1]] = h
 	}
@@ -231,7 +231,7 @@ func (s *snapshot) readBlock(kv datastore.KV, name string) error {
 		storedBlock
 	}
 	if err := json.Unmarshal(kv.Value, &w); err != nil {
-		return err
+		return datastore.JSONError(err)
 	}
 	if got, err := netip.ParsePrefix(w.CIDR); err != nil || got != cidr {
 		return fmt.Errorf("cidr %q: expected the key's %s", w.CIDR, cidr)

@@ -79,6 +79,8 @@ func TestValidate(t *testing.T) {
 		{args: "validate -f -", stdin: pool("a", "10.1.0.0", "") + pool("b", "10.2.0.0/16", "") + pool("c", "x", ""),
 			err: "failed to execute command: -: document 1: IPPool \"a\": spec.cidr \"10.1.0.0\": expected an IPv4 or IPv6 prefix such as 10.244.0.0/16\n" +
 				"document 3: IPPool \"c\": spec.cidr \"x\": expected an IPv4 or IPv6 prefix such as 10.244.0.0/16"},
+		{args: "validate -f -", stdin: "root:x:0:0", err: "failed to execute command: -: document 1: expected a resource with kind, apiVersion, metadata and spec: got text instead of an object"},
+		{args: "convert -f -", stdin: "[1]", err: "failed to execute command: -: document 1: [0]: expected a resource with kind, apiVersion, metadata and spec: got a number instead of an object"},
 		{args: "validate -f - -n y", stdin: policy("x", "p"), err: `failed to execute command: -: document 1: NetworkPolicy "p": resource namespace does not match client namespace. x != y`},
 		{args: "validate -f - -n y", stdin: pool("a", "10.1.0.0/16", ""), err: "failed to execute command: -: document 1: IPPool is not namespaced"},
 	})
@@ -91,7 +93,7 @@ var stored = map[string]string{
 	"networkpolicies/a/p":         `{"kind":"NetworkPolicy","apiVersion":"projectcalico.org/v3","metadata":{"name":"p","namespace":"a"},"spec":{"ingress":[{"action":"Allow","source":{"nets":["10.0.0.0/8"]}}]}}`,
 	"networkpolicies/b/p":         `{"kind":"NetworkPolicy","apiVersion":"projectcalico.org/v3","metadata":{"name":"p","namespace":"b"},"spec":{"types":["Egress"]}}`,
 	"felixconfigurations/x":       `{"kind":"FelixConfiguration","apiVersion":"projectcalico.org/v3","metadata":{"name":"x"},"spec":{"bpfLogLevel":""},"newer":1}`,
-	"workloadendpoints/a/w":       `{"kind":"WorkloadEndpoint","apiVersion":"projectcalico.org/v3","metadata":{"name":"w","namespace":"a"},"spec":{"interfaceName":"cali1"}}`,
+	"workloadendpoints/a/n-o-w-e": `{"kind":"WorkloadEndpoint","apiVersion":"projectcalico.org/v3","metadata":{"name":"n-o-w-e","namespace":"a"},"spec":{"orchestrator":"o","workload":"w","node":"n","endpoint":"e","interfaceName":"cali1"}}`,
 	"bgpfilters/f":                `{"kind":"BGPFilter","apiVersion":"projectcalico.org/v3","metadata":{"name":"f"},"spec":{"exportV4":[{"action":"Accept","newer":1}]}}`,
 	"clusterinformations/default": `{"kind":"ClusterInformation","apiVersion":"projectcalico.org/v3","metadata":{"name":"default"},"spec":{"calicoVersion":"v3.32.1","datastoreReady":true}}`,
 }

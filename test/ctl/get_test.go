@@ -51,8 +51,8 @@ spec: {nets: [10.0.0.0/8, 172.16.0.0/12, 192.168.0.0/16, 198.18.0.0/15, 198.51.1
 ---
 apiVersion: projectcalico.org/v3
 kind: WorkloadEndpoint
-metadata: {name: w, namespace: a}
-spec: {pod: web-0, node: n1, interfaceName: cali1, ipNetworks: [10.1.0.1/32, "fd00::1/128"], profiles: [kns.a], ipNATs: [{internalIP: 10.1.0.1, externalIP: 192.0.2.7}]}
+metadata: {name: n1-k8s-web--0-eth0, namespace: a}
+spec: {orchestrator: k8s, pod: web-0, node: n1, endpoint: eth0, interfaceName: cali1, ipNetworks: [10.1.0.1/32, "fd00::1/128"], profiles: [kns.a], ipNATs: [{internalIP: 10.1.0.1, externalIP: 192.0.2.7}]}
 ---
 apiVersion: projectcalico.org/v3
 kind: Tier
@@ -87,8 +87,8 @@ func TestGetTables(t *testing.T) {
 			"t                            1e+06   \nbaselineadminnetworkpolicy   1e+07   \n\n"},
 		{args: "get profile -o wide", out: "NAME   LABELS    \np      a=1,b=2   \n\n"},
 		{args: "get wep -n a", out: "NAMESPACE   WORKLOAD   NODE   NETWORKS                  INTERFACE   \na           web-0      n1     10.1.0.1/32,fd00::1/128   cali1       \n\n"},
-		{args: "get wep -A -o wide", out: "NAMESPACE   NAME   WORKLOAD   NODE   NETWORKS                  INTERFACE   PROFILES   NATS                   \n" +
-			"a           w      web-0      n1     10.1.0.1/32,fd00::1/128   cali1       kns.a      {10.1.0.1 192.0.2.7}   \n\n"},
+		{args: "get wep -A -o wide", out: "NAMESPACE   NAME                 WORKLOAD   NODE   NETWORKS                  INTERFACE   PROFILES   NATS                   \n" +
+			"a           n1-k8s-web--0-eth0   web-0      n1     10.1.0.1/32,fd00::1/128   cali1       kns.a      {10.1.0.1 192.0.2.7}   \n\n"},
 		{args: "get wep", out: "WORKLOAD   NODE   NETWORKS   INTERFACE   \n\n"},
 		{args: "get np", out: "NAME   TIER      \np      default   \n\n"},
 		{args: "get np -A -o wide", out: "NAMESPACE   NAME   TIER      ORDER   SELECTOR       \ndefault     p      default   10      role == 'db'   \nx           q      default   10      role == 'db'   \n\n"},
@@ -175,6 +175,7 @@ func TestLabelAndPatch(t *testing.T) {
 		{args: "label nodes n1 rack=r1", out: "Successfully updated label rack on nodes n1\n"},
 		{args: "label nodes n1 rack=r2", err: "failed to update label of nodes n1, key rack is already present. please use '--overwrite' to set a new value"},
 		{args: "label nodes n1 rack=r2 --overwrite", out: "Successfully updated label rack on nodes n1\n"},
+		{args: "label nodes n1 a=b=c", err: "invalid label a=b=c: expected KEY=VALUE, or KEY with --remove"},
 		{args: "label nodes n1 rack", err: "invalid label rack: expected KEY=VALUE, or KEY with --remove"},
 		{args: "label nodes n1 rank --remove", err: "cannot remove label of nodes n1, key rank does not exist"},
 		{args: "label nodes n1 rack --remove", out: "Successfully removed label rack from nodes n1\n"},
