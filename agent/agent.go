@@ -118,6 +118,7 @@ func Run(ctx context.Context, cfg Config) error {
 		}
 	})
 	done.Go(func() { a.collect(ctx) })
+	done.Go(func() { a.stayRegistered(ctx) })
 	err = a.loop(ctx, failed)
 	cancel()
 	a.log.Info("stopping: telling the peers")

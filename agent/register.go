@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"time"
 
 	"margay/cni/server"
 	"margay/datastore"
@@ -40,6 +41,44 @@ func registerNode(ctx context.Context, s *datastore.Store, name string, u Underl
 		return err
 	}
 	return datastore.ModifyResource(ctx, s, name, set)
+}
+
+// registerPeriod is how often a running agent makes sure that its Node is there: more often than garbage is collected.
+const registerPeriod = time.Minute
+
+// stayRegistered makes this node's Node anew, until ctx is done, when somebody has deleted it under a living node: without it
+// the others would soon give its pods' addresses to their own.
+func (a *Agent) stayRegistered(ctx context.Context) {
+	tick := time.NewTicker(registerPeriod)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if err := a.registerAgain(ctx); err != nil && ctx.Err() == nil {
+			a.log.Warn("registering this node again", "err", err)
+		}
+	}
+}
+
+func (a *Agent) registerAgain(ctx context.Context) error {
+	there, err := a.store.Existing(ctx, datastore.Nodes.Key(a.cfg.Node))
+	if err != nil || len(there) > 0 {
+		return err
+	}
+	var underlay Underlay
+	var tunnel netip.Addr
+	a.locked(func() { underlay, tunnel = a.underlay, a.tunnel })
+	a.log.Warn("this node's Node was deleted while its agent runs: it is made again; stop the agent first to remove the node for good")
+	if err := registerNode(ctx, a.store, a.cfg.Node, underlay); err != nil {
+		return err
+	}
+	if !tunnel.IsValid() {
+		return nil
+	}
+	return recordTunnel(ctx, a.store, a.cfg.Node, tunnel)
 }
 
 // recordTunnel writes the tunnel address where Calico's components look for it.

@@ -3,7 +3,6 @@ package ctl
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net/netip"
 
 	"margay/datastore"
@@ -11,7 +10,8 @@ import (
 )
 
 // deleteObject deletes a resource and, with a node, what is about that node alone, as calicoctl does: its workload
-// endpoints, its host endpoints, its BGP peers and its configurations, and all addresses and blocks that it holds.
+// endpoints with their addresses, its host endpoints, its BGP peers and its configurations. Other addresses of the node stay:
+// its pods may live on, and what they have must not be given out again.
 func deleteObject(ctx context.Context, s *datastore.Store, kind *datastore.Kind, name string) error {
 	if kind == datastore.Nodes {
 		if _, err := datastore.GetObject(ctx, s, kind, name); errors.Is(err, datastore.ErrNotFound) {
@@ -19,9 +19,6 @@ func deleteObject(ctx context.Context, s *datastore.Store, kind *datastore.Kind,
 		}
 		if err := deleteOfNode(ctx, s, name); err != nil {
 			return err
-		}
-		if _, err := ipam.New(s, "", nil).ReleaseNode(ctx, name); err != nil {
-			return fmt.Errorf("release the addresses of node %s: %w", name, err)
 		}
 	}
 	return datastore.DeleteObject(ctx, s, kind, name)

@@ -30,6 +30,14 @@ func (a *Allocator) claimAny(ctx context.Context, v *view, pool *poolView) (*sto
 		if v.done[cidr] || (own.state != statePending && own.state != stateConfirmed) {
 			continue // full, or being released
 		}
+		// Its block is not there, or it would have been used: meanwhile another node may have claimed one of another size.
+		taken, err := a.overlapped(ctx, cidr)
+		if err != nil {
+			return nil, err
+		}
+		if taken {
+			continue
+		}
 		b, err := a.claim(ctx, v, cidr)
 		if errors.Is(err, errTaken) {
 			continue

@@ -339,9 +339,10 @@ func (c *Collector) giveBack(ctx context.Context, s suspect, out *Collected) err
 	switch {
 	case s.node != "":
 		var freed []netip.Addr
-		freed, err = c.alloc.ReleaseNode(ctx, s.node)
+		freed, err = c.alloc.releaseNode(ctx, s.node, true)
 		out.Addresses = append(out.Addresses, freed...)
-		if out.Nodes = append(out.Nodes, s.node); err == nil {
+		if err == nil {
+			out.Nodes = append(out.Nodes, s.node)
 			c.log.Warn("a node that is gone from the datastore had addresses or blocks: released", "node", s.node, "addresses", len(freed))
 		}
 	case s.block.IsValid():

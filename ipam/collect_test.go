@@ -231,6 +231,28 @@ func TestCollectGoneNodes(t *testing.T) {
 	clean(t, s)
 }
 
+// A node that has come back between the look and the release keeps what it has.
+func TestGoneNodeComesBack(t *testing.T) {
+	s, ctx := openStore(t, pool("p", "10.244.0.0/24")), t.Context()
+	pod := mustAssign(t, New(s, "n1", nil), Request{Handle: "net.pod"})
+	if err := datastore.CreateResource(ctx, s, datastore.NewNode("n1")); err != nil {
+		t.Fatal(err)
+	}
+	if freed, err := New(s, "n2", nil).releaseNode(ctx, "n1", true); !errors.Is(err, ErrReassigned) || len(freed) != 0 {
+		t.Errorf("%v, %v", freed, err)
+	}
+	if _, err := Lookup(ctx, s, pod.Addr); err != nil {
+		t.Error(err)
+	}
+	if err := datastore.DeleteResource[datastore.Node](ctx, s, "n1"); err != nil {
+		t.Fatal(err)
+	}
+	if freed, err := New(s, "n2", nil).releaseNode(ctx, "n1", true); err != nil || !slices.Equal(freed, []netip.Addr{pod.Addr}) {
+		t.Errorf("%v, %v", freed, err)
+	}
+	clean(t, s)
+}
+
 // In each period it is somebody's turn, and in the long run everybody's.
 func TestTurn(t *testing.T) {
 	names := []string{"a", "b", "c", "d", "e"}

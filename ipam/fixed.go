@@ -19,6 +19,21 @@ func (a *Allocator) pickFixed(ctx context.Context, v *view, pools []*poolView, r
 		if err != nil {
 			return pick{}, fmt.Errorf("pool %s: spec.blockSize %d: %w", pool.name(), pool.Spec.BlockSize, err)
 		}
+		at, _, err := findBlock(ctx, a.store, want)
+		switch {
+		case err == nil:
+			cidr = at.cidr // of another size perhaps: the pool may have been another when it was claimed
+		case !errors.Is(err, ErrNotAssigned):
+			return pick{}, err
+		default:
+			taken, err := a.overlapped(ctx, cidr)
+			if err != nil {
+				return pick{}, err
+			}
+			if taken {
+				return pick{}, fmt.Errorf("address %s: %w: block %s cannot be claimed, there are blocks of another size in its range", want, ErrAddressInUse, cidr)
+			}
+		}
 		b, err := a.ownBlock(ctx, v, cidr)
 		if errors.Is(err, errTaken) {
 			// The block is another node's: borrow the address.

@@ -17,6 +17,12 @@ const releaseBatch = 50
 // whichever block, and its blocks with their affinities; a block in which other nodes have addresses becomes nobody's.
 // It returns the addresses freed, also when it fails on the way; calling it again goes on from there.
 func (a *Allocator) ReleaseNode(ctx context.Context, node string) ([]netip.Addr, error) {
+	return a.releaseNode(ctx, node, false)
+}
+
+// releaseNode is ReleaseNode, and with onlyGone no transaction frees anything while the Node is in the datastore: who comes
+// back keeps what it still has, and ErrReassigned says so.
+func (a *Allocator) releaseNode(ctx context.Context, node string, onlyGone bool) ([]netip.Addr, error) {
 	if node == "" || strings.ContainsAny(node, "/ ") {
 		return nil, fmt.Errorf("node %q: expected a node's name", node)
 	}
@@ -35,7 +41,7 @@ func (a *Allocator) ReleaseNode(ctx context.Context, node string) ([]netip.Addr,
 			if len(b.heldBy(node)) == 0 && b.affinity != "host:"+node {
 				continue
 			}
-			freed, err := a.vacate(ctx, b.cidr, node)
+			freed, err := a.vacate(ctx, b.cidr, node, onlyGone)
 			out = append(out, freed...)
 			if err != nil {
 				return out, err
@@ -48,7 +54,11 @@ func (a *Allocator) ReleaseNode(ctx context.Context, node string) ([]netip.Addr,
 		return out, err
 	}
 	for _, kv := range kvs {
-		if err := a.store.Delete(ctx, kv.Key, kv.Revision); err != nil && !contended(err) {
+		ops := []datastore.Op{datastore.OpDelete(kv.Key, kv.Revision)}
+		if onlyGone {
+			ops = append(ops, datastore.OpCheck(datastore.Nodes.Key(node), 0))
+		}
+		if _, err := a.store.Txn(ctx, ops...); err != nil && !contended(err) {
 			return out, err
 		}
 	}
@@ -73,12 +83,12 @@ func (b *block) heldBy(node string) []netip.Addr {
 }
 
 // vacate frees what a node holds in one block, and then takes the block away from it.
-func (a *Allocator) vacate(ctx context.Context, cidr netip.Prefix, node string) ([]netip.Addr, error) {
+func (a *Allocator) vacate(ctx context.Context, cidr netip.Prefix, node string, onlyGone bool) ([]netip.Addr, error) {
 	var out []netip.Addr
 	for {
 		var freed []netip.Addr
 		err := a.retry(ctx, func() (err error) {
-			freed, err = a.vacateSome(ctx, cidr, node)
+			freed, err = a.vacateSome(ctx, cidr, node, onlyGone)
 			return err
 		})
 		if err != nil {
@@ -92,7 +102,19 @@ func (a *Allocator) vacate(ctx context.Context, cidr netip.Prefix, node string) 
 }
 
 // vacateSome is one attempt at one batch; the last batch takes the affinity with it.
-func (a *Allocator) vacateSome(ctx context.Context, cidr netip.Prefix, node string) ([]netip.Addr, error) {
+func (a *Allocator) vacateSome(ctx context.Context, cidr netip.Prefix, node string, onlyGone bool) ([]netip.Addr, error) {
+	var ops []datastore.Op
+	if onlyGone {
+		key := datastore.Nodes.Key(node)
+		there, err := a.store.Existing(ctx, key)
+		if err != nil {
+			return nil, err
+		}
+		if len(there) > 0 {
+			return nil, fmt.Errorf("node %s: %w: it is in the datastore again", node, ErrReassigned)
+		}
+		ops = append(ops, datastore.OpCheck(key, 0))
+	}
 	b, config, err := findBlock(ctx, a.store, cidr.Addr())
 	if errors.Is(err, ErrNotAssigned) {
 		return nil, nil // gone meanwhile
@@ -118,7 +140,6 @@ func (a *Allocator) vacateSome(ctx context.Context, cidr netip.Prefix, node stri
 			return nil, err
 		}
 	}
-	var ops []datastore.Op
 	if b.affinity == "host:"+node && len(held) < releaseBatch {
 		next.affinity = ""
 		key := affinityKey(node, b.cidr)

@@ -450,3 +450,31 @@ func TestLibcni(t *testing.T) {
 		t.Errorf("leaked: %v", n.ipam.held)
 	}
 }
+
+// An address that the datastore calls free, and a pod here has all the same, is not taken from that pod.
+func TestAddressOfALivingPod(t *testing.T) {
+	n := newNode(t)
+	n.start()
+	a, b := newPod(t, 0), newPod(t, 1)
+	addr, host, _ := n.add(a)
+	n.ipam.mu.Lock()
+	clear(n.ipam.held) // somebody has released what is not theirs
+	n.ipam.mu.Unlock()
+	if _, err := n.plugin("ADD", b, n.conf("")); err == nil || err.Code != types.ErrTryAgainLater {
+		t.Errorf("ADD: %v", err)
+	}
+	if got := n.ipam.count(); got != 0 {
+		t.Errorf("%d addresses held by whoever got none", got)
+	}
+	routes, err := netlink.RouteGet(addr.AsSlice())
+	if err != nil || len(routes) != 1 {
+		t.Fatal(routes, err)
+	}
+	if link, err := netlink.LinkByIndex(routes[0].LinkIndex); err != nil || link.Attrs().Name != host {
+		t.Errorf("the address leads to %v, %v, expected %s", link, err, host)
+	}
+	n.must("DEL", a, n.conf(""))
+	if got, _, _ := n.add(b); got != addr {
+		t.Errorf("then: %s, expected %s", got, addr)
+	}
+}

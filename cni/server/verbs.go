@@ -77,6 +77,14 @@ func (s *Server) add(ctx context.Context, req *cni.Request, ns *os.File) (*cni.A
 		s.undo(ctx, a)
 		return nil, types.NewError(cni.CodeIPAM, fmt.Sprintf("addresses %v: expected one, or one of each family", addrs), "")
 	}
+	if other, taken := s.living(a); taken {
+		// Plumbing would take the route from a pod that is there. It gets the next address at the next attempt.
+		if err := s.cfg.IPAM.Release(ctx, handle); err != nil {
+			s.log.Error("clean-up after a failed ADD", "container", a.ContainerID, "addresses", a.addresses(), "error", err)
+		}
+		return nil, types.NewError(types.ErrTryAgainLater, fmt.Sprintf("addresses %v: container %s on this node has one of them already, though the datastore says that it is free",
+			a.addresses(), other.ContainerID), "")
+	}
 	mtu := req.MTU
 	if mtu == 0 {
 		mtu = s.cfg.MTU()
@@ -99,6 +107,23 @@ func (s *Server) add(ctx context.Context, req *cni.Request, ns *os.File) (*cni.A
 		out.Gateway6 = gateway6
 	}
 	return out, nil
+}
+
+// living finds another pod with an interface here that has an address of a.
+func (s *Server) living(a Attachment) (Attachment, bool) {
+	for _, b := range s.Attachments() {
+		if b.Handle() == a.Handle() || !slices.ContainsFunc(a.addresses(), func(x netip.Addr) bool { return slices.Contains(b.addresses(), x) }) {
+			continue
+		}
+		link, err := s.nl.LinkByName(b.HostName)
+		if err != nil {
+			continue // gone with its namespace
+		}
+		if now, ok := parseAlias(b.HostName, link.Attrs().Alias); ok && now.Handle() == b.Handle() {
+			return b, true
+		}
+	}
+	return Attachment{}, false
 }
 
 // tell says that a pod came or went.
