@@ -43,13 +43,17 @@ func registerNode(ctx context.Context, s *datastore.Store, name string, u Underl
 	return datastore.ModifyResource(ctx, s, name, set)
 }
 
-// registerPeriod is how often a running agent makes sure that its Node is there: more often than garbage is collected.
+// registerPeriod is how often a running agent makes sure that its Node is there, at least: more often than garbage is collected.
 const registerPeriod = time.Minute
 
 // stayRegistered makes this node's Node anew, until ctx is done, when somebody has deleted it under a living node: without it
 // the others would soon give its pods' addresses to their own.
 func (a *Agent) stayRegistered(ctx context.Context) {
-	tick := time.NewTicker(registerPeriod)
+	period := registerPeriod
+	if a.cfg.IPAMGrace > 0 {
+		period = min(period, max(a.cfg.IPAMGrace/3, time.Second))
+	}
+	tick := time.NewTicker(period)
 	defer tick.Stop()
 	for {
 		select {

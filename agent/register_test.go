@@ -8,11 +8,13 @@ import (
 
 	"margay/datastore"
 	"margay/datastore/embedded"
+	"margay/ipam"
 )
 
-// A Node that is deleted while its agent runs comes back, with the tunnel's address; one that is there stays as it is.
-func TestRegisterAgain(t *testing.T) {
-	ctx, cancel := context.WithCancel(t.Context())
+// testStore is an empty datastore of the test's own.
+func testStore(t *testing.T) *datastore.Store {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
 	ready, ended := make(chan string, 1), make(chan error, 1)
 	dir := t.TempDir()
 	go func() {
@@ -31,7 +33,50 @@ func TestRegisterAgain(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer s.Close()
+	t.Cleanup(func() { _ = s.Close() })
+	return s
+}
+
+// The pool of the tunnel's address goes and one of the same addresses comes: the address is not the tunnel's until IPAM has
+// given it again.
+func TestTunnelAddressOfAPoolThatCameBack(t *testing.T) {
+	s, ctx := testStore(t), t.Context()
+	log := slog.New(slog.DiscardHandler)
+	a := &Agent{store: s, cfg: Config{Node: "n1"}, log: log, alloc: ipam.New(s, "n1", log)}
+	if err := datastore.CreateResource(ctx, s, datastore.NewNode("n1")); err != nil {
+		t.Fatal(err)
+	}
+	create := func(name, cidr string) Pool {
+		p := datastore.NewIPPool(name)
+		p.Spec.CIDR, p.Spec.IPIPMode = cidr, "Always"
+		if err := datastore.CreateResource(ctx, s, p); err != nil {
+			t.Fatal(err)
+		}
+		return Pool{Name: name, CIDR: netip.MustParsePrefix(cidr), BlockSize: 26, IPIPMode: "Always"}
+	}
+	first := create("first", "10.244.0.0/24")
+	if err := a.ensureTunnel(ctx, Inputs{Pools: []Pool{first}}); err != nil {
+		t.Fatal(err)
+	}
+	other := Pool{Name: "other", CIDR: netip.MustParsePrefix("10.9.0.0/24"), BlockSize: 26, IPIPMode: "Always"}
+	if err := datastore.DeleteResource[datastore.IPPool](ctx, s, "first"); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.ensureTunnel(ctx, Inputs{Pools: []Pool{other}}); err == nil || a.tunnel.IsValid() {
+		t.Errorf("without a pool: %v, %s", err, a.tunnel)
+	}
+	again := create("again", "10.244.0.0/24")
+	if err := a.ensureTunnel(ctx, Inputs{Pools: []Pool{again}}); err != nil {
+		t.Fatal(err)
+	}
+	if h, err := ipam.Lookup(ctx, s, a.tunnel); err != nil || h.Handle != tunnelHandle("n1") {
+		t.Errorf("%s: %+v, %v", a.tunnel, h, err)
+	}
+}
+
+// A Node that is deleted while its agent runs comes back, with the tunnel's address; one that is there stays as it is.
+func TestRegisterAgain(t *testing.T) {
+	s, ctx := testStore(t), t.Context()
 	a := &Agent{store: s, cfg: Config{Node: "n1"}, log: slog.New(slog.DiscardHandler), tunnel: netip.MustParseAddr("10.244.0.1"),
 		underlay: Underlay{Prefix: netip.MustParsePrefix("192.0.2.1/24")}}
 	for range 2 {

@@ -62,6 +62,7 @@ func (a *Agent) findTunnel(ctx context.Context, inPool func(netip.Addr) bool) (n
 		if _, err := a.alloc.ReleaseHandle(ctx, handle); err != nil {
 			return netip.Addr{}, fmt.Errorf("release %v: %w", held, err)
 		}
+		a.locked(func() { a.tunnel = netip.Addr{} }) // not ours any more, also if a pool of the same addresses comes back
 	}
 	got, err := a.alloc.Assign(ctx, ipam.Request{Handle: handle, Use: datastore.UseTunnel,
 		Attrs: map[string]string{"node": a.cfg.Node, "type": "ipipTunnelAddress"}})

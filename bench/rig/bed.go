@@ -241,11 +241,11 @@ func (b *Bed) buildPod(i int, node *Space, address string) error {
 
 // buildUnderlay joins the nodes, or the node and the sink.
 func (b *Bed) buildUnderlay() (err error) {
-	other := b.wire
-	if b.Shape == Pair {
-		other = b.nodes[1]
-	} else if other, err = b.space("wire"); err != nil {
-		return err
+	other := b.nodes[len(b.nodes)-1]
+	if b.Shape != Pair {
+		if other, err = b.space("wire"); err != nil {
+			return err
+		}
 	}
 	if err := pair(end{b.nodes[0], "eth0", underlayMAC(1), underlayMTU}, end{other, "eth0", underlayMAC(2), underlayMTU}); err != nil {
 		return err

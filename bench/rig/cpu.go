@@ -175,9 +175,8 @@ func processors() (int, error) {
 
 // processTime returns what all threads of a process have used, to the nanosecond.
 func processTime(pid int) (time.Duration, error) {
-	var id int32
 	// The kernel's clock ids of other processes: ~pid<<3, and 2 for the scheduler's time (CPUCLOCK_SCHED).
-	id = int32(^pid)<<3 | 2
+	id := int32(^pid)<<3 | 2
 	var t unix.Timespec
 	if err := unix.ClockGettime(id, &t); err != nil {
 		return 0, fmt.Errorf("CPU time of process %d: %w", pid, err)

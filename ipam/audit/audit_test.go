@@ -126,6 +126,7 @@ func TestProblems(t *testing.T) {
 		{"too many entries", blockAt + "255.255.255.252-30", `{"cidr":"255.255.255.252/30","affinity":null,"allocations":[0,0,0,0,0,0],"unallocated":[],
 			"attributes":[{"releasedAt":"2026-11-23T09:11:33Z"}]}`, []Kind{AllocationOutsidePool, AllocationOutsidePool, AllocationOutsidePool, AllocationOutsidePool, InvalidBlock}, "255.255.255.252/30"},
 		{"not JSON", "ipam/v2/handle/broken", `{`, []Kind{Malformed}, "/calico/ipam/v2/handle/broken"},
+		{"negative sequence", blockAt + "10.0.0.4-30", strings.Replace(strings.ReplaceAll(free, "%s", "10.0.0.4/30"), "{", `{"sequenceNumber":-1,`, 1), []Kind{Malformed}, "/calico/" + blockAt + "10.0.0.4-30"},
 		{"key and value differ", blockAt + "10.0.0.4-30", strings.ReplaceAll(free, "%s", "10.0.0.8/30"), []Kind{Malformed}, "/calico/" + blockAt + "10.0.0.4-30"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

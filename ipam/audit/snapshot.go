@@ -66,7 +66,9 @@ type storedBlock struct {
 	Allocations []*int            `json:"allocations"`
 	Unallocated []int             `json:"unallocated"`
 	Attributes  []attributes      `json:"attributes"`
+	Sequence    uint64            `json:"sequenceNumber"`
 	Given       map[string]uint64 `json:"sequenceNumberForAllocation"`
+	Deleted     bool              `json:"deleted"`
 }
 
 type attributes struct {

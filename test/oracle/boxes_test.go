@@ -50,12 +50,6 @@ type result struct {
 	back [][]byte // toward this node's pods
 }
 
-// box is a router under test.
-type box interface {
-	// route hands over one packet and returns all that comes of it.
-	route(t testing.TB, d direction, b []byte) result
-}
-
 // kernelBox is the oracle. A TUN device's packets are routed before the write returns, so what comes of one is there
 // to be read then.
 type kernelBox struct{ in, out *tun }
@@ -80,6 +74,7 @@ func newKernelBox(t testing.TB) *kernelBox {
 	return k
 }
 
+// route hands over one packet and returns all that comes of it.
 func (k *kernelBox) route(t testing.TB, d direction, b []byte) result {
 	t.Helper()
 	if d == inward {

@@ -100,7 +100,7 @@ func TestSmoke(t *testing.T) {
 			}
 		}
 	}
-	if r.Limit["small"] <= 0 || r.Machine.Kernel == "" || !strings.HasPrefix(r.Ports["tun"], "vr0 by tun ") {
+	if r.Limit["small"] <= 0 || r.Machine.Kernel == "" || !strings.HasPrefix(r.Ports["tun"], "vr0 by tun, packet ") {
 		t.Errorf("limit %v, machine %+v, ports %v", r.Limit, r.Machine, r.Ports)
 	}
 	for _, name := range []string{"report.md", "report.json", "tcp1.svg", "tcp1.png"} {
