@@ -45,8 +45,9 @@ test-attachments: build ## a part of the cluster's tests on each other attachmen
 	done
 
 .PHONY: test-race
-test-race: setup ## the race detector on everything that can carry it (needs a C compiler)
-	CGO_ENABLED=1 go test -race -count=1 -timeout 20m $$(go list ./... | grep -v '^margay/test/')
+test-race: setup ## the race detector on daemons and tools, and on IPAM's simulation (needs a C compiler)
+	CGO_ENABLED=1 go test -race -count=1 -timeout 20m $$(go list ./... | grep -vE '^margay/(test|bench)/')
+	CGO_ENABLED=1 go test -race -count=1 -timeout 20m -run 'TestCrowdedCluster' ./bench/addr
 
 .PHONY: bench bench-short
 bench: setup ## Margay beside its peers, in network namespaces, into bench/results/: about fifteen minutes

@@ -106,6 +106,7 @@ func Compute(in Inputs) Desired {
 	for prefix, path := range in.Paths {
 		d.learned(in, members, prefix, path)
 	}
+	d.nested(in)
 	slices.SortFunc(d.Nodes, netip.Addr.Compare)
 	d.Kernel = unique(d.Kernel)
 	slices.SortFunc(d.Rejected, func(a, b Rejected) int { return a.Prefix.Compare(b.Prefix) })
@@ -266,8 +267,9 @@ func (d *Desired) judge(in Inputs, members map[netip.Addr]bool, prefix netip.Pre
 		return w, "sent by a node of the mesh, but inside no pool"
 	case inPool && pool.Unsupported != "":
 		return w, fmt.Sprintf("pool %s: %s", pool.Name, pool.Unsupported)
-	case inPool && prefix.Bits() != pool.BlockSize && !(prefix.IsSingleIP() && members[path.Peer]):
-		return w, fmt.Sprintf("inside pool %s, but neither a block (/%d) nor an address that a node of the mesh has borrowed", pool.Name, pool.BlockSize)
+	case inPool && prefix.Bits() != pool.BlockSize && !ofMember(members, prefix, path):
+		return w, fmt.Sprintf("inside pool %s, but neither a block (/%d) nor one of another size (/%d to /%d) or an address that a node of the mesh has",
+			pool.Name, pool.BlockSize, widestBlock, prefix.Addr().BitLen())
 	case !inPool:
 		for _, p := range in.Pools {
 			if prefix.Bits() > 0 && prefix.Overlaps(p.CIDR) {
@@ -284,6 +286,35 @@ func (d *Desired) judge(in Inputs, members map[netip.Addr]bool, prefix netip.Pre
 	}
 	w.kind = rpc.KindDirect
 	return w, ""
+}
+
+// ofMember says whether a route inside a pool that is no block of the pool's size is a node's all the same: an address
+// that it has borrowed, or a block from before the pool was deleted and made again with another block size. A node of
+// the mesh is trusted with any block; with the old ones only towards nodes.
+func ofMember(members map[netip.Addr]bool, prefix netip.Prefix, path bgp.Path) bool {
+	return members[path.Peer] && (prefix.IsSingleIP() || prefix.Bits() >= widestBlock && members[path.NextHop])
+}
+
+// nested routes to vr0 what is tunnelled but lies inside a prefix that the kernel sends by the underlay: a borrowed
+// address, or a block inside one of another size. The kernel's longest prefix must be the vRouter's.
+func (d *Desired) nested(in Inputs) {
+	direct := make(map[netip.Prefix]bool)
+	for _, r := range d.Kernel {
+		if r.Gateway.IsValid() && r.Metric == 0 {
+			direct[r.Prefix] = true
+		}
+	}
+	for prefix, hop := range d.Routes {
+		if hop.Kind != rpc.KindTunnel {
+			continue
+		}
+		for bits := prefix.Bits() - 1; bits >= widestBlock; bits-- {
+			if direct[netip.PrefixFrom(prefix.Addr(), bits).Masked()] {
+				d.Kernel = append(d.Kernel, KernelRoute{Prefix: prefix, Device: tunnelDevice, Source: in.Tunnel})
+				break
+			}
+		}
+	}
 }
 
 func (d *Desired) direct(in Inputs, prefix netip.Prefix, via rpc.NextHop, metric int) {

@@ -103,6 +103,15 @@ func TestImportRules(t *testing.T) {
 		{"10.244.7.10/32", mesh, outside, "neither a block"},
 		{"10.244.0.0/16", mesh, outside, "neither a block"},
 		{"10.244.128.0/17", mesh, mesh, "neither a block"},
+		// Blocks of another size, from before the pool was made again: of a node of the mesh only.
+		{"10.244.7.0/28", mesh, mesh, ""},
+		{"10.244.16.0/20", mesh, mesh, ""},
+		{"10.244.7.0/28", addr("198.18.9.3"), mesh, ""}, // a node that is a route reflector, too
+		{"10.244.32.0/19", mesh, mesh, "neither a block"},
+		{"10.244.7.0/28", mesh, outside, "neither a block"},
+		{"10.244.7.0/28", outside, mesh, "neither a block"},
+		{"10.244.0.16/28", mesh, mesh, "own block"},
+		{"10.244.7.9/32", mesh, outside, "a pod of this node"},
 		{"192.0.2.0/24", outside, outside, ""},
 		{"0.0.0.0/0", outside, outside, ""},
 		{"192.0.2.0/24", mesh, mesh, "inside no pool"},
@@ -170,6 +179,26 @@ func TestDeletedPool(t *testing.T) {
 	in.Blocks = nil
 	if d = Compute(in); len(d.Kernel) != 0 {
 		t.Errorf("without a block of ours nothing tells that there was a pool: %v", d.Kernel)
+	}
+}
+
+// TestTunnelledInsideDirect: in CrossSubnet mode the kernel sends node2's block by the underlay; what node3 has inside it
+// goes to vr0 all the same.
+func TestTunnelledInsideDirect(t *testing.T) {
+	in := threeNodes("CrossSubnet")
+	node3 := bgp.Path{NextHop: addr("198.18.9.3"), Peer: addr("198.18.9.3")}
+	in.Paths[pfx("10.244.0.70/32")], in.Paths[pfx("10.244.0.96/28")] = node3, node3
+	d := Compute(in)
+	for _, p := range []string{"10.244.0.70/32", "10.244.0.96/28"} {
+		if diff := cmp.Diff([]string{p + " dev vr0"}, d.kernel(p)); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", p, diff)
+		}
+		if d.Routes[pfx(p)] != rpc.Tunnel(addr("198.18.9.3")) {
+			t.Errorf("%s: %v", p, d.Routes[pfx(p)])
+		}
+	}
+	if got := d.kernel("10.244.0.128/26"); len(got) != 0 || len(d.Rejected) != 0 {
+		t.Errorf("node3's own block needs no route but the pool's: %v, rejected %v", got, d.Rejected)
 	}
 }
 

@@ -31,9 +31,11 @@ import (
 // margayctl can follow a packet from node to node. On TCP nobody is trusted for their address: who asks has to hold the
 // cluster's token and who answers the certificate, and both are in the datastore alone. Nothing served here changes anything.
 
-// The limits of what the network may ask, all callers together.
+// The limits of what the network may ask: all who hold the token together, and apart from them all who do not, so that
+// strangers take nothing from the operator.
 const (
 	diagConnections = 32
+	diagOneAddress  = 16  // of the connections
 	diagRate        = 100 // questions a second
 	diagBurst       = 200
 	diagBody        = 256 << 10 // bytes; a packet of 64 KiB in base64 fits
@@ -111,7 +113,7 @@ func (a *Agent) startDiagnostics(ctx context.Context) error {
 		TLSConfig: &tls.Config{MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{cert}}}
 	context.AfterFunc(ctx, func() { _ = srv.Close() })
 	go func() {
-		err := srv.ServeTLS(&limitedListener{Listener: l, slots: make(chan struct{}, diagConnections)}, "", "")
+		err := srv.ServeTLS(newLimitedListener(l), "", "")
 		if !errors.Is(err, http.ErrServerClosed) {
 			a.log.Error("diagnostics server", "err", err)
 		}
@@ -173,8 +175,14 @@ type tokenGuard struct {
 	mu     sync.Mutex
 	token  string
 	loaded time.Time
-	saved  float64 // questions that may be asked now
-	last   time.Time
+
+	holders, strangers questions
+}
+
+// questions is a token bucket.
+type questions struct {
+	saved float64 // that may be asked now
+	last  time.Time
 }
 
 // load reads the token, and makes the cluster's first one.
@@ -197,34 +205,42 @@ func (g *tokenGuard) load(ctx context.Context) error {
 	}
 }
 
-// protect refuses who does not know the token, and who asks too often.
+// protect refuses who does not know the token, and who asks too often. Who is refused loses the connection too.
 func (g *tokenGuard) protect(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		switch {
-		case !g.afford():
-			http.Error(w, "too many questions: ask again in a second", http.StatusTooManyRequests)
-		case !g.knows(r):
-			http.Error(w, "the token is not the cluster's: it is in the datastore, for who may read it", http.StatusUnauthorized)
-		default:
+		known := g.knows(r)
+		affords := g.afford(known)
+		if known && affords {
 			next.ServeHTTP(w, r)
+			return
 		}
+		w.Header().Set("Connection", "close")
+		if !affords {
+			http.Error(w, "too many questions: ask again in a second", http.StatusTooManyRequests)
+			return
+		}
+		http.Error(w, "the token is not the cluster's: it is in the datastore, for who may read it", http.StatusUnauthorized)
 	})
 }
 
-// afford takes one question out of the bucket.
-func (g *tokenGuard) afford() bool {
+// afford takes one question out of the bucket of those who know the token, or of the others.
+func (g *tokenGuard) afford(known bool) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	now := time.Now()
-	if g.last.IsZero() {
-		g.saved = diagBurst
+	q := &g.strangers
+	if known {
+		q = &g.holders
 	}
-	g.saved = min(g.saved+now.Sub(g.last).Seconds()*diagRate, diagBurst)
-	g.last = now
-	if g.saved < 1 {
+	now := time.Now()
+	if q.last.IsZero() {
+		q.saved = diagBurst
+	}
+	q.saved = min(q.saved+now.Sub(q.last).Seconds()*diagRate, diagBurst)
+	q.last = now
+	if q.saved < 1 {
 		return false
 	}
-	g.saved--
+	q.saved--
 	return true
 }
 
@@ -251,20 +267,57 @@ func (g *tokenGuard) knows(r *http.Request) bool {
 	return stale && g.load(r.Context()) == nil && fits()
 }
 
-// limitedListener accepts no more connections at a time than it has slots.
+// limitedListener accepts no more connections at a time than it has slots, and closes at once what one address has beyond
+// its share.
 type limitedListener struct {
 	net.Listener
 	slots chan struct{}
+
+	mu   sync.Mutex
+	from map[netip.Addr]int // connections by their other end
+}
+
+func newLimitedListener(l net.Listener) *limitedListener {
+	return &limitedListener{Listener: l, slots: make(chan struct{}, diagConnections), from: map[netip.Addr]int{}}
 }
 
 func (l *limitedListener) Accept() (net.Conn, error) {
 	l.slots <- struct{}{}
-	c, err := l.Listener.Accept()
-	if err != nil {
-		<-l.slots
-		return nil, err
+	for {
+		c, err := l.Listener.Accept()
+		if err != nil {
+			<-l.slots
+			return nil, err
+		}
+		var addr netip.Addr
+		if a, ok := c.RemoteAddr().(*net.TCPAddr); ok {
+			addr = a.AddrPort().Addr().Unmap()
+		}
+		if !l.enter(addr) {
+			_ = c.Close()
+			continue
+		}
+		return &slotConn{Conn: c, free: sync.OnceFunc(func() { l.leave(addr) })}, nil
 	}
-	return &slotConn{Conn: c, free: sync.OnceFunc(func() { <-l.slots })}, nil
+}
+
+func (l *limitedListener) enter(a netip.Addr) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.from[a] >= diagOneAddress {
+		return false
+	}
+	l.from[a]++
+	return true
+}
+
+func (l *limitedListener) leave(a netip.Addr) {
+	l.mu.Lock()
+	if l.from[a]--; l.from[a] == 0 {
+		delete(l.from, a)
+	}
+	l.mu.Unlock()
+	<-l.slots
 }
 
 type slotConn struct {

@@ -33,6 +33,8 @@ func (t *tracer) explainKernel(a kernelAnswer) (why, fix string) {
 			return "no route to its block has been learned, and the pool's blackhole keeps it off the default route: " + a.detail, t.noRouteFix()
 		}
 		return "the kernel's route is a blackhole: " + a.detail, "ip route del " + strings.SplitN(a.detail, " proto", 2)[0]
+	case "policy_rule":
+		return "a rule of the kernel's routing policy refuses it: " + a.detail, "ip rule del " + a.detail
 	case "prohibited", "unreachable":
 		return "the kernel's route refuses it: " + a.detail, "ip route del " + strings.SplitN(a.detail, " proto", 2)[0]
 	}

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"os"
 	"runtime"
 	"strings"
 	"testing"
@@ -153,5 +154,35 @@ func TestIPv6PoolIsUnreachable(t *testing.T) {
 	}
 	if err := k.Apply(nil, true); err != nil || count() != 0 {
 		t.Errorf("without: %v, %d routes", err, count())
+	}
+}
+
+// TestPolicyRulesAreNamed: a rule that refuses is named as such, and not taken for a wrong address.
+func TestPolicyRulesAreNamed(t *testing.T) {
+	h := newNamespace(t)
+	for _, name := range []string{"all", "eth0"} {
+		if err := os.WriteFile("/proc/sys/net/ipv4/conf/"+name+"/forwarding", []byte("1"), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	k := &kernelTable{nl: h}
+	src, dst := addr("198.18.0.7"), addr("198.18.0.9")
+	for kind, want := range map[uint8]string{unix.RTN_BLACKHOLE: "blackhole", unix.RTN_PROHIBIT: "prohibit", unix.RTN_UNREACHABLE: "unreachable"} {
+		r := netlink.NewRule()
+		r.Family, r.Priority, r.Type, r.Src = unix.AF_INET, 5, kind, ipNet(pfx("198.18.0.7/32"))
+		if err := h.RuleAdd(r); err != nil {
+			t.Fatal(err)
+		}
+		for in, from := range map[string]string{"": "198.18.0.1", "eth0": "198.18.0.8"} {
+			if a, err := k.askRoute(addr(from), dst, in); err == nil && a.reason == "policy_rule" {
+				t.Errorf("%s: refuses %s too: %+v", want, from, a)
+			}
+		}
+		if a, err := k.askRoute(src, dst, "eth0"); err != nil || a.reason != "policy_rule" || a.detail != "pref 5 from 198.18.0.7/32 "+want {
+			t.Errorf("%s: %+v, %v", want, a, err)
+		}
+		if err := h.RuleDel(r); err != nil {
+			t.Fatal(err)
+		}
 	}
 }

@@ -161,6 +161,9 @@ func (t *tracer) fromUnderlay() {
 		t.kernelForward(t.underlayName())
 		return
 	}
+	if mtu, _, err := t.kernel.linkState(t.underlayName()); err == nil && mtu > 0 && t.pkt.TotalLen() > mtu {
+		t.caveat("%s: %d bytes arrive at %s, whose MTU is %d: many interfaces drop that", t.cfg.Node, t.pkt.TotalLen(), t.underlayName(), mtu)
+	}
 	if !t.vrouterAlive() {
 		return
 	}
@@ -187,10 +190,10 @@ func (t *tracer) kernelForward(in string) {
 			return
 		}
 		packet.DecrementTTL(t.pkt)
-		if chains, err := t.cni.DroppingForwardChains(); err != nil {
-			t.caveat("the kernel's forward chains could not be read: %s", err)
+		if chains, err := t.cni.DroppingChains(); err != nil {
+			t.caveat("the kernel's filters could not be read: %s", err)
 		} else if len(chains) > 0 {
-			t.caveat("%s: %s drop by default, and their rules are not evaluated", t.cfg.Node, strings.Join(chains, ", "))
+			t.caveat("%s: other software's filters drop packets, and their rules are not evaluated here: %s", t.cfg.Node, strings.Join(chains, ", "))
 		}
 	}
 	t.out(answer)

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -138,6 +139,9 @@ func sysctl(name string) int {
 // address that cannot be, and, in newer releases, for the reverse path filter.
 func (k *kernelTable) refusal(err error, src, dst netip.Addr, in string) (kernelAnswer, error) {
 	best, text := k.longest(dst)
+	if rule := k.refusingRule(err, src, dst, in); rule != "" {
+		return kernelAnswer{reason: "policy_rule", detail: rule, route: rule}, nil
+	}
 	switch {
 	case errors.Is(err, unix.EXDEV):
 		return k.reversePath(src, in), nil
@@ -161,6 +165,52 @@ func (k *kernelTable) refusal(err error, src, dst netip.Addr, in string) (kernel
 		return kernelAnswer{reason: "no_interface", detail: "there is no interface " + in}, nil
 	}
 	return kernelAnswer{}, fmt.Errorf("ask the kernel for the route from %s to %s: %w", src, dst, err)
+}
+
+// refusingRule finds the policy rule that refuses a packet before the main table is asked, "" if there is none; err, the
+// kernel's, tells the kinds apart.
+func (k *kernelTable) refusingRule(err error, src, dst netip.Addr, in string) string {
+	var kind string
+	switch {
+	case errors.Is(err, unix.EINVAL):
+		kind = "blackhole"
+	case errors.Is(err, unix.EACCES):
+		kind = "prohibit"
+	case errors.Is(err, unix.ENETUNREACH):
+		kind = "unreachable"
+	default:
+		return ""
+	}
+	rules, listErr := k.nl.RuleList(unix.AF_INET)
+	if listErr != nil {
+		return ""
+	}
+	slices.SortStableFunc(rules, func(a, b netlink.Rule) int { return a.Priority - b.Priority })
+	covers := func(n *net.IPNet, a netip.Addr) bool {
+		p, ok := prefixOf(n)
+		return n == nil || ok && p.Contains(a)
+	}
+	for _, r := range rules {
+		switch refuses := r.Table == 0 && r.Goto < 0; { // it names no table to ask
+		case r.Table == unix.RT_TABLE_MAIN:
+			return ""
+		case !refuses, r.Invert, r.Mark != 0, r.Tos != 0, r.IPProto != 0, r.Sport != nil, r.Dport != nil, r.UIDRange != nil, r.OifName != "",
+			r.IifName != "" && r.IifName != in, !covers(r.Src, src), !covers(r.Dst, dst):
+			continue
+		}
+		text := fmt.Sprintf("pref %d", r.Priority)
+		if r.Src != nil {
+			text += " from " + r.Src.String()
+		}
+		if r.Dst != nil {
+			text += " to " + r.Dst.String()
+		}
+		if r.IifName != "" {
+			text += " iif " + r.IifName
+		}
+		return text + " " + kind
+	}
+	return ""
 }
 
 // longest finds the entry of the main table that a look-up for dst hits, with its type; it serves to name what the kernel

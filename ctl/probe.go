@@ -37,6 +37,7 @@ const (
 	udpHeader  = 8
 	tcpHeader  = 20
 	protoICMP  = 1
+	answerTTL  = 64 // Linux's net.ipv4.ip_default_ttl
 )
 
 // number returns the protocol, and the length of its header as build writes it.
@@ -78,14 +79,18 @@ func (p *probe) check() error {
 	return nil
 }
 
-// build makes the packet, or with answer the one that comes back: an echo reply, a SYN+ACK, the ports swapped.
+// build makes the packet, or with answer the one that comes back: an echo reply, a SYN+ACK, the ports swapped. Who
+// answers begins with a TTL of its own, and Linux sends echo replies with DF clear, whatever the request had.
 func (p *probe) build(src, dst netip.Addr, answer bool) []byte {
 	proto, header, _ := p.number() // check was asked
 	b := make([]byte, p.size)
 	b[0], b[1], b[8], b[9] = 0x45, p.tos, p.ttl, proto
 	binary.BigEndian.PutUint16(b[2:], uint16(p.size))
 	binary.BigEndian.PutUint16(b[4:], 1)
-	if p.df {
+	if answer {
+		b[8] = answerTTL
+	}
+	if p.df && !(answer && proto == protoICMP) {
 		b[6] = 0x40
 	}
 	copy(b[12:], src.AsSlice())

@@ -31,7 +31,14 @@ func TestProbesAreValid(t *testing.T) {
 				t.Fatalf("%s: %v", proto, fail.Error())
 			}
 			ip := pkt.NetworkLayer().(*layers.IPv4)
-			if ip.TTL != 7 || ip.TOS != 0xb9 || ip.Flags&layers.IPv4DontFragment == 0 || ip.SrcIP.String() != probeSrc.String() {
+			ttl, df := uint8(7), layers.IPv4DontFragment
+			if answer {
+				ttl = 64
+			}
+			if answer && (proto == "icmp" || proto == "1") {
+				df = 0
+			}
+			if ip.TTL != ttl || ip.TOS != 0xb9 || ip.Flags != df || ip.SrcIP.String() != probeSrc.String() {
 				t.Errorf("%s: %+v", proto, ip)
 			}
 			stack := []gopacket.SerializableLayer{ip}

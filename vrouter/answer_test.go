@@ -255,6 +255,14 @@ func fragNeeded(mtu int, b []byte) []byte {
 	return dst[:packet.PutICMPError(dst, packet.IPv4(b), e, [4]byte{198, 18, 9, 9}, 1)]
 }
 
+// from gives a packet another source.
+func from(src netip.Addr, b []byte) []byte {
+	copy(b[12:], src.AsSlice())
+	b[10], b[11] = 0, 0
+	binary.BigEndian.PutUint16(b[10:], packet.Checksum(b[:20], 0))
+	return b
+}
+
 func TestPathMTU(t *testing.T) {
 	r := testRouter(t)
 	now := time.Unix(1e9, 0)
@@ -271,6 +279,8 @@ func TestPathMTU(t *testing.T) {
 		"no less":       fragNeeded(1500, out[0]),
 		"not narrower":  fragNeeded(1500, ip(self, node2, 4, make([]byte, 1600), setDF)),
 		"another thing": ip(node2, self, 1, []byte{8, 0, 0, 0}),
+		"from a pod":    from(ownPod, fragNeeded(1400, out[0])),
+		"another's pod": from(pod2, fragNeeded(1400, out[0])),
 	} {
 		if _, ok := r.LearnPathMTU(b, now); ok {
 			t.Errorf("%s: believed", name)

@@ -71,8 +71,9 @@ func (v *view) clamp(p *Packet, inner packet.IPv4, hop fib.Hop) {
 
 // LearnPathMTU takes note of an ICMP "fragmentation needed" about a packet in a tunnel of this node (RFC 2003, 5.1, "soft
 // state"; RFC 1191, 6). b is the message with its IPv4 header. It reports whether that narrows a way; what is not about
-// a packet to a node of the cluster, or says nothing new, does not. The senders inside learn of it with their next
-// packet that is too long.
+// a packet to a node of the cluster, or says nothing new, does not, nor what a pod says: none is a router on the way, and
+// one forged message would narrow all pods' way to that node. The senders inside learn of it with their next packet that
+// is too long.
 func (r *Router) LearnPathMTU(b []byte, now time.Time) (PathMTU, bool) {
 	m, ok := packet.ParseFragNeeded(b)
 	if !ok {
@@ -86,7 +87,7 @@ func (r *Router) LearnPathMTU(b []byte, now time.Time) (PathMTU, bool) {
 	defer r.mu.Unlock()
 	old := r.state.Load()
 	if !old.configured || quoted.Protocol() != packet.ProtocolIPIP || quoted.SrcU32() != old.address ||
-		!quoted.DF() || !old.isNode(quoted.Dst()) || m.MTU >= quoted.TotalLen() {
+		!quoted.DF() || !old.isNode(quoted.Dst()) || m.MTU >= quoted.TotalLen() || r.fromPods(packet.IPv4(b).Src()) {
 		return PathMTU{}, false
 	}
 	learned := pathMTU{gateway: quoted.DstU32(), mtu: max(m.MTU, MinPathMTU) - outerLen, expires: now.Add(PathMTULife)}
@@ -103,6 +104,12 @@ func (r *Router) LearnPathMTU(b []byte, now time.Time) (PathMTU, bool) {
 	next.narrow()
 	r.state.Store(&next)
 	return learned.public(), true
+}
+
+// fromPods reports whether an address is in the pods' network: there is a route for it, the default route excepted.
+func (r *Router) fromPods(a netip.Addr) bool {
+	route, found := r.table.Match(a)
+	return found && route.Prefix.Bits() > 0 && route.NextHop.Kind != KindDrop
 }
 
 // ExpirePathMTU forgets what was learned too long ago, and reports whether it has forgotten anything.

@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"bytes"
 	"context"
 	"net/netip"
 	"strings"
@@ -104,6 +105,59 @@ func TestDeletedPool(t *testing.T) {
 	}
 	if lost, total := stream.finish(t); len(lost) != 0 || total < 10 {
 		t.Errorf("%d of %d datagrams were lost", len(lost), total)
+	}
+	if n := inClear(tap); n != 0 {
+		t.Errorf("%d packets left in clear", n)
+	}
+}
+
+// TestPoolOfAnotherBlockSize: a pool that is made again with another block size while pods live in blocks of the old one,
+// and is deleted again, takes none of their routes away.
+func TestPoolOfAnotherBlockSize(t *testing.T) {
+	n1, n2 := node(t, 1), node(t, 2)
+	s := openStore(t)
+	key := datastore.IPPools.Key("default-ipv4-ippool")
+	good, err := s.Get(t.Context(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := bytes.ReplaceAll(good.Value, []byte(`"blockSize":26`), []byte(`"blockSize":28`))
+	// No masquerade is what shows that the agents have acted on the new pool: they change its rules last.
+	other = bytes.ReplaceAll(other, []byte(`"natOutgoing":true`), []byte(`"natOutgoing":false`))
+	if len(bytes.TrimSpace(other)) != len(good.Value)+1 {
+		t.Fatalf("the pool is not what the test expects: %s", good.Value)
+	}
+	swap := func(value []byte) {
+		if err := s.Delete(t.Context(), key, 0); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Create(t.Context(), key, value); err != nil {
+			t.Fatal(err)
+		}
+	}
+	masqueraded := func(want bool) {
+		t.Helper()
+		for i := range 3 {
+			n := node(t, i+1)
+			until(t, 20*time.Second, n.Name+" to act on the pool", func() bool {
+				return strings.Contains(in(t, n.Netns, "nft", "list", "set", "inet", "margay", "nat_pools"), "10.244.0.0/16") == want
+			})
+		}
+	}
+	tap := tapOn(t, n1.Netns, "eth0")
+	there := startStream(t, n1.Pods[0], n2.Pods[0], 5*time.Millisecond)
+	back := startStream(t, n2.Pods[0], n1.Pods[0], 5*time.Millisecond)
+	swap(other)
+	masqueraded(false)
+	swap(good.Value)
+	masqueraded(true)
+	for i := range 3 {
+		settled(t, node(t, i+1))
+	}
+	for name, s := range map[string]*stream{"node1 to node2": there, "node2 to node1": back} {
+		if lost, total := s.finish(t); len(lost) != 0 || total < 10 {
+			t.Errorf("%s: %d of %d datagrams were lost", name, len(lost), total)
+		}
 	}
 	if n := inClear(tap); n != 0 {
 		t.Errorf("%d packets left in clear", n)

@@ -125,7 +125,10 @@ func (u *Underlay) openGuard() (err error) {
 	if err != nil {
 		return err
 	}
-	return attach(u.guard, bpf.RetConstant{Val: 0})
+	// Who hears of errors has the kernel believe, for all of the node's packets, a "fragmentation needed" about the tunnel's,
+	// whoever has sent it: what is to be believed is the router's to say (LearnPathMTU).
+	err = unix.SetsockoptInt(u.guard, unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_INTERFACE)
+	return errors.Join(err, attach(u.guard, bpf.RetConstant{Val: 0}))
 }
 
 func (u *Underlay) openSend() (err error) {
