@@ -169,12 +169,13 @@ func (n *directNode) reads(t *testing.T, have, of int) {
 	}
 }
 
-// noDrops fails the test for each packet that a router has dropped.
+// noDrops fails the test for each packet that a router has dropped, but for a full queue: that is how TCP learns its rate, and
+// the kernel's toward a pod holds 1,000 packets (netdev_max_backlog), fewer than a window of single segments.
 func noDrops(t *testing.T, nodes ...*directNode) {
 	t.Helper()
 	for _, n := range nodes {
 		for _, c := range n.router.Counters() {
-			if strings.HasPrefix(c.Name, "drop_") && c.Packets != 0 {
+			if strings.HasPrefix(c.Name, "drop_") && c.Name != "drop_"+vrouter.ReasonSendQueueFull.String() && c.Packets != 0 {
 				t.Errorf("%v: %s: %d packets", n.address, c.Name, c.Packets)
 			}
 		}
