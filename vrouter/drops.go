@@ -132,7 +132,9 @@ func (n *dropNotes) read(d Direction) []DropFlow {
 				if kind == 0 {
 					continue
 				}
-				f := DropFlow{Direction: d, Reason: Reason(kind - 1), Packets: e.packets.Load(), Bytes: e.bytes.Load()}
+				// The worker counts the packet first: read last, there are never fewer packets than the bytes are of.
+				f := DropFlow{Direction: d, Reason: Reason(kind - 1), Bytes: e.bytes.Load()}
+				f.Packets = e.packets.Load()
 				if pair := e.pair.Load(); pair != 0 {
 					var a [8]byte
 					binary.BigEndian.PutUint64(a[:], pair)
