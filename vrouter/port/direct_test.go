@@ -170,13 +170,13 @@ func (n *directNode) reads(t *testing.T, have, of int) {
 }
 
 // noDrops fails the test for each packet that a router has dropped, but for a full queue: that is how TCP learns its rate, and
-// the kernel's toward a pod holds 1,000 packets (netdev_max_backlog), fewer than a window of single segments.
-func noDrops(t *testing.T, nodes ...*directNode) {
+// the kernel's behind a veth holds 1,000 packets (netdev_max_backlog), fewer than a window of single segments.
+func noDrops(t *testing.T, routers ...*vrouter.Router) {
 	t.Helper()
-	for _, n := range nodes {
-		for _, c := range n.router.Counters() {
+	for _, r := range routers {
+		for _, c := range r.Counters() {
 			if strings.HasPrefix(c.Name, "drop_") && c.Name != "drop_"+vrouter.ReasonSendQueueFull.String() && c.Packets != 0 {
-				t.Errorf("%v: %s: %d packets", n.address, c.Name, c.Packets)
+				t.Errorf("%v: %s: %d packets", r.Status().Config.NodeAddress, c.Name, c.Packets)
 			}
 		}
 	}
@@ -202,7 +202,7 @@ func direct(t *testing.T, way string) {
 		bulk(t, p, to)
 		bulk(t, to, p)
 	}
-	noDrops(t, a, b)
+	noDrops(t, a.router, b.router)
 	for name, n := range map[string]*directNode{"forwarded_encap": a, "forwarded_decap": b, "forwarded_local": a} {
 		if got := n.counter(name); got < 100 {
 			t.Errorf("%v: %s: %d packets: expected more", n.address, name, got)
@@ -226,7 +226,7 @@ func TestDirectMerged(t *testing.T) {
 	}
 	bulk(t, p, r)
 	bulk(t, r, p)
-	noDrops(t, a, b)
+	noDrops(t, a.router, b.router)
 }
 
 // TestDirectHost: what is not between pods is the kernel's: pod and host reach each other, and no packet of theirs passes

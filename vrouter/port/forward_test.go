@@ -58,12 +58,8 @@ func forward(t *testing.T, d driver) {
 			if d.xdp != (a.underlay.ByXDP() && b.underlay.ByXDP()) {
 				t.Errorf("by AF_XDP: %v, %v", a.underlay.ByXDP(), b.underlay.ByXDP())
 			}
+			noDrops(t, a.router, b.router)
 			for _, n := range []*node{a, b} {
-				for _, c := range n.router.Counters() {
-					if strings.HasPrefix(c.Name, "drop_") && c.Packets != 0 {
-						t.Errorf("%v: %s: %d packets", n.address, c.Name, c.Packets)
-					}
-				}
 				if e, d := n.counter("forwarded_encap"), n.counter("forwarded_decap"); e < 100 || d < 100 {
 					t.Errorf("%v: forwarded %d and %d packets: expected more", n.address, e, d)
 				}
