@@ -34,9 +34,7 @@ func TestBorrowedAddressesAreReachable(t *testing.T) {
 	lent := func() bool {
 		return strings.Contains(in(t, lender, "ip", "-4", "route", "show", "proto", "81"), ip+" dev vr0")
 	}
-	if !lent() {
-		t.Errorf("the lender %s has no route for %s past its blackhole", lender, ip)
-	}
+	until(t, 10*time.Second, "the lender's route past its blackhole, which BGP brings after the pod was attached", lent)
 	inside("ipam", "check")
 	mustCtl(t, "lab", "restart", borrower, "agent", "--hard", "--name", lab)
 	mustCtl(t, "lab", "ping", "--name", lab)
