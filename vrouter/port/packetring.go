@@ -204,17 +204,26 @@ func (r *packetRing) long(fd, link int, batch []*vrouter.Packet, limit int) (int
 	return n, err
 }
 
-// filled returns how many slots hold packets, of how many; 0 of 0 without a ring.
-func (r *packetRing) filled() (used, size int) {
+// queue tells how full the ring and the buffer of its socket fd are: what is the fuller, because it is the one that packets
+// will be lost for. ok is false where neither is known.
+func (r *packetRing) queue(name string, fd int) (q vrouter.Queue, ok bool) {
+	q.Name = name
+	if m, has := socketMemory(fd); has {
+		q.Used, q.Size, ok = uint64(m[memInfoReceiveUsed]), uint64(m[memInfoReceiveSize]), true
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.memory == nil {
-		return 0, 0
+		return q, ok
 	}
+	var used uint64
 	for i := range ringSlots {
 		if header, _ := r.slot(i); header.status.Load()&unix.TP_STATUS_USER != 0 {
 			used++
 		}
 	}
-	return used, ringSlots
+	if !ok || used*q.Size >= q.Used*ringSlots {
+		q.Used, q.Size = used, ringSlots
+	}
+	return q, true
 }
