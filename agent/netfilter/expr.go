@@ -463,13 +463,13 @@ func (e *evaluation) translate(x expression) int {
 		}
 		w.Source = netip.AddrFrom4([4]byte(value))
 	default:
-		e.doubted("a redirection to the node itself")
-		return verdictOpaque
+		w.Redirected = true
+		return e.rewrite(w, x.attrs.has(unix.NFTA_REDIR_REG_PROTO_MIN), x.attrs.u32(unix.NFTA_REDIR_REG_PROTO_MIN))
 	}
 	if dst {
 		w.Destination, w.Source = w.Source, netip.Addr{}
 	}
-	return e.rewrite(w, x.attrs.has(unix.NFTA_NAT_REG_PROTO_MIN) && x.name == "nat" && dst, x.attrs.u32(unix.NFTA_NAT_REG_PROTO_MIN))
+	return e.rewrite(w, x.attrs.has(unix.NFTA_NAT_REG_PROTO_MIN) && dst, x.attrs.u32(unix.NFTA_NAT_REG_PROTO_MIN))
 }
 
 // rewrite writes what a translation changes into the packet, and port's register into its destination port.
@@ -479,7 +479,7 @@ func (e *evaluation) rewrite(w *Outcome, port bool, reg uint32) int {
 		return verdictOpaque
 	}
 	e.out.Rewriter = e.chain.String()
-	e.out.Source, e.out.Destination, e.out.Masqueraded = w.Source, w.Destination, w.Masqueraded
+	e.out.Source, e.out.Destination, e.out.Masqueraded, e.out.Redirected = w.Source, w.Destination, w.Masqueraded, w.Redirected
 	ip := packet.IPv4(e.p.IP)
 	if w.Destination.IsValid() {
 		copy(ip[16:20], w.Destination.AsSlice())

@@ -57,11 +57,11 @@ type Outcome struct {
 	Where   string // the rule or policy that drops it, or might
 	Fix     string // what would mend it
 	Why     string // for CannotTell: what could not be told
-	// Destination and Source are rewritten addresses, and Rewriter names the rule; Masqueraded says that the new source is
-	// the outgoing interface's address.
-	Destination, Source netip.Addr
-	Masqueraded         bool
-	Rewriter            string
+	// Destination and Source are rewritten addresses, and Rewriter names the chain; Masqueraded says that the new source is
+	// the outgoing interface's address, Redirected that the new destination is this host itself.
+	Destination, Source     netip.Addr
+	Masqueraded, Redirected bool
+	Rewriter                string
 }
 
 // Verdicts as the kernel writes them.
@@ -114,6 +114,16 @@ func (rs *Ruleset) Hook(h Hook, p *Packet) Outcome {
 	}
 	rs.doubtLegacy(h, &out)
 	return out
+}
+
+// Chains counts the base chains of a hook.
+func (rs *Ruleset) Chains(h Hook) (n int) {
+	for _, c := range rs.bases {
+		if c.hook == h {
+			n++
+		}
+	}
+	return n
 }
 
 func (c *chain) sees(h Hook, p *Packet) bool {
