@@ -30,6 +30,8 @@ type tracer struct {
 	state      api.ConnState
 	node       *filters // this node's, once they have been read
 	redirected bool     // a filter has made this host the destination
+	// strayWhy, strayFix are about a frame that the pod addresses to nobody; empty for one that is well addressed.
+	strayWhy, strayFix string
 }
 
 // trace says what would become of a packet at this node. The error says that the request is wrong, or the agent not far
@@ -127,6 +129,9 @@ func (t *tracer) fromPod() {
 	}
 	t.pass("kernel", "the pod's interface", fmt.Sprintf("%s, MTU %d", device, mtu))
 	done, handled := t.fromPodInterface(device)
+	if !handled && t.strayed(false) {
+		return
+	}
 	if handled {
 		if !done {
 			t.kernelForward(tunnelDevice) // the vRouter has handed it to the kernel
@@ -159,6 +164,7 @@ func (t *tracer) fromPodInterface(device string) (done, handled bool) {
 		return true, true
 	}
 	t.pass("vrouter", "takes it from the pod's interface", device)
+	t.strayed(true)
 	return t.follow(traced), true
 }
 

@@ -111,8 +111,9 @@ func (t *tracer) podGateway(device string, p *podSide, answer kernelAnswer) bool
 	switch {
 	case ok && n.HardwareAddr != nil && n.State&(netlink.NUD_FAILED|netlink.NUD_INCOMPLETE) == 0:
 		if !bytes.Equal(n.HardwareAddr, p.host) {
-			t.drop("pod", rung, "pod_neighbour", fmt.Sprintf("the pod has %s for %s, and the host's side of the interface has %s", n.HardwareAddr, answer.gateway, p.host), mend)
-			return false
+			t.strayWhy = fmt.Sprintf("the pod has %s for %s, and the host's side of the interface has %s", n.HardwareAddr, answer.gateway, p.host)
+			t.strayFix = mend
+			return true
 		}
 		t.pass("pod", rung, fmt.Sprintf("%s has %s", answer.gateway, n.HardwareAddr))
 	case sysctl(device+"/proxy_arp") == 0 && !t.kernel.has(answer.gateway):
@@ -121,6 +122,20 @@ func (t *tracer) podGateway(device string, p *podSide, answer kernelAnswer) bool
 	default:
 		t.pass("pod", rung, answer.gateway.String()+" is asked for by ARP")
 	}
+	return true
+}
+
+// strayed ends the trace of a packet that the pod has addressed to hardware that is not there: for the kernel it is somebody
+// else's. The vRouter, where it reads the pod's interface itself, does not look.
+func (t *tracer) strayed(byVRouter bool) bool {
+	switch {
+	case t.strayWhy == "":
+		return false
+	case byVRouter:
+		t.pass("vrouter", "the frame's hardware address", "not looked at: "+t.strayWhy)
+		return false
+	}
+	t.drop("kernel", "the frame's hardware address", "pod_neighbour", t.strayWhy, t.strayFix)
 	return true
 }
 

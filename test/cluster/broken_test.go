@@ -124,7 +124,7 @@ func TestTraceKnowsPodsAndFilters(t *testing.T) {
 		{name: "the pod's gateway has a wrong hardware address", code: 1, anyMAC: true,
 			break_: func() { gateway(from, wrongMAC) },
 			mend:   func() { gateway(from, "ee:ee:ee:ee:ee:ee") },
-			want:   []string{"at " + n1.Name, "the pod has " + wrongMAC + " for 169.254.1.1", "To mend it: ip neigh replace 169.254.1.1"}},
+			want:   []string{"at " + n1.Name, "kernel, the frame's hardware address", "the pod has " + wrongMAC + " for 169.254.1.1", "To mend it: ip neigh replace 169.254.1.1"}},
 		{name: "the pod has no entry for its gateway", code: 1,
 			break_: func() { in(t, from.Netns, "ip", "neigh", "del", "169.254.1.1", "dev", "eth0") },
 			mend:   func() { gateway(from, "ee:ee:ee:ee:ee:ee") },
