@@ -84,7 +84,7 @@ func TestTraceAgreesWithPackets(t *testing.T) {
 	for _, size := range []int{1400, 1479, 1480, 1481, 1500, 3000} {
 		for _, df := range []bool{true, false} {
 			args := []string{from.Name, to.Name, "--size", strconv.Itoa(size)}
-			ping := []string{"ping", "-n", "-c", "1", "-W", "1", "-s", strconv.Itoa(size - 28), "-M"}
+			ping := []string{"ping", "-n", "-c", "1", "-W", "5", "-s", strconv.Itoa(size - 28), "-M"}
 			if df {
 				args, ping = append(args, "--df"), append(ping, "do")
 			} else {
@@ -170,12 +170,16 @@ func TestTraceSaysWhatIsBroken(t *testing.T) {
 			mend:   func() { patch("ippool", pool, `{"spec":{"disabled":false}}`) },
 			want:   []string{"arrives: "}},
 		{name: "node not in the datastore", code: 1,
-			break_: func() { forgetNode(t, n2.Name) },
+			// Its agent would make it anew.
+			break_: func() { kill(t, n2.PIDs["agent"]); forgetNode(t, n2.Name) },
 			mend:   func() { mustCtl(t, "lab", "restart", "--name", labName, n2.Name, "agent") },
 			want: []string{"at " + n1.Name, to.Name + " on " + n2.Name + ", which is not in the datastore",
 				"To mend it: restart the agent of " + n2.Name}},
 	} {
-		t.Run(c.name, func(t *testing.T) { c.check(t, from, to) })
+		t.Run(c.name, func(t *testing.T) {
+			n1, n2 = node(t, 1), node(t, 2) // process ids change
+			c.check(t, from, to)
+		})
 	}
 }
 
