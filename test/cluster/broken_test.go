@@ -41,17 +41,11 @@ func (c broken) check(t *testing.T, from, to labPod) {
 	if args == nil {
 		args = []string{from.Name, to.Name}
 	}
-	mend := func() {}
 	if c.break_ != nil {
-		mended := false
-		mend = func() {
-			if !mended {
-				mended = true
-				c.mend()
-				until(t, "it works again", arrives)
-			}
-		}
-		t.Cleanup(mend)
+		t.Cleanup(func() {
+			c.mend()
+			until(t, "it works again", arrives)
+		})
 		c.break_()
 	}
 	var line string
