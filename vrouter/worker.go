@@ -12,6 +12,9 @@ import (
 // batchSize is the number of packets a worker takes at once. A full batch of superpackets is 4 MiB of buffers.
 const batchSize = 64
 
+// idStep is 2^16 divided by the golden ratio: its multiples are far apart, however many there are.
+const idStep = 0x9e37
+
 // Worker carries packets from one port to another, in one direction, or among the interfaces of one SwitchPort. It is
 // locked to its thread and runs to completion: between Recv and Send there is no channel, lock, allocation, map or log
 // line.
@@ -63,6 +66,9 @@ func (r *Router) NewWorker(direction Direction, in, out Port) *Worker {
 
 func (r *Router) newWorker(w *Worker) *Worker {
 	w.router = r
+	// Each worker counts the outer identifications from elsewhere, so that two that send to the same node repeat each other's
+	// late (RFC 6864, 4.1).
+	w.outer.ID = uint16(len(r.Workers()) * idStep)
 	w.packets = make([]*Packet, batchSize)
 	w.makeRoom(batchSize)
 	for i := range w.packets {
@@ -93,6 +99,9 @@ func (w *Worker) makeRoom(n int) {
 // is the only one that sends there. Their source is 0.0.0.0, for the port to choose. Without it there are none. To be
 // called before Run.
 func (w *Worker) SetReply(reply Port) { w.reply = reply }
+
+// Direction returns which ladder the worker walks.
+func (w *Worker) Direction() Direction { return w.direction }
 
 // Run forwards until the port it receives from is stopped, and then returns nil; any other error of that port ends it.
 func (w *Worker) Run() error {
