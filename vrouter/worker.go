@@ -2,6 +2,7 @@ package vrouter
 
 import (
 	"errors"
+	"math/rand/v2"
 	"runtime"
 	"sync/atomic"
 
@@ -30,7 +31,7 @@ type Worker struct {
 	addresses []uint32
 	hops      []fib.Hop
 	view      view // of the turn
-	outer     packet.Outer
+	outer     outer
 	tallies   tallies
 	splitting splitting
 	answerer  *answerer
@@ -71,6 +72,7 @@ func (r *Router) newWorker(w *Worker) *Worker {
 	w.outer.ID = uint16(len(r.Workers()) * idStep)
 	w.packets = make([]*Packet, batchSize)
 	w.makeRoom(batchSize)
+	w.outer.counter = uint16(rand.Uint32()) // not where every other worker and node begins
 	for i := range w.packets {
 		w.packets[i] = NewPacket()
 	}

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"context"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -51,17 +53,17 @@ func TestUnreadablePool(t *testing.T) {
 			}
 		}
 	}()
-	tap := tapOn(t, n1.Netns, "eth0")
+	tap := onWire(t, 1)
 	kill(t, n1.PIDs["agent"])
 	restarted := make(chan error, 1)
 	// It returns when the agent is ready, which it cannot be before the value is mended.
 	go func() { _, err := ctl("lab", "restart", "--name", labName, "node1", "agent"); restarted <- err }()
-	until(t, 30*time.Second, "the agent to name the key", func() bool {
+	until(t, "the agent to name the key", func() bool {
 		st, err := agentStatus(t, n1)
 		return err == nil && !st.Ready && strings.Contains(st.Reason, key)
 	})
 	for _, p := range n2.Pods {
-		if !pings(n1.Pods[0].Netns, ip(t, p.Address)) {
+		if !answers(n1.Pods[0].Netns, ip(t, p.Address)) {
 			t.Errorf("%s is not reached any more", p.Name)
 		}
 	}
@@ -87,15 +89,29 @@ func TestDeletedPool(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	tap := tapOn(t, n1.Netns, "eth0")
+	said := func(t *testing.T) (times [3]int) {
+		for i := range times {
+			log, err := os.ReadFile(filepath.Join(runDir(node(t, i+1)), "../logs/agent.log"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			times[i] = strings.Count(string(log), "IPPool was deleted")
+		}
+		return times
+	}
+	before := said(t)
+	tap := onWire(t, 1)
 	stream := startStream(t, n1.Pods[0], n2.Pods[0], 5*time.Millisecond)
 	if err := s.Delete(t.Context(), key, 0); err != nil {
 		t.Fatal(err)
 	}
-	agents := 0
-	until(t, 10*time.Second, "the agents to say so", func() bool {
-		agents = strings.Count(in(t, n1.Netns, "sh", "-c", "cat /run/margay/lab/"+labName+"/nodes/*/logs/agent.log"), "IPPool was deleted")
-		return agents >= 3
+	until(t, "the agents to say so", func() bool {
+		for i, n := range said(t) {
+			if n == before[i] {
+				return false
+			}
+		}
+		return true
 	})
 	if _, err := s.Create(t.Context(), key, good.Value); err != nil {
 		t.Fatal(err)
@@ -139,12 +155,12 @@ func TestPoolOfAnotherBlockSize(t *testing.T) {
 		t.Helper()
 		for i := range 3 {
 			n := node(t, i+1)
-			until(t, 20*time.Second, n.Name+" to act on the pool", func() bool {
+			until(t, n.Name+" to act on the pool", func() bool {
 				return strings.Contains(in(t, n.Netns, "nft", "list", "set", "inet", "margay", "nat_pools"), "10.244.0.0/16") == want
 			})
 		}
 	}
-	tap := tapOn(t, n1.Netns, "eth0")
+	tap := onWire(t, 1)
 	there := startStream(t, n1.Pods[0], n2.Pods[0], 5*time.Millisecond)
 	back := startStream(t, n2.Pods[0], n1.Pods[0], 5*time.Millisecond)
 	swap(other)
