@@ -13,9 +13,6 @@ import (
 // batchSize is the number of packets a worker takes at once. A full batch of superpackets is 4 MiB of buffers.
 const batchSize = 64
 
-// idStep is 2^16 divided by the golden ratio: its multiples are far apart, however many there are.
-const idStep = 0x9e37
-
 // Worker carries packets from one port to another, in one direction, or among the interfaces of one SwitchPort. It is
 // locked to its thread and runs to completion: between Recv and Send there is no channel, lock, allocation, map or log
 // line.
@@ -67,9 +64,6 @@ func (r *Router) NewWorker(direction Direction, in, out Port) *Worker {
 
 func (r *Router) newWorker(w *Worker) *Worker {
 	w.router = r
-	// Each worker counts the outer identifications from elsewhere, so that two that send to the same node repeat each other's
-	// late (RFC 6864, 4.1).
-	w.outer.ID = uint16(len(r.Workers()) * idStep)
 	w.packets = make([]*Packet, batchSize)
 	w.makeRoom(batchSize)
 	w.outer.counter = uint16(rand.Uint32()) // not where every other worker and node begins
