@@ -185,7 +185,8 @@ func TestTraceSaysWhatIsBroken(t *testing.T) {
 			mend:   func() { patch("ippool", pool, `{"spec":{"disabled":false}}`) },
 			want:   []string{"arrives: "}},
 		{name: "node not in the datastore", code: 1,
-			break_: func() { forgetNode(t, n2.Name) },
+			// Its agent would make it anew.
+			break_: func() { kill(t, n2.PIDs["agent"]); forgetNode(t, n2.Name) },
 			mend:   func() { mustCtl(t, "lab", "restart", "--name", labName, n2.Name, "agent") },
 			want: []string{"at " + n1.Name, to.Name + " on " + n2.Name + ", which is not in the datastore",
 				"To mend it: restart the agent of " + n2.Name}},

@@ -133,6 +133,16 @@ func TestQueuesKeepOrder(t *testing.T) {
 		wg.Wait()
 		noDrops(t, a.router, b.router)
 		for _, n := range []*node{a, b} {
+			named := make(map[string]bool)
+			for _, q := range n.router.Queues() {
+				if named[q.Name] {
+					t.Errorf("%v: two queues are named %s", n.address, q.Name)
+				}
+				named[q.Name] = true
+			}
+			if !named["underlay_receive"] || !named[fmt.Sprintf("underlay_receive%d", o.Queues-1)] {
+				t.Errorf("%v: queues %v", n.address, named)
+			}
 			batches := n.router.Batches()
 			if len(batches) != 2*o.Queues {
 				t.Errorf("%d workers, expected %d", len(batches), 2*o.Queues)

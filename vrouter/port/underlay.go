@@ -40,14 +40,15 @@ const (
 // Of several queues each is an Underlay with sockets of its own, of which the first has what is the port's as a whole. The
 // kernel shares out what comes among their AF_PACKET sockets by flow, and the sockets of AF_XDP are shared out in turn.
 type Underlay struct {
-	lead *Underlay   // the first queue; nil: this is it
-	more []*Underlay // of the first queue: the others
+	lead   *Underlay   // the first queue; nil: this is it
+	more   []*Underlay // of the first queue: the others
+	number int         // of the queue, from 0
 
 	frames *frames // nil: everything goes by the raw socket
 	bypass *bypass // nil: no AF_XDP
 
 	recv, send, guard int
-	reader            packetReader
+	ring              packetRing
 	waiter            *waiter // Recv's
 	drained           *waiter // Send's
 
@@ -118,9 +119,9 @@ func openXDPUnderlay(queues, busyPoll int, load func() (*retag, error)) (*Underl
 func OpenUnderlay() (*Underlay, error) { return openUnderlay(1) }
 
 func openUnderlay(queues int) (_ *Underlay, err error) {
-	u := newUnderlay(nil)
-	for range queues - 1 {
-		u.more = append(u.more, newUnderlay(u))
+	u := newUnderlay(nil, 0)
+	for i := range queues - 1 {
+		u.more = append(u.more, newUnderlay(u, i+1))
 	}
 	defer func() {
 		if err != nil {
@@ -138,8 +139,8 @@ func openUnderlay(queues int) (_ *Underlay, err error) {
 	return u, nil
 }
 
-func newUnderlay(lead *Underlay) *Underlay {
-	return &Underlay{lead: lead, recv: -1, send: -1, guard: -1, scratch: make([]byte, vrouter.BufferSize)}
+func newUnderlay(lead *Underlay, number int) *Underlay {
+	return &Underlay{lead: lead, number: number, recv: -1, send: -1, guard: -1, scratch: make([]byte, vrouter.BufferSize)}
 }
 
 // all returns the queues, this one first.
@@ -160,6 +161,9 @@ func (u *Underlay) open() (err error) {
 		return explainSocket("raw socket for sending", err)
 	}
 	if u.recv, err = u.openReceiver(); err != nil {
+		return explainSocket("packet socket for receiving", err)
+	}
+	if err := u.ring.prepare(u.recv); err != nil {
 		return explainSocket("packet socket for receiving", err)
 	}
 	return nil
@@ -473,7 +477,7 @@ func (u *Underlay) recvReady(batch []*vrouter.Packet) int {
 		}
 	}
 	// EAGAIN, or once ENETDOWN when the interface goes down or away: in both cases there is nothing more.
-	n, _ := u.reader.recv(u.recv, int(u.header.Load()), batch)
+	n, _ := u.ring.recv(u.recv, int(u.header.Load()), batch)
 	return n
 }
 
@@ -496,7 +500,7 @@ func (u *Underlay) Counters() []vrouter.Counter {
 	}
 	lost := u.bypass.dropped()
 	for _, q := range u.all() {
-		lost += q.lost.read(q.recv)
+		lost += q.lost.read(q.recv) + q.ring.short.Load()
 	}
 	return []vrouter.Counter{{Name: "kernel_underlay_rx_dropped", Packets: lost}} // we were too slow
 }
@@ -526,6 +530,7 @@ func (u *Underlay) Close() error {
 		errs = append(errs, u.frames.resolver.close())
 	}
 	for _, q := range u.all() {
+		q.ring.close()
 		if q.frames != nil {
 			errs = append(errs, q.frames.close())
 		}

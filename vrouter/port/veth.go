@@ -27,6 +27,7 @@ type Veth struct {
 	vr0
 	lead    *Veth   // the first queue; nil: this is it
 	more    []*Veth // of the first queue: the others
+	number  int     // of the queue, from 0
 	held    int     // see holdDevice; -1: not the first queue
 	fd      int     // AF_PACKET, bound to the twin
 	waiter  *waiter
@@ -37,7 +38,7 @@ type Veth struct {
 	group   fanout // of all queues' fd; there is none where there is one queue
 	joined  bool   // fd is of the group
 
-	reader packetReader // Recv's
+	ring packetRing // Recv's
 
 	// For Send only.
 	writer packetWriter
@@ -69,7 +70,7 @@ func openXDPVeth(name string, queues, busyPoll int) (*Veth, error) {
 func openVeth(name string, queues int, b *bypass) (_ *Veth, err error) {
 	v := &Veth{vr0: vr0{name: name}, held: -1, fd: -1, bypass: b}
 	for i := range queues - 1 {
-		q := &Veth{vr0: vr0{name: name}, lead: v, held: -1, fd: -1}
+		q := &Veth{vr0: vr0{name: name}, lead: v, number: i + 1, held: -1, fd: -1}
 		if b != nil {
 			q.bypass = b.more[i]
 		}
@@ -113,6 +114,9 @@ func (v *Veth) open() (err error) {
 		return explainSocket("packet socket for "+v.name, err)
 	}
 	v.writer.fd = v.fd
+	if err := v.ring.prepare(v.fd); err != nil {
+		return fmt.Errorf("packet socket for %s: %w", v.name, err)
+	}
 	if v.bypass != nil {
 		return v.bypass.watch(v.fd)
 	}
@@ -229,6 +233,9 @@ func (v *Veth) renew() error {
 	if err != nil {
 		return err
 	}
+	if err := v.ring.prepare(fd); err != nil {
+		return errors.Join(err, unix.Close(fd))
+	}
 	v.lost.read(v.fd)
 	if err := errors.Join(unix.Dup3(fd, v.fd, unix.O_CLOEXEC), unix.Close(fd)); err != nil {
 		return err
@@ -322,7 +329,7 @@ func (v *Veth) recvReady(batch []*vrouter.Packet) int {
 			return n
 		}
 	}
-	n, err := v.reader.recv(v.fd, ethernetHeader, batch)
+	n, err := v.ring.recv(v.fd, ethernetHeader, batch)
 	if err == unix.ENETDOWN { // maybe the pair is gone
 		v.tend()
 	}
@@ -427,7 +434,7 @@ func (v *Veth) Counters() []vrouter.Counter {
 	}
 	lost := v.bypass.dropped()
 	for _, q := range v.all() {
-		lost += q.lost.read(q.fd)
+		lost += q.lost.read(q.fd) + q.ring.short.Load()
 	}
 	return append(v.vr0.Counters(), vrouter.Counter{Name: "kernel_vr0_queue_dropped", Packets: lost}) // we were too slow
 }
@@ -455,6 +462,7 @@ func (v *Veth) Close() error {
 	}
 	v.vr0.close()
 	for _, q := range v.all() {
+		q.ring.close()
 		for _, fd := range []int{q.fd, q.held} {
 			if fd >= 0 {
 				errs = append(errs, unix.Close(fd))
