@@ -166,10 +166,10 @@ func (v *Veth) build() error {
 	}
 	for _, end := range []netlink.Link{host, twin} {
 		if err := v.links.LinkSetARPOff(end); err != nil {
-			return fmt.Errorf("%s: switch ARP off: %w", end.Attrs().Name, err)
+			return explainSocket("switch ARP off on "+end.Attrs().Name, err)
 		}
 		if err := v.prepare(end, end == host); err != nil {
-			return fmt.Errorf("%s: %w", end.Attrs().Name, err)
+			return explainSocket(end.Attrs().Name, err)
 		}
 	}
 	index := twin.Attrs().Index
