@@ -45,6 +45,8 @@ type Options struct {
 	Name   string // of vr0
 	// BusyPoll is how many microseconds AF_XDP sockets look for packets at the device; 0: interrupts bring them.
 	BusyPoll int
+	// Frames is how many packets each AF_XDP socket holds that wait for us, a power of two; 0: DefaultFrames.
+	Frames int
 	// Spin is how many microseconds a worker looks for packets before it sleeps, while they come that often; 0: it
 	// sleeps at once.
 	Spin int
@@ -74,6 +76,9 @@ func (o Options) Check() error {
 	if o.BusyPoll > 0 && o.IO != IOXDP {
 		return fmt.Errorf("--busy-poll %d: it is for --io %s: expected that, or 0", o.BusyPoll, IOXDP)
 	}
+	if o.Frames != 0 && (o.Frames < minFrames || o.Frames > maxFrames || o.Frames&(o.Frames-1) != 0) {
+		return fmt.Errorf("--xdp-frames %d: expected a power of two from %d to %d", o.Frames, minFrames, maxFrames)
+	}
 	if o.Spin < 0 || o.Spin > maxBusyPoll {
 		return fmt.Errorf("--spin %d: expected 0 to %d microseconds", o.Spin, maxBusyPoll)
 	}
@@ -93,6 +98,9 @@ type Ports struct {
 	Why      string // why it was chosen
 }
 
+// xdp returns what concerns AF_XDP.
+func (o Options) xdp() XDPOptions { return XDPOptions{BusyPoll: o.BusyPoll, Frames: o.Frames} }
+
 // openers open the drivers; tests put others in.
 type openers struct {
 	underlay func() (*Underlay, error) // one that carries superpackets on
@@ -106,11 +114,11 @@ func openersOf(o Options) openers {
 		device:   func(name string) (Device, error) { return deviceOf(OpenOffloadTUN(name)) },
 	}
 	if o.IO == IOXDP {
-		open.underlay = func() (*Underlay, error) { return OpenXDPUnderlay(o.BusyPoll) }
+		open.underlay = func() (*Underlay, error) { return OpenXDPUnderlay(o.xdp()) }
 	}
 	switch {
 	case o.Attach == AttachVeth && o.IO == IOXDP:
-		open.device = func(name string) (Device, error) { return deviceOf(OpenXDPVeth(name, o.BusyPoll)) }
+		open.device = func(name string) (Device, error) { return deviceOf(OpenXDPVeth(name, o.xdp())) }
 	case o.Attach == AttachVeth:
 		open.device = func(name string) (Device, error) { return deviceOf(OpenVeth(name)) }
 	}

@@ -16,9 +16,9 @@ import (
 // AF_XDP sockets, one for each of the queues the interface receives by. It can be opened, moved and closed while the
 // port receives and sends; a nil bypass has nothing and takes nothing.
 type bypass struct {
-	space    *namespace
-	busyPoll int
-	epoll    int // readable when something has come, to the AF_PACKET socket or to the others
+	space   *namespace
+	options XDPOptions
+	epoll   int // readable when something has come, to the AF_PACKET socket or to the others
 
 	// Opening and closing, which the port does one at a time.
 	current atomic.Pointer[bypassSockets]
@@ -26,6 +26,20 @@ type bypass struct {
 
 	// What Recv and Send are using at this moment.
 	receiving, sending atomic.Pointer[bypassSockets]
+}
+
+// XDPOptions say how AF_XDP sockets are to be.
+type XDPOptions struct {
+	BusyPoll int // how many microseconds a system call may look for packets at the device; 0: interrupts bring them
+	Frames   int // how many packets a socket holds that wait for us, a power of two; 0: DefaultFrames
+}
+
+// frames returns how many there are to be.
+func (o XDPOptions) frames() int {
+	if o.Frames == 0 {
+		return DefaultFrames
+	}
+	return o.Frames
 }
 
 // bypassPlace is where a bypass is.
@@ -49,12 +63,12 @@ type bypassSockets struct {
 	next    int // Recv's: the socket to look at next
 }
 
-// newBypass tells at start whether the kernel has what is needed. busyPoll is as in xskOptions.
-func newBypass(busyPoll int) (_ *bypass, err error) {
+// newBypass tells at start whether the kernel has what is needed.
+func newBypass(o XDPOptions) (_ *bypass, err error) {
 	if err := probeXDP(); err != nil {
 		return nil, err
 	}
-	b := &bypass{busyPoll: busyPoll}
+	b := &bypass{options: o}
 	if b.space, err = thisNamespace(); err != nil {
 		return nil, err
 	}
@@ -137,11 +151,12 @@ func (b *bypass) openSockets(at bypassPlace, match asm.Instructions) (_ *bypassS
 		return nil, err
 	}
 	for queue := range at.queues {
-		x, err := openXSK(xskOptions{index: at.index, queue: queue, mtu: at.mtu, slots: xskSlots, busyPoll: b.busyPoll})
+		o := xskOptions{index: at.index, queue: queue, mtu: at.mtu, receive: b.options.frames(), send: sendFrames, busyPoll: b.options.BusyPoll}
+		x, err := openXSK(o)
 		// The kernel lets go of a queue some time after the socket that had it was closed.
 		for try := 0; errors.Is(err, unix.EBUSY) && try < busyTries; try++ {
 			_, _ = unix.Poll(nil, busyPause)
-			x, err = openXSK(xskOptions{index: at.index, queue: queue, mtu: at.mtu, slots: xskSlots, busyPoll: b.busyPoll})
+			x, err = openXSK(o)
 		}
 		if err != nil {
 			return nil, err
@@ -289,7 +304,7 @@ func (b *bypass) String() string {
 	if s.place.queues > 1 {
 		text += fmt.Sprintf(", %d queues", s.place.queues)
 	}
-	if b.busyPoll > 0 {
+	if b.options.BusyPoll > 0 {
 		text += ", busy polling"
 	}
 	return text

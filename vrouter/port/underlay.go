@@ -74,12 +74,11 @@ func openOffloadUnderlay(load func() (*retag, error)) (*Underlay, error) {
 	return u, nil
 }
 
-// OpenXDPUnderlay is OpenOffloadUnderlay with AF_XDP, once SetNode has told whose packets to take. busyPoll is the
-// number of microseconds that a look for packets may last, 0: interrupts bring them.
-func OpenXDPUnderlay(busyPoll int) (*Underlay, error) { return openXDPUnderlay(busyPoll, newRetag) }
+// OpenXDPUnderlay is OpenOffloadUnderlay with AF_XDP, once SetNode has told whose packets to take.
+func OpenXDPUnderlay(o XDPOptions) (*Underlay, error) { return openXDPUnderlay(o, newRetag) }
 
-func openXDPUnderlay(busyPoll int, load func() (*retag, error)) (*Underlay, error) {
-	b, err := newBypass(busyPoll)
+func openXDPUnderlay(o XDPOptions, load func() (*retag, error)) (*Underlay, error) {
+	b, err := newBypass(o)
 	if err != nil {
 		return nil, err
 	}

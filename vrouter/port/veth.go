@@ -49,9 +49,9 @@ type handOff struct {
 // name that nobody has open is replaced. The pair stays when the port is closed or the process dies.
 func OpenVeth(name string) (*Veth, error) { return openVeth(name, nil) }
 
-// OpenXDPVeth is OpenVeth with AF_XDP. busyPoll is as in xskOptions.
-func OpenXDPVeth(name string, busyPoll int) (*Veth, error) {
-	b, err := newBypass(busyPoll)
+// OpenXDPVeth is OpenVeth with AF_XDP.
+func OpenXDPVeth(name string, o XDPOptions) (*Veth, error) {
+	b, err := newBypass(o)
 	if err != nil {
 		return nil, err
 	}
