@@ -14,7 +14,7 @@ import (
 
 // OpenSplitUnderlay is OpenOffloadUnderlay where the kernel allows no BPF.
 func OpenSplitUnderlay() (*Underlay, error) {
-	return openOffloadUnderlay(func() (*retag, error) { return nil, explainBPF("load the BPF program", unix.EPERM) })
+	return openOffloadUnderlay(1, func() (*retag, error) { return nil, explainBPF("load the BPF program", unix.EPERM) })
 }
 
 // Resolved reports whether packets to the destination leave by AF_PACKET, and superpackets whole.
@@ -26,7 +26,7 @@ func (u *Underlay) Resolved(to netip.Addr) (frames, whole bool) {
 
 // OpenXDPSplitUnderlay is OpenXDPUnderlay where the kernel does not take superpackets whole.
 func OpenXDPSplitUnderlay() (*Underlay, error) {
-	return openXDPUnderlay(XDPOptions{}, func() (*retag, error) { return nil, explainBPF("attach the BPF program", unix.EOPNOTSUPP) })
+	return openXDPUnderlay(1, XDPOptions{}, func() (*retag, error) { return nil, explainBPF("attach the BPF program", unix.EOPNOTSUPP) })
 }
 
 // OpenPortsWith is OpenPorts with other drivers for the offloads.
