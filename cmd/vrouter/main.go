@@ -96,6 +96,7 @@ them, and neither direct nor xdp can be had.`,
 	f.StringVar(&o.ports.Name, "tun", "vr0", "name of the `device`; made if it is not there")
 	f.IntVar(&o.ports.Queues, "queues", 0, "how `many` queues vr0 and the underlay have, flows shared out among them, and each direction workers (default: 1 up to 7 CPUs, then a quarter of them, 8 at most)")
 	f.IntVar(&o.ports.BusyPoll, "busy-poll", 0, "how many `microseconds` AF_XDP sockets look for packets at the device; 0: interrupts bring them")
+	f.IntVar(&o.ports.Frames, "xdp-frames", port.DefaultFrames, "how many `packets` each AF_XDP socket holds that wait for the vRouter, a power of two; each takes 2 KiB of locked memory, or 4")
 	f.IntVar(&o.ports.Spin, "spin", port.DefaultSpin, "how many `microseconds` a worker looks for packets before it sleeps, while they come that often; 0: it sleeps at once")
 	f.StringVar(&o.cpus, "cpus", "", "the CPUs to forward on, one for each worker in turn, as a `list`: 2,3 or 4-7 (default: the kernel chooses)")
 	f.StringVar(&o.socket, "socket", "/run/margay/vrouter.sock", "unix socket `path` on which the agent programs the vRouter")
@@ -190,7 +191,7 @@ func (o *options) run(ctx context.Context) (err error) {
 	for i, w := range workers {
 		wg.Go(func() {
 			defer cancel()
-			if workerErrs[i] = port.PinThread(cpus, i); workerErrs[i] == nil {
+			if workerErrs[i] = port.WorkerThread(cpus, i); workerErrs[i] == nil {
 				workerErrs[i] = w.Run()
 			}
 		})

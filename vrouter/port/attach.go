@@ -46,6 +46,8 @@ type Options struct {
 	Name   string // of vr0
 	// BusyPoll is how many microseconds AF_XDP sockets look for packets at the device; 0: interrupts bring them.
 	BusyPoll int
+	// Frames is how many packets each AF_XDP socket holds that wait for us, a power of two; 0: DefaultFrames.
+	Frames int
 	// Queues is how many queues vr0 and the underlay have, a worker each; 0: DefaultQueues.
 	Queues int
 	// Spin is how many microseconds a worker looks for packets before it sleeps, while they come that often; 0: it
@@ -85,6 +87,9 @@ func (o Options) Check() error {
 	if o.BusyPoll > 0 && o.IO != IOXDP {
 		return fmt.Errorf("--busy-poll %d: it is for --io %s: expected that, or 0", o.BusyPoll, IOXDP)
 	}
+	if o.Frames != 0 && (o.Frames < minFrames || o.Frames > maxFrames || o.Frames&(o.Frames-1) != 0) {
+		return fmt.Errorf("--xdp-frames %d: expected a power of two from %d to %d", o.Frames, minFrames, maxFrames)
+	}
 	if o.Queues < 0 || o.Queues > maxQueues {
 		return fmt.Errorf("--queues %d: expected 1 to %d, or 0 for what suits the processors", o.Queues, maxQueues)
 	}
@@ -108,6 +113,9 @@ type Ports struct {
 	Why      string // why it was chosen
 }
 
+// xdp returns what concerns AF_XDP.
+func (o Options) xdp() XDPOptions { return XDPOptions{BusyPoll: o.BusyPoll, Frames: o.Frames} }
+
 // openers open the drivers; tests put others in.
 type openers struct {
 	underlay func() (*Underlay, error) // one that carries superpackets on
@@ -123,11 +131,11 @@ func openersOf(o Options) openers {
 		},
 	}
 	if o.IO == IOXDP {
-		open.underlay = func() (*Underlay, error) { return openXDPUnderlay(o.Queues, o.BusyPoll, newRetag) }
+		open.underlay = func() (*Underlay, error) { return openXDPUnderlay(o.Queues, o.xdp(), newRetag) }
 	}
 	switch {
 	case o.Attach == AttachVeth && o.IO == IOXDP:
-		open.device = func(name string) (Device, error) { return deviceOf(openXDPVeth(name, o.Queues, o.BusyPoll)) }
+		open.device = func(name string) (Device, error) { return deviceOf(openXDPVeth(name, o.Queues, o.xdp())) }
 	case o.Attach == AttachVeth:
 		open.device = func(name string) (Device, error) { return deviceOf(openVeth(name, o.Queues, nil)) }
 	}

@@ -54,7 +54,7 @@ func (n *directNode) start(t *testing.T) {
 	n.router = vrouter.New()
 	n.do(t, func() (err error) {
 		if n.io == port.IOXDP {
-			n.underlay, err = port.OpenXDPUnderlay(0)
+			n.underlay, err = port.OpenXDPUnderlay(port.XDPOptions{})
 		} else {
 			n.underlay, err = port.OpenOffloadUnderlay()
 		}
