@@ -115,13 +115,24 @@ func (w *Worker) Run() error {
 
 // turn is one Recv, the ladder for each packet, and one Send.
 func (w *Worker) turn() error {
-	for _, p := range w.packets {
-		p.Reset()
-	}
+	w.reset()
 	n, err := w.in.Recv(w.packets)
 	if err != nil {
 		return err
 	}
+	w.carry(n)
+	return nil
+}
+
+// reset empties the packets of the last turn.
+func (w *Worker) reset() {
+	for _, p := range w.packets {
+		p.Reset()
+	}
+}
+
+// carry is the rest of a turn that has received n packets.
+func (w *Worker) carry(n int) {
 	w.tallies.countBatch(n)
 	w.view = view{routes: w.router.table.Forwarding(), state: w.router.state.Load()}
 	taps := w.taps.Load()
@@ -133,7 +144,6 @@ func (w *Worker) turn() error {
 	if taps != nil {
 		taps.after(w.packets[:n])
 	}
-	return nil
 }
 
 // walk takes a batch up the worker's ladder.

@@ -95,6 +95,7 @@ them, and neither direct nor xdp can be had.`,
 	f.StringVar(&o.ports.IO, "io", port.IOPacket, "how Ethernet interfaces are read and written: packet or xdp")
 	f.StringVar(&o.ports.Name, "tun", "vr0", "name of the `device`; made if it is not there")
 	f.IntVar(&o.ports.Queues, "queues", 0, "how `many` queues vr0 and the underlay have, flows shared out among them, and each direction workers (default: 1 up to 7 CPUs, then a quarter of them, 8 at most)")
+	f.IntVar(&o.ports.Threads, "threads-per-queue", 0, "`1` for both directions together, or 2, one for each (default: 1 up to 2 CPUs)")
 	f.IntVar(&o.ports.BusyPoll, "busy-poll", 0, "how many `microseconds` AF_XDP sockets look for packets at the device; 0: interrupts bring them")
 	f.IntVar(&o.ports.Spin, "spin", port.DefaultSpin, "how many `microseconds` a worker looks for packets before it sleeps, while they come that often; 0: it sleeps at once")
 	f.StringVar(&o.cpus, "cpus", "", "the CPUs to forward on, one for each worker in turn, as a `list`: 2,3 or 4-7 (default: the kernel chooses)")
@@ -186,12 +187,13 @@ func (o *options) run(ctx context.Context) (err error) {
 		sideErr = side.listen(router, log)
 		cancel()
 	})
-	workerErrs := make([]error, len(workers))
-	for i, w := range workers {
+	threads := ports.Threads(workers)
+	threadErrs := make([]error, len(threads))
+	for i, run := range threads {
 		wg.Go(func() {
 			defer cancel()
-			if workerErrs[i] = port.PinThread(cpus, i); workerErrs[i] == nil {
-				workerErrs[i] = w.Run()
+			if threadErrs[i] = port.PinThread(cpus, i); threadErrs[i] == nil {
+				threadErrs[i] = run()
 			}
 		})
 	}
@@ -204,7 +206,7 @@ func (o *options) run(ctx context.Context) (err error) {
 	side.stop()
 	wg.Wait()
 	log.Info("vrouter stops", "device left in place", ports.Device.Name())
-	return errors.Join(append(workerErrs, serveErr, sideErr)...)
+	return errors.Join(append(threadErrs, serveErr, sideErr)...)
 }
 
 func (o *options) logger() (*slog.Logger, error) {

@@ -48,6 +48,9 @@ type Options struct {
 	BusyPoll int
 	// Queues is how many queues vr0 and the underlay have, a worker each; 0: DefaultQueues.
 	Queues int
+	// Threads is how many threads a queue has: 2, one for each direction, or 1 for both; 0: DefaultThreads. AttachDirect
+	// has one for both.
+	Threads int
 	// Spin is how many microseconds a worker looks for packets before it sleeps, while they come that often; 0: it
 	// sleeps at once.
 	Spin int
@@ -59,6 +62,14 @@ const DefaultSpin = 200
 
 // maxQueues is the number of queues at most: as many as a TUN device can have, and the sockets of a fanout group.
 const maxQueues = 256
+
+// DefaultThreads is what Options.Threads is unless somebody says otherwise.
+func DefaultThreads() int {
+	if runtime.NumCPU() <= 2 {
+		return 1
+	}
+	return 2
+}
 
 // DefaultQueues is what Options.Queues is unless somebody says otherwise: on a machine of eight processors or more as many
 // as leave half of them to the pods when the workers of both directions have all that they can use, up to eight, and one on
@@ -88,6 +99,9 @@ func (o Options) Check() error {
 	if o.Queues < 0 || o.Queues > maxQueues {
 		return fmt.Errorf("--queues %d: expected 1 to %d, or 0 for what suits the processors", o.Queues, maxQueues)
 	}
+	if o.Threads < 0 || o.Threads > 2 {
+		return fmt.Errorf("--threads-per-queue %d: expected 1 or 2, or 0 for what suits the processors", o.Threads)
+	}
 	if o.Spin < 0 || o.Spin > maxBusyPoll {
 		return fmt.Errorf("--spin %d: expected 0 to %d microseconds", o.Spin, maxBusyPoll)
 	}
@@ -106,6 +120,8 @@ type Ports struct {
 	IO       string
 	Queues   int    // of the device and of the underlay
 	Why      string // why it was chosen
+
+	joints []*joint // of each queue, where one thread has both directions
 }
 
 // openers open the drivers; tests put others in.
@@ -155,11 +171,20 @@ func OpenPorts(o Options, before func() error) (*Ports, error) {
 		o.Queues = 1
 	}
 	p, err := openPorts(o, before, openersOf(o))
-	if err == nil {
-		p.Queues = o.Queues
-		p.spin(time.Duration(o.Spin) * time.Microsecond)
+	if err != nil {
+		return nil, err
 	}
-	return p, err
+	p.Queues = o.Queues
+	if o.Threads == 0 {
+		o.Threads = DefaultThreads()
+	}
+	if o.Threads == 1 && p.Direct == nil {
+		if err := p.join(); err != nil {
+			return nil, errors.Join(err, p.Close())
+		}
+	}
+	p.spin(time.Duration(o.Spin) * time.Microsecond)
+	return p, nil
 }
 
 func openPorts(o Options, before func() error, open openers) (*Ports, error) {
@@ -250,6 +275,9 @@ func (p *Ports) spin(longest time.Duration) {
 	}
 	p.Device.spin(longest)
 	p.Underlay.spin(longest)
+	for _, j := range p.joints {
+		j.longest = longest
+	}
 }
 
 // String describes the ports for people: what was chosen, and why.
@@ -277,6 +305,9 @@ func (p *Ports) Stop() {
 	}
 	p.Device.Stop()
 	p.Underlay.Stop()
+	for _, j := range p.joints {
+		j.stop()
+	}
 }
 
 // Close frees the ports. The device stays.
@@ -284,7 +315,11 @@ func (p *Ports) Close() error {
 	if p.Direct != nil {
 		return p.Direct.Close()
 	}
-	return errors.Join(p.Device.Close(), p.Underlay.Close())
+	errs := []error{p.Device.Close(), p.Underlay.Close()}
+	for _, j := range p.joints {
+		errs = append(errs, j.close())
+	}
+	return errors.Join(errs...)
 }
 
 // Workers gives router the workers of these ports, and tells the ports what they need to know of it. It comes before the
