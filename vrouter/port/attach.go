@@ -167,9 +167,6 @@ func OpenPorts(o Options, before func() error) (*Ports, error) {
 	if o.Queues == 0 {
 		o.Queues = DefaultQueues()
 	}
-	if o.Attach == AttachDirect {
-		o.Queues = 1
-	}
 	p, err := openPorts(o, before, openersOf(o))
 	if err != nil {
 		return nil, err
@@ -270,7 +267,9 @@ func openAuto(o Options, before func() error, open openers) (*Ports, error) {
 // spin says how long to look for packets before sleeping.
 func (p *Ports) spin(longest time.Duration) {
 	if p.Direct != nil {
-		p.Direct.spinner.longest = longest
+		for _, q := range p.Direct.all() {
+			q.spinner.longest = longest
+		}
 		return
 	}
 	p.Device.spin(longest)
@@ -328,7 +327,11 @@ func (p *Ports) Workers(router *vrouter.Router) []*vrouter.Worker {
 	if p.Direct != nil {
 		router.OnPods(p.Direct.SetPods)
 		router.OnRoutes(p.Direct.SetRoutes)
-		return []*vrouter.Worker{router.NewSwitch(p.Direct, p.Direct.Rewritten()...)}
+		var queues []vrouter.SwitchPort
+		for _, q := range p.Direct.all() {
+			queues = append(queues, q)
+		}
+		return router.NewSwitches(queues, p.Direct.Rewritten()...)
 	}
 	var workers []*vrouter.Worker
 	device, underlay := p.Device.queues(), p.Underlay.queues()
