@@ -46,6 +46,8 @@ type Options struct {
 	Name   string // of vr0
 	// BusyPoll is how many microseconds AF_XDP sockets look for packets at the device; 0: interrupts bring them.
 	BusyPoll int
+	// Frames is how many packets each AF_XDP socket holds that wait for us, a power of two; 0: DefaultFrames.
+	Frames int
 	// Queues is how many queues vr0 and the underlay have, a worker each; 0: DefaultQueues.
 	Queues int
 	// Threads is how many threads a queue has: 2, one for each direction, or 1 for both; 0: DefaultThreads. AttachDirect
@@ -63,7 +65,8 @@ const DefaultSpin = 200
 // maxQueues is the number of queues at most: as many as a TUN device can have, and the sockets of a fanout group.
 const maxQueues = 256
 
-// DefaultThreads is what Options.Threads is unless somebody says otherwise.
+// DefaultThreads is what Options.Threads is unless somebody says otherwise. On two processors two threads and the pods are in
+// each other's way, and one that is at work need not be woken: docs/ports.md has the figures.
 func DefaultThreads() int {
 	if runtime.NumCPU() <= 2 {
 		return 1
@@ -96,6 +99,9 @@ func (o Options) Check() error {
 	if o.BusyPoll > 0 && o.IO != IOXDP {
 		return fmt.Errorf("--busy-poll %d: it is for --io %s: expected that, or 0", o.BusyPoll, IOXDP)
 	}
+	if o.Frames != 0 && (o.Frames < minFrames || o.Frames > maxFrames || o.Frames&(o.Frames-1) != 0) {
+		return fmt.Errorf("--xdp-frames %d: expected a power of two from %d to %d", o.Frames, minFrames, maxFrames)
+	}
 	if o.Queues < 0 || o.Queues > maxQueues {
 		return fmt.Errorf("--queues %d: expected 1 to %d, or 0 for what suits the processors", o.Queues, maxQueues)
 	}
@@ -124,6 +130,9 @@ type Ports struct {
 	joints []*joint // of each queue, where one thread has both directions
 }
 
+// xdp returns what concerns AF_XDP.
+func (o Options) xdp() XDPOptions { return XDPOptions{BusyPoll: o.BusyPoll, Frames: o.Frames} }
+
 // openers open the drivers; tests put others in.
 type openers struct {
 	underlay func() (*Underlay, error) // one that carries superpackets on
@@ -139,11 +148,11 @@ func openersOf(o Options) openers {
 		},
 	}
 	if o.IO == IOXDP {
-		open.underlay = func() (*Underlay, error) { return openXDPUnderlay(o.Queues, o.BusyPoll, newRetag) }
+		open.underlay = func() (*Underlay, error) { return openXDPUnderlay(o.Queues, o.xdp(), newRetag) }
 	}
 	switch {
 	case o.Attach == AttachVeth && o.IO == IOXDP:
-		open.device = func(name string) (Device, error) { return deviceOf(openXDPVeth(name, o.Queues, o.BusyPoll)) }
+		open.device = func(name string) (Device, error) { return deviceOf(openXDPVeth(name, o.Queues, o.xdp())) }
 	case o.Attach == AttachVeth:
 		open.device = func(name string) (Device, error) { return deviceOf(openVeth(name, o.Queues, nil)) }
 	}
@@ -284,6 +293,9 @@ func (p *Ports) String() string {
 	text := fmt.Sprintf("%s by %s, %s (%s), offloads %s; underlay %s", p.Device.Name(), p.Attach, p.IO, p.Why, p.Device.Offloads(), p.Underlay)
 	if p.Queues > 1 {
 		text += fmt.Sprintf("; %d queues", p.Queues)
+	}
+	if p.joints != nil {
+		text += "; one thread for both directions"
 	}
 	if p.Direct != nil {
 		text += "; " + p.Direct.String()

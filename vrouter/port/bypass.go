@@ -19,10 +19,10 @@ import (
 // A port of several queues has a bypass for each, among which the sockets are shared out in turn. The first opens and
 // closes for all.
 type bypass struct {
-	space    *namespace // the first's
-	busyPoll int
-	epoll    int       // readable when something has come, to the AF_PACKET socket or to the others
-	more     []*bypass // of the first: the others
+	space   *namespace // the first's
+	options XDPOptions // the first's
+	epoll   int        // readable when something has come, to the AF_PACKET socket or to the others
+	more    []*bypass  // of the first: the others
 
 	// Opening and closing, which the port does one at a time.
 	opened  atomic.Pointer[bypassSockets] // of the first: all that there are
@@ -31,6 +31,20 @@ type bypass struct {
 
 	// What Recv and Send are using at this moment.
 	receiving, sending atomic.Pointer[bypassSockets]
+}
+
+// XDPOptions say how AF_XDP sockets are to be.
+type XDPOptions struct {
+	BusyPoll int // how many microseconds a system call may look for packets at the device; 0: interrupts bring them
+	Frames   int // how many packets a socket holds that wait for us, a power of two; 0: DefaultFrames
+}
+
+// frames returns how many there are to be.
+func (o XDPOptions) frames() int {
+	if o.Frames == 0 {
+		return DefaultFrames
+	}
+	return o.Frames
 }
 
 // bypassPlace is where a bypass is.
@@ -54,12 +68,12 @@ type bypassSockets struct {
 	next    int // Recv's: the socket to look at next
 }
 
-// newBypass tells at start whether the kernel has what is needed. busyPoll is as in xskOptions.
-func newBypass(queues, busyPoll int) (_ *bypass, err error) {
+// newBypass tells at start whether the kernel has what is needed.
+func newBypass(queues int, o XDPOptions) (_ *bypass, err error) {
 	if err := probeXDP(); err != nil {
 		return nil, err
 	}
-	b := &bypass{busyPoll: busyPoll, epoll: -1}
+	b := &bypass{options: o, epoll: -1}
 	for range queues - 1 {
 		b.more = append(b.more, &bypass{epoll: -1})
 	}
@@ -167,11 +181,12 @@ func (b *bypass) openSockets(at bypassPlace, match asm.Instructions) (_ *bypassS
 		return nil, err
 	}
 	for queue := range at.queues {
-		x, err := openXSK(xskOptions{index: at.index, queue: queue, mtu: at.mtu, slots: xskSlots, busyPoll: b.busyPoll})
+		o := xskOptions{index: at.index, queue: queue, mtu: at.mtu, receive: b.options.frames(), send: sendFrames, busyPoll: b.options.BusyPoll}
+		x, err := openXSK(o)
 		// The kernel lets go of a queue some time after the socket that had it was closed.
 		for try := 0; errors.Is(err, unix.EBUSY) && try < busyTries; try++ {
 			_, _ = unix.Poll(nil, busyPause)
-			x, err = openXSK(xskOptions{index: at.index, queue: queue, mtu: at.mtu, slots: xskSlots, busyPoll: b.busyPoll})
+			x, err = openXSK(o)
 		}
 		if err != nil {
 			return nil, err
@@ -322,7 +337,7 @@ func (b *bypass) String() string {
 	if s.place.queues > 1 {
 		text += fmt.Sprintf(", %d queues", s.place.queues)
 	}
-	if b.busyPoll > 0 {
+	if b.options.BusyPoll > 0 {
 		text += ", busy polling"
 	}
 	return text

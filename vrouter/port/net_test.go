@@ -135,11 +135,13 @@ func device[D port.Device](d D, err error) (port.Device, error) {
 	return d, nil
 }
 
-func openPlain(name string) (port.Device, error)   { return device(port.OpenTUN(name)) }
-func openTUN(name string) (port.Device, error)     { return device(port.OpenOffloadTUN(name)) }
-func openVeth(name string) (port.Device, error)    { return device(port.OpenVeth(name)) }
-func openXDPVeth(name string) (port.Device, error) { return device(port.OpenXDPVeth(name, 0)) }
-func openXDP() (*port.Underlay, error)             { return port.OpenXDPUnderlay(0) }
+func openPlain(name string) (port.Device, error) { return device(port.OpenTUN(name)) }
+func openTUN(name string) (port.Device, error)   { return device(port.OpenOffloadTUN(name)) }
+func openVeth(name string) (port.Device, error)  { return device(port.OpenVeth(name)) }
+func openXDPVeth(name string) (port.Device, error) {
+	return device(port.OpenXDPVeth(name, port.XDPOptions{}))
+}
+func openXDP() (*port.Underlay, error) { return port.OpenXDPUnderlay(port.XDPOptions{}) }
 
 // onEach runs a test on every driver.
 func onEach(t *testing.T, f func(*testing.T, driver)) {

@@ -91,12 +91,11 @@ func openOffloadUnderlay(queues int, load func() (*retag, error)) (*Underlay, er
 	return u, nil
 }
 
-// OpenXDPUnderlay is OpenOffloadUnderlay with AF_XDP, once SetNode has told whose packets to take. busyPoll is the
-// number of microseconds that a look for packets may last, 0: interrupts bring them.
-func OpenXDPUnderlay(busyPoll int) (*Underlay, error) { return openXDPUnderlay(1, busyPoll, newRetag) }
+// OpenXDPUnderlay is OpenOffloadUnderlay with AF_XDP, once SetNode has told whose packets to take.
+func OpenXDPUnderlay(o XDPOptions) (*Underlay, error) { return openXDPUnderlay(1, o, newRetag) }
 
-func openXDPUnderlay(queues, busyPoll int, load func() (*retag, error)) (*Underlay, error) {
-	b, err := newBypass(queues, busyPoll)
+func openXDPUnderlay(queues int, o XDPOptions, load func() (*retag, error)) (*Underlay, error) {
+	b, err := newBypass(queues, o)
 	if err != nil {
 		return nil, err
 	}

@@ -56,11 +56,11 @@ type handOff struct {
 // name that nobody has open is replaced. The pair stays when the port is closed or the process dies.
 func OpenVeth(name string) (*Veth, error) { return openVeth(name, 1, nil) }
 
-// OpenXDPVeth is OpenVeth with AF_XDP. busyPoll is as in xskOptions.
-func OpenXDPVeth(name string, busyPoll int) (*Veth, error) { return openXDPVeth(name, 1, busyPoll) }
+// OpenXDPVeth is OpenVeth with AF_XDP.
+func OpenXDPVeth(name string, o XDPOptions) (*Veth, error) { return openXDPVeth(name, 1, o) }
 
-func openXDPVeth(name string, queues, busyPoll int) (*Veth, error) {
-	b, err := newBypass(queues, busyPoll)
+func openXDPVeth(name string, queues int, o XDPOptions) (*Veth, error) {
+	b, err := newBypass(queues, o)
 	if err != nil {
 		return nil, err
 	}
@@ -166,10 +166,10 @@ func (v *Veth) build() error {
 	}
 	for _, end := range []netlink.Link{host, twin} {
 		if err := v.links.LinkSetARPOff(end); err != nil {
-			return fmt.Errorf("%s: switch ARP off: %w", end.Attrs().Name, err)
+			return explainSocket("switch ARP off on "+end.Attrs().Name, err)
 		}
 		if err := v.prepare(end, end == host); err != nil {
-			return fmt.Errorf("%s: %w", end.Attrs().Name, err)
+			return explainSocket(end.Attrs().Name, err)
 		}
 	}
 	index := twin.Attrs().Index
