@@ -114,7 +114,7 @@ func (o *options) run(ctx context.Context, stdout, stderr io.Writer) (err error)
 	} else if len(removed) > 0 {
 		fmt.Fprintf(stderr, "swept what a killed run had left: %s\n", strings.Join(removed, " "))
 	}
-	tools, err := o.build(ctx, stderr, paths)
+	tools, err := o.build(ctx, stderr, paths, scenarios)
 	if err != nil {
 		return err
 	}

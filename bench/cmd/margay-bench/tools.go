@@ -17,6 +17,7 @@ import (
 
 	"margay/bench/report"
 	"margay/bench/rig"
+	"margay/bench/suite"
 )
 
 // wireguardModule is built as a tool, in a version that stays the same until someone raises it here.
@@ -33,8 +34,8 @@ type tools struct {
 
 func (t *tools) remove() error { return os.RemoveAll(t.dir) }
 
-// build builds what the paths need and is not named by a flag.
-func (o *options) build(ctx context.Context, stderr io.Writer, paths []rig.Path) (_ *tools, err error) {
+// build builds what the paths need and is not named by a flag; nothing where no scenario has a network.
+func (o *options) build(ctx context.Context, stderr io.Writer, paths []rig.Path, scenarios []suite.Scenario) (_ *tools, err error) {
 	t := &tools{Options: rig.Options{VRouter: o.vrouter, WireGuard: o.wireguard}}
 	if t.Self, err = os.Executable(); err != nil {
 		return nil, err
@@ -42,8 +43,9 @@ func (o *options) build(ctx context.Context, stderr io.Writer, paths []rig.Path)
 	if t.dir, err = os.MkdirTemp("", "margay-bench-"); err != nil {
 		return nil, err
 	}
+	network := slices.ContainsFunc(scenarios, func(s suite.Scenario) bool { return s.Measure != nil })
 	needs := func(kind string) bool {
-		return slices.ContainsFunc(paths, func(p rig.Path) bool { return p.Kind == kind })
+		return network && slices.ContainsFunc(paths, func(p rig.Path) bool { return p.Kind == kind })
 	}
 	if t.VRouter == "" && needs(rig.KindVRouter) {
 		fmt.Fprintln(stderr, "building vrouter")
