@@ -152,9 +152,9 @@ func (d *daemon) dial(t *testing.T) *rpc.Client {
 
 func eventually(t *testing.T, what string, condition func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); !condition(); time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(60 * time.Second); !condition(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("%s: not within ten seconds", what)
+			t.Fatalf("%s: not within a minute", what)
 		}
 	}
 }
@@ -166,7 +166,7 @@ func (d *daemon) configure(t *testing.T, index byte) {
 	node := func(i byte) netip.Addr { return netip.AddrFrom4([4]byte{198, 18, 0, i}) }
 	block := func(i byte) netip.Prefix { return netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 244, i, 0}), 26) }
 	c := d.dial(t)
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 	defer cancel()
 	_, err := c.Begin(ctx)
 	if err == nil {

@@ -199,7 +199,7 @@ func direct(t *testing.T, way string) {
 		eventually(t, "first answer", func() bool { return answered(conn, 1) })
 		// Up to 1452 they are ours; the others are fragments, which are the kernel's.
 		for _, size := range []int{1, 18, 1451, 1452, 1453, 4000, 20000, 65000} {
-			if !answered(conn, size) {
+			if !answers(conn, size) {
 				t.Errorf("%v: no answer to a datagram of %d bytes", to.pod, size)
 			}
 		}
@@ -420,7 +420,7 @@ func (n *node) openStream(t *testing.T, service string, server *node) *stream {
 	defer listener.Close()
 	var conn net.Conn
 	n.do(t, func() (err error) {
-		conn, err = net.DialTimeout("tcp4", service, 5*time.Second)
+		conn, err = net.DialTimeout("tcp4", service, 60*time.Second)
 		return err
 	})
 	far, err := listener.Accept()
@@ -434,7 +434,7 @@ func (n *node) openStream(t *testing.T, service string, server *node) *stream {
 
 // echoed sends a mebibyte and waits for as much to come back.
 func (s *stream) echoed() error {
-	if err := s.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+	if err := s.SetDeadline(time.Now().Add(60 * time.Second)); err != nil {
 		return err
 	}
 	const total = 1 << 20
@@ -451,7 +451,7 @@ func (s *stream) echoed() error {
 
 // spoken waits for what the server says unasked.
 func (s *stream) spoken() error {
-	if err := s.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+	if err := s.SetDeadline(time.Now().Add(60 * time.Second)); err != nil {
 		return err
 	}
 	if _, err := s.server.Write([]byte("x")); err != nil {

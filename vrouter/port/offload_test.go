@@ -42,7 +42,7 @@ func TestUDPSegmentation(t *testing.T) {
 			if _, err := conn.Write(want); err != nil {
 				t.Fatal(err)
 			}
-			if err := conn.SetReadDeadline(time.Now().Add(5 * time.Second)); err != nil {
+			if err := conn.SetReadDeadline(time.Now().Add(30 * time.Second)); err != nil {
 				t.Fatal(err)
 			}
 			var got []byte
@@ -76,7 +76,7 @@ func (s *space) capture(t *testing.T) int {
 		if err != nil {
 			return err
 		}
-		tv := unix.NsecToTimeval(int64(5 * time.Second))
+		tv := unix.NsecToTimeval(int64(30 * time.Second))
 		return errors.Join(unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv),
 			unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 4<<20),
 			unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: 8, Ifindex: eth0.Attrs().Index})) // ETH_P_IP, network order
@@ -264,7 +264,7 @@ func neighbours(t *testing.T, d driver) {
 	// Gone: the kernel resolves anew, and holds the packet meanwhile.
 	right := entry()
 	a.do(t, func() error { return netlink.NeighDel(&right) })
-	if !answered(conn, 10) {
+	if !answers(conn, 10) {
 		t.Error("a packet was lost while the neighbour was resolved")
 	}
 	right = entry()

@@ -170,7 +170,7 @@ func inOrder(conn *net.UDPConn, rounds, window int) error {
 			}
 		}
 		for i := range window {
-			if err := conn.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+			if err := conn.SetReadDeadline(time.Now().Add(60 * time.Second)); err != nil {
 				return err
 			}
 			if _, err := conn.Read(b); err != nil {
@@ -260,7 +260,7 @@ func TestQueueOfFlow(t *testing.T) {
 			conn := a.dialUDP(t, server)
 			before := a.router.Batches()
 			for range 10 {
-				if !answered(conn, 50) {
+				if !answers(conn, 50) {
 					t.Fatal("no answer")
 				}
 			}
