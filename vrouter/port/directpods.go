@@ -419,7 +419,11 @@ func (p *directPods) acquire() (changed bool) {
 // openLink opens an interface by AF_XDP where that was asked for and works, else by AF_PACKET.
 func (p *directPods) openLink(d device, slot int, mac net.HardwareAddr) (*podLink, error) {
 	if p.io == IOXDP {
-		l, err := openPodXSK(p.steering, d.index, slot, p.frames, d.mtu, d.mac, mac)
+		var l *podLink
+		err := whileBusy(func() (err error) {
+			l, err = openPodXSK(p.steering, d.index, slot, p.frames, d.mtu, d.mac, mac)
+			return err
+		})
 		if err == nil {
 			return l, nil
 		}
