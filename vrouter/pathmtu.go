@@ -102,7 +102,7 @@ func (r *Router) LearnPathMTU(b []byte, now time.Time) (PathMTU, bool) {
 		next.paths = slices.Insert(next.paths, i, learned)
 	}
 	next.narrow()
-	r.state.Store(&next)
+	r.store(&next)
 	return learned.public(), true
 }
 
@@ -123,7 +123,7 @@ func (r *Router) ExpirePathMTU(now time.Time) bool {
 	}
 	next.paths = kept
 	next.narrow()
-	r.state.Store(&next)
+	r.store(&next)
 	return true
 }
 

@@ -30,7 +30,7 @@ type Path struct {
 }
 
 // ParsePath reads a path as it is named on the command line: wire, route, vxlan, wireguard or an attachment, then any of
-// +rps, +xdp, +packet, +nobpf, and after @ the vrouter binary to take.
+// +rps, +xdp, +packet, +tc, +nobpf, and after @ the vrouter binary to take.
 func ParsePath(text string) (Path, error) {
 	p := Path{Name: text}
 	rest, binary, found := strings.Cut(text, "@")
@@ -52,12 +52,12 @@ func ParsePath(text string) (Path, error) {
 		switch {
 		case kernel && w == "rps":
 			p.RPS = true
-		case ours && (w == "xdp" || w == "packet") && p.IO == "":
+		case ours && (w == "xdp" || w == "packet" || w == "tc") && p.IO == "":
 			p.IO = w
 		case ours && w == "nobpf":
 			p.NoBPF = true
 		default:
-			return p, fmt.Errorf("path %q: +%s: expected +rps with route and vxlan, +xdp, +packet or +nobpf with an attachment", text, w)
+			return p, fmt.Errorf("path %q: +%s: expected +rps with route and vxlan, +xdp, +packet, +tc or +nobpf with an attachment", text, w)
 		}
 	}
 	if p.Binary != "" && !ours {
