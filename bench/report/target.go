@@ -57,7 +57,9 @@ func (r *Row) decide() {
 // judge draws up the table of targets.
 func judge(o *suite.Outcome) []Row {
 	j := judgement{o}
-	best := func(p rig.Path) bool { return p.Kind == rig.KindVRouter && !p.NoBPF }
+	// With tc the packets do not come to the vRouter: a path of its own.
+	best := func(p rig.Path) bool { return p.Kind == rig.KindVRouter && !p.NoBPF && p.IO != "tc" }
+	tc := func(p rig.Path) bool { return p.Kind == rig.KindVRouter && p.IO == "tc" }
 	attached := func(attach, io string) func(rig.Path) bool {
 		return func(p rig.Path) bool { return best(p) && p.Attach == attach && (io == "" || p.IO == io) }
 	}
@@ -72,6 +74,10 @@ func judge(o *suite.Outcome) []Row {
 		j.ratio("the same, direct with AF_XDP", "udp-lossless", "cpu", attached("direct", "xdp"), 1, 0.5),
 		j.ratio("rate of small UDP, one node, direct with AF_XDP / kernel VXLAN", "udp", "rate", attached("direct", "xdp"), 1.75, 3),
 		j.ratio("request/response p50, two nodes, best attachment / kernel VXLAN", "rr", "p50", best, 1.8, 1.2),
+		j.ratio("in the kernel, direct with tc: TCP bulk, two nodes, 1 flow / kernel VXLAN", "tcp1", "rate", tc, 1, 1),
+		j.ratio("the same, TSO and GSO off and GRO on at the underlay", "tcp1-off", "rate", tc, 1, 1),
+		j.ratio("the same, request/response p50", "rr", "p50", tc, 1.2, 1.2),
+		j.ratio("the same, CPU for a small UDP packet", "udp-lossless", "cpu", tc, 0.9, 0.9),
 		j.figure("forwarding loop alone, full table, random destinations", suite.Loop, suite.LoopFull, "time", 60, 30),
 		j.figure("allocations in the loop, in a million packets", suite.Loop, suite.LoopFull, "allocations", 0, 0),
 		j.speedup("random lookups in batches, full table: bart.Fast's time / ours", table.Peer, 12, 28),

@@ -71,11 +71,13 @@ of the other kind that an earlier vrouter has left under the name is replaced.
 
 --io says how Ethernet interfaces are read and written, the underlay first of all:
 packet is AF_PACKET; xdp is AF_XDP, which takes the least time for small packets, and
-keeps the kernel from merging segments to superpackets.
+keeps the kernel from merging segments to superpackets. tc, for direct alone, is packet
+with programs in the kernel that forward themselves the plain packets whose way the
+vRouter knows: those never come to it.
 
 It needs the capabilities NET_ADMIN and NET_RAW, and /dev/net/tun unless it is veth.
 With BPF as well, and Linux 6.6, superpackets leave whole; without, the vRouter splits
-them, and neither direct nor xdp can be had.`,
+them, and neither direct nor xdp nor tc can be had.`,
 		Example:       "  vrouter\n  vrouter --socket /run/margay/vrouter.sock --log-level debug",
 		Args:          cobra.NoArgs,
 		Version:       version.String(),
@@ -88,7 +90,7 @@ them, and neither direct nor xdp can be had.`,
 	cmd.SetVersionTemplate(version.Line("vrouter") + "\n")
 	f := cmd.Flags()
 	f.StringVar(&o.ports.Attach, "attach", port.AttachAuto, "how packets come and go: tun, tun-plain, veth, direct or auto")
-	f.StringVar(&o.ports.IO, "io", port.IOPacket, "how Ethernet interfaces are read and written: packet or xdp")
+	f.StringVar(&o.ports.IO, "io", port.IOPacket, "how Ethernet interfaces are read and written: packet, xdp or, with direct, tc")
 	f.StringVar(&o.ports.Name, "tun", "vr0", "name of the `device`; made if it is not there")
 	f.IntVar(&o.ports.BusyPoll, "busy-poll", 0, "how many `microseconds` AF_XDP sockets look for packets at the device; 0: interrupts bring them")
 	f.IntVar(&o.ports.Spin, "spin", port.DefaultSpin, "how many `microseconds` a worker looks for packets before it sleeps, while they come that often; 0: it sleeps at once")
