@@ -77,7 +77,7 @@ func TestOneAddressHasItsShare(t *testing.T) {
 		held = append(held, <-accepted)
 	}
 	refused := dial("127.0.0.1")
-	if err := refused.SetReadDeadline(time.Now().Add(5 * time.Second)); err != nil {
+	if err := refused.SetReadDeadline(time.Now().Add(60 * time.Second)); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := refused.Read(make([]byte, 1)); err == nil || isTimeout(err) {

@@ -12,6 +12,7 @@ import (
 	"margay/bgp"
 	"margay/cni/server"
 	"margay/internal/version"
+	"margay/vrouter/rpc"
 )
 
 // serveStatus answers what is asked about this node on the agent's socket until ctx is done, or stop is called.
@@ -50,11 +51,21 @@ func (a *Agent) status() api.Status {
 	if plane != nil {
 		vr, ok := plane.status()
 		st.VRouter = api.VRouter{Connected: ok, Version: vr.Version, Port: vr.Port, Routes: vr.Routes, Stale: vr.Stale}
+		if ok {
+			st.VRouter.PathMTUs = pathMTUsOf(vr.PathMTUs, time.Now())
+		}
 	}
 	if speaker != nil {
 		st.BGP = peersOf(speaker)
 	}
 	return st
+}
+
+func pathMTUsOf(all []rpc.PathMTU, now time.Time) (out []api.PathMTU) {
+	for _, p := range all {
+		out = append(out, api.PathMTU{Node: p.Gateway, MTU: p.MTU, Learned: p.Learned, Age: int(now.Sub(p.Learned).Seconds()), Expires: p.Expires})
+	}
+	return out
 }
 
 func peersOf(speaker *bgp.Speaker) (peers []api.Peer) {

@@ -25,7 +25,7 @@ func (a *Agent) ensureTunnel(ctx context.Context, in Inputs) error {
 		return ok
 	}
 	encap := func(p Pool) bool { return p.Unsupported == "" && encapsulates(p.IPIPMode) }
-	if a.tunnel.IsValid() && inPool(a.tunnel) || !slices.ContainsFunc(in.Pools, encap) {
+	if a.tunnel.IsValid() && inPool(a.tunnel) && !a.tunnelLost.Load() || !slices.ContainsFunc(in.Pools, encap) {
 		return nil
 	}
 	addr, err := a.findTunnel(ctx, inPool)
@@ -36,11 +36,29 @@ func (a *Agent) ensureTunnel(ctx context.Context, in Inputs) error {
 		return fmt.Errorf("tunnel address: %w", err)
 	}
 	a.locked(func() { a.tunnel = addr })
+	a.tunnelLost.Store(false)
 	a.log.Info("tunnel address", "address", addr, "device", tunnelDevice)
 	return nil
 }
 
-// findTunnel returns the address that the node's handle holds, or a new one.
+// confirmTunnel has the next reconciliation get the tunnel address back where IPAM does not have it as this node's any more:
+// somebody has released it, or deleted the node with calicoctl, and it would be given to a pod.
+func (a *Agent) confirmTunnel(ctx context.Context) error {
+	var tunnel netip.Addr
+	a.locked(func() { tunnel = a.tunnel })
+	if !tunnel.IsValid() {
+		return nil
+	}
+	held, err := a.alloc.HandleAddresses(ctx, tunnelHandle(a.cfg.Node))
+	if err != nil || slices.Contains(held, tunnel) {
+		return err
+	}
+	a.tunnelLost.Store(true)
+	a.wake()
+	return nil
+}
+
+// findTunnel returns the address that the node's handle holds, the one that it has lost, or a new one.
 func (a *Agent) findTunnel(ctx context.Context, inPool func(netip.Addr) bool) (netip.Addr, error) {
 	handle := tunnelHandle(a.cfg.Node)
 	held, err := a.alloc.HandleAddresses(ctx, handle)
@@ -57,15 +75,30 @@ func (a *Agent) findTunnel(ctx context.Context, inPool func(netip.Addr) bool) (n
 			return h, nil
 		}
 	}
-	if len(held) > 0 {
+	lost := a.tunnel.IsValid() && inPool(a.tunnel)
+	switch {
+	case lost:
+		a.log.Warn("the tunnel address was released while the agent runs", "address", a.tunnel)
+	case len(held) > 0:
 		a.log.Info("tunnel address is in no pool any more", "addresses", held)
+	}
+	if lost || len(held) > 0 { // the handle may be left of one that was lost
 		if _, err := a.alloc.ReleaseHandle(ctx, handle); err != nil {
 			return netip.Addr{}, fmt.Errorf("release %v: %w", held, err)
 		}
-		a.locked(func() { a.tunnel = netip.Addr{} }) // not ours any more, also if a pool of the same addresses comes back
 	}
-	got, err := a.alloc.Assign(ctx, ipam.Request{Handle: handle, Use: datastore.UseTunnel,
-		Attrs: map[string]string{"node": a.cfg.Node, "type": "ipipTunnelAddress"}})
+	req := ipam.Request{Handle: handle, Use: datastore.UseTunnel, Attrs: map[string]string{"node": a.cfg.Node, "type": "ipipTunnelAddress"}}
+	if lost {
+		req.IPv4.IP = a.tunnel
+		got, err := a.alloc.Assign(ctx, req)
+		if err == nil || !errors.Is(err, ipam.ErrAddressInUse) {
+			return got.Addr, err
+		}
+		a.log.Warn("the tunnel address cannot be had back: the node gets another", "err", err)
+		req.IPv4.IP = netip.Addr{}
+	}
+	a.locked(func() { a.tunnel = netip.Addr{} }) // not ours any more, also if a pool of the same addresses comes back
+	got, err := a.alloc.Assign(ctx, req)
 	return got.Addr, err
 }
 

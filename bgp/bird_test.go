@@ -73,7 +73,7 @@ func (b *bird) ask(args ...string) string {
 	return string(out)
 }
 
-func (b *bird) await(limit time.Duration, what string, ok func(routes string) bool) time.Duration {
+func (b *bird) await(what string, ok func(routes string) bool) time.Duration {
 	b.t.Helper()
 	start := time.Now()
 	for {
@@ -81,8 +81,8 @@ func (b *bird) await(limit time.Duration, what string, ok func(routes string) bo
 		if out != "" && ok(out) {
 			return time.Since(start)
 		}
-		if time.Since(start) > limit {
-			b.t.Fatalf("bird: not within %v: %s\n%s\n%s", limit, what, out, b.ask("show", "protocols", "all", "node"))
+		if time.Since(start) > patience {
+			b.t.Fatalf("bird: not within %v: %s\n%s\n%s", patience, what, out, b.ask("show", "protocols", "all", "node"))
 		}
 		time.Sleep(20 * time.Millisecond)
 	}
@@ -136,8 +136,8 @@ func testBird(t *testing.T, as int) {
 	has := func(r string) bool {
 		return strings.Contains(r, ours) && strings.Contains(r, "BGP.next_hop: "+n[0].addr.String())
 	}
-	b.await(10*time.Second, "our block by us", has)
-	us.awaitRoutes(5*time.Second, map[string]*node{theirs: n[2], "10.244.2.0/26": n[1]})
+	b.await("our block by us", has)
+	us.awaitRoutes(map[string]*node{theirs: n[2], "10.244.2.0/26": n[1]})
 	t.Logf("converged with BIRD as AS %d after %v", as, time.Since(start))
 
 	path := us.state().Best[netip.MustParsePrefix(theirs)]
@@ -163,37 +163,37 @@ func testBird(t *testing.T, as int) {
 	start = time.Now()
 	us.announce(ours)
 	us.setPeers(n[1].peer(n[0]), router)
-	us.await(15*time.Second, "synced", func(r response) bool { return r.Synced && len(r.Best) == 2 })
+	us.await("synced", func(r response) bool { return r.Synced && len(r.Best) == 2 })
 	t.Logf("killed and restarted beside BIRD: synced after %v", time.Since(start))
-	b.await(2*time.Second, "our block by us", has)
+	b.await("our block by us", has)
 	if missing, samples := watched(); missing > 0 || samples == 0 {
 		t.Errorf("killed and restarted: BIRD lost our route in %d of %d samples", missing, samples)
 	}
 
 	// The other way round: BIRD dies and recovers, and we keep its route.
 	b.kill()
-	us.await(5*time.Second, "BIRD's route stale", func(r response) bool { return r.Best[netip.MustParsePrefix(theirs)].Stale })
+	us.await("BIRD's route stale", func(r response) bool { return r.Best[netip.MustParsePrefix(theirs)].Stale })
 	b.start("-R")
-	us.await(20*time.Second, "BIRD's route fresh", func(r response) bool {
+	us.await("BIRD's route fresh", func(r response) bool {
 		p, ok := r.Best[netip.MustParsePrefix(theirs)]
 		return ok && !p.Stale
 	})
 	if w := us.state().Withdrawn; len(w) > 0 {
 		t.Errorf("BIRD restarted: withdrawn %v", w)
 	}
-	b.await(15*time.Second, "our block by us", has)
+	b.await("our block by us", has)
 
 	// A clean stop on either side is none of that.
 	us.stop()
-	took := b.await(2*time.Second, "our block gone", func(r string) bool { return !strings.Contains(r, ours) })
+	took := b.await("our block gone", func(r string) bool { return !strings.Contains(r, ours) })
 	t.Logf("clean stop: gone from BIRD after %v", took)
 	us = n[0].startSpeaker(t, childConfig{})
 	start = time.Now()
 	us.announce(ours)
 	us.setPeers(router)
-	b.await(10*time.Second, "our block back", has)
+	b.await("our block back", has)
 	t.Logf("started again: back at BIRD after %v", time.Since(start))
-	us.awaitRoutes(5*time.Second, map[string]*node{theirs: n[2]})
+	us.awaitRoutes(map[string]*node{theirs: n[2]})
 	b.ask("down")
-	us.awaitRoutes(3*time.Second, nil)
+	us.awaitRoutes(nil)
 }

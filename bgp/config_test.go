@@ -109,7 +109,7 @@ func TestSyncedAlone(t *testing.T) {
 	}
 	select {
 	case <-s.Synced():
-	case <-time.After(time.Second):
+	case <-time.After(patience):
 		t.Error("not synced without peers")
 	}
 }
@@ -145,7 +145,7 @@ func TestAPISocket(t *testing.T) {
 		t.Fatal(err)
 	}
 	local(t, "127.7.0.7", func(c *Config) { c.APISocket = path })
-	eventually(t, 5*time.Second, func() error {
+	eventually(t, func() error {
 		conn, err := net.Dial("unix", path)
 		if err == nil {
 			conn.Close()
@@ -154,16 +154,16 @@ func TestAPISocket(t *testing.T) {
 	})
 }
 
-func eventually(t *testing.T, limit time.Duration, ok func() error) {
+func eventually(t *testing.T, ok func() error) {
 	t.Helper()
-	deadline := time.Now().Add(limit)
+	deadline := time.Now().Add(patience)
 	for {
 		err := ok()
 		if err == nil {
 			return
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("not within %v: %v", limit, err)
+			t.Fatalf("not within %v: %v", patience, err)
 		}
 		time.Sleep(10 * time.Millisecond)
 	}

@@ -18,7 +18,7 @@ func dialAs(t *testing.T, s *Speaker, from string) net.Conn {
 	t.Helper()
 	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}, Timeout: time.Second}
 	var conn net.Conn
-	eventually(t, 10*time.Second, func() (err error) {
+	eventually(t, func() (err error) {
 		conn, err = d.Dial("tcp", netip.AddrPortFrom(s.cfg.Listen, uint16(s.cfg.Port)).String())
 		return err
 	})
@@ -30,7 +30,7 @@ func dialAs(t *testing.T, s *Speaker, from string) net.Conn {
 func establish(t *testing.T, s *Speaker) net.Conn {
 	t.Helper()
 	var conn net.Conn
-	eventually(t, 15*time.Second, func() error {
+	eventually(t, func() error {
 		if conn != nil {
 			conn.Close()
 		}
@@ -80,7 +80,7 @@ func TestHostilePeer(t *testing.T) {
 		if err := errors.Join(s.SetPeers(t.Context(), nil), s.SetPeers(t.Context(), peer)); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, 2*time.Second, func() error {
+		eventually(t, func() error {
 			if p := s.Peers()[0]; p.State != "Active" {
 				return errors.New(p.State)
 			}
@@ -120,7 +120,7 @@ func TestHostilePeer(t *testing.T) {
 		_ = conn.SetReadDeadline(time.Now().Add(500 * time.Millisecond))
 		_, _ = io.Copy(io.Discard, conn)
 		conn.Close()
-		eventually(t, 5*time.Second, func() error {
+		eventually(t, func() error {
 			if p := s.Peers()[0]; p.State == "Established" || p.LastError == "" {
 				return errors.New(name + ": " + p.State)
 			}
@@ -143,7 +143,7 @@ func TestPeerWithoutGracefulRestart(t *testing.T) {
 	conn := establish(t, s)
 	select {
 	case <-s.Synced():
-	case <-time.After(2 * time.Second):
+	case <-time.After(patience):
 		t.Fatal("not synced")
 	}
 	// 192.0.2.0/24: origin IGP, empty AS path, next hop, local preference 200, community 64512:7.
@@ -152,7 +152,7 @@ func TestPeerWithoutGracefulRestart(t *testing.T) {
 		t.Fatal(err)
 	}
 	prefix := netip.MustParsePrefix("192.0.2.0/24")
-	eventually(t, 2*time.Second, func() error {
+	eventually(t, func() error {
 		if p, ok := s.Best()[prefix]; !ok || p.LocalPref != 200 || len(p.Communities) != 1 || p.Communities[0] != 64512<<16|7 ||
 			p.NextHop != netip.MustParseAddr("127.7.3.9") || p.Stale {
 			return errors.New("not learned: " + s.Peers()[0].LastError)
@@ -160,7 +160,7 @@ func TestPeerWithoutGracefulRestart(t *testing.T) {
 		return nil
 	})
 	conn.Close()
-	eventually(t, 2*time.Second, func() error {
+	eventually(t, func() error {
 		if len(s.Best()) != 0 || s.Peers()[0].Restarting {
 			return errors.New("route kept")
 		}

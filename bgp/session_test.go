@@ -3,7 +3,6 @@ package bgp
 import (
 	"strings"
 	"testing"
-	"time"
 )
 
 // Why a session is not up must be in the status, at either end.
@@ -12,14 +11,14 @@ func TestReasons(t *testing.T) {
 	n := network(t, 3)
 	a, b := n[0].startSpeaker(t, childConfig{}), n[1].startSpeaker(t, childConfig{})
 	a.setPeers(Peer{Addr: n[1].addr, AS: 65001}, Peer{Addr: n[2].addr, AS: 64512})
-	a.await(5*time.Second, "closed by a peer that does not know us", func(r response) bool {
+	a.await("closed by a peer that does not know us", func(r response) bool {
 		return strings.Contains(r.Peers[0].LastError, "closed the connection before its OPEN")
 	})
 	b.setPeers(Peer{Addr: n[0].addr, AS: 64512, Passive: true})
-	a.await(5*time.Second, "reasons at the active end", func(r response) bool {
+	a.await("reasons at the active end", func(r response) bool {
 		return strings.Contains(r.Peers[0].LastError, "bad peer as") && strings.Contains(r.Peers[1].LastError, "refused")
 	})
-	b.await(5*time.Second, "reason at the passive end", func(r response) bool {
+	b.await("reason at the passive end", func(r response) bool {
 		return r.Peers[0].LastError == "no session: invalid-msg in OpenConfirm"
 	})
 }
@@ -36,12 +35,12 @@ func TestPassword(t *testing.T) {
 	}
 	up := func() {
 		t.Helper()
-		a.await(15*time.Second, "session", func(r response) bool { return r.Peers[0].State == "Established" })
+		a.await("session", func(r response) bool { return r.Peers[0].State == "Established" })
 	}
 	set("secret", "secret")
 	up()
 	set("secret", "other")
-	a.await(15*time.Second, "no session", func(r response) bool {
+	a.await("no session", func(r response) bool {
 		return r.Peers[0].State != "Established" && strings.Contains(r.Peers[0].LastError, "timeout")
 	})
 	set("", "")

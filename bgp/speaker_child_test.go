@@ -71,7 +71,7 @@ func childMain() {
 		withdrawn []netip.Prefix
 	)
 	handle := func(r request) (a response, err error) {
-		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
 		defer cancel()
 		switch r.Op {
 		case "start":
@@ -227,8 +227,12 @@ func (c *child) kill() {
 	_ = c.cmd.Wait()
 }
 
+// patience bounds every wait for something that is to happen: only a failure takes that long, however busy the machine is.
+// It is well below DefaultRestartTime, so that what is to be withdrawn at once is not taken for what graceful restart ends.
+const patience = 60 * time.Second
+
 // await polls c's state until ok accepts it and returns how long that took.
-func (c *child) await(limit time.Duration, what string, ok func(response) bool) time.Duration {
+func (c *child) await(what string, ok func(response) bool) time.Duration {
 	c.t.Helper()
 	start := time.Now()
 	for {
@@ -236,17 +240,17 @@ func (c *child) await(limit time.Duration, what string, ok func(response) bool) 
 		if ok(st) {
 			return time.Since(start)
 		}
-		if time.Since(start) > limit {
-			c.t.Fatalf("not within %v: %s; state %+v", limit, what, st)
+		if time.Since(start) > patience {
+			c.t.Fatalf("not within %v: %s; state %+v", patience, what, st)
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
 }
 
 // awaitRoutes waits until exactly these prefixes are known, each by its node.
-func (c *child) awaitRoutes(limit time.Duration, want map[string]*node) time.Duration {
+func (c *child) awaitRoutes(want map[string]*node) time.Duration {
 	c.t.Helper()
-	return c.await(limit, fmt.Sprintf("routes %v", want), func(st response) bool {
+	return c.await(fmt.Sprintf("routes %v", want), func(st response) bool {
 		if len(st.Best) != len(want) {
 			return false
 		}

@@ -86,6 +86,10 @@ func printNodeStatus(w io.Writer, st api.Status) {
 	} else {
 		fmt.Fprintln(w, "vRouter: does not answer.")
 	}
+	for _, p := range st.VRouter.PathMTUs {
+		age := time.Duration(p.Age) * time.Second
+		fmt.Fprintf(w, "Path MTU to %s: %d, learned %s ago, tried again in %s.\n", p.Node, p.MTU, age, p.Expires.Sub(p.Learned)-age)
+	}
 	fmt.Fprintln(w, "\nIPv4 BGP status")
 	printPeers(w, st.BGP, netip.Addr.Is4, "No IPv4 peers found.")
 	fmt.Fprintln(w, "\nIPv6 BGP status")

@@ -41,7 +41,7 @@ func next(t *testing.T, events <-chan Event) Event {
 	select {
 	case ev := <-events:
 		return ev
-	case <-time.After(20 * time.Second):
+	case <-time.After(60 * time.Second):
 		t.Fatal("no event")
 		return Event{}
 	}

@@ -191,7 +191,7 @@ func TestOpenFailsClearlyAndInTime(t *testing.T) {
 		if !errors.Is(err, ErrUnreachable) || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%s: %v, expected %q", tt.endpoint, err, tt.want)
 		}
-		if took := time.Since(start); took > 4*time.Second {
+		if took := time.Since(start); took > 20*time.Second {
 			t.Errorf("%s: took %s", tt.endpoint, took)
 		}
 	}

@@ -119,7 +119,7 @@ func TestUnderlayConnectsHostEtcdAndNodes(t *testing.T) {
 	for _, n := range s.Nodes {
 		all = append(all, endpoint{n.Name, n.Address})
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 	defer cancel()
 	if lost, err := reachAll(ctx, all); err != nil || len(lost) > 0 {
 		t.Errorf("%v %s", err, describe(lost))
@@ -133,7 +133,7 @@ func TestReachNamesThePairsThatAreCut(t *testing.T) {
 		all = append(all, endpoint{n.Name, n.Address})
 	}
 	// A new interface may take the kernel a second to be carried: only what has worked can be cut.
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 	defer cancel()
 	if lost, err := reachAll(ctx, all); err != nil || len(lost) > 0 {
 		t.Fatalf("before the cut: %v%s", err, describe(lost))
@@ -141,16 +141,22 @@ func TestReachNamesThePairsThatAreCut(t *testing.T) {
 	if err := unplugNode(s.Nodes[2]); err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel = context.WithTimeout(t.Context(), 600*time.Millisecond)
-	defer cancel()
-	lost, err := reachAll(ctx, all)
-	if err != nil || len(lost) != 4 {
-		t.Fatalf("%v, %d lost:%s", err, len(lost), describe(lost))
+	// On a busy machine the answer of one that is not cut may be late, too: then it gets longer.
+	for patience := 600 * time.Millisecond; ; patience *= 4 {
+		ctx, cancel = context.WithTimeout(t.Context(), patience)
+		lost, err := reachAll(ctx, all)
+		cancel()
+		if err == nil && len(lost) == 4 {
+			break
+		}
+		if err != nil || len(lost) < 4 || patience > 30*time.Second {
+			t.Fatalf("%v, %d lost:%s", err, len(lost), describe(lost))
+		}
 	}
 	if err := raiseNode(s, s.Nodes[2]); err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel = context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel = context.WithTimeout(t.Context(), 60*time.Second)
 	defer cancel()
 	if lost, err := reachAll(ctx, all); err != nil || len(lost) > 0 {
 		t.Errorf("after it came back: %v%s", err, describe(lost))

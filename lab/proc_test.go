@@ -51,7 +51,7 @@ func TestStopEndsAProcess(t *testing.T) {
 func TestStopKillsWhoIgnoresTheSignal(t *testing.T) {
 	trapped := t.TempDir() + "/trapped"
 	p := sleeper(t, "sh", "-c", "trap '' TERM; touch "+trapped+"; while :; do sleep 0.05; done")
-	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(60 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
 		if _, err := os.Stat(trapped); err == nil {
 			break
 		}

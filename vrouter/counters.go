@@ -61,7 +61,7 @@ var moreNames = [moreCount]string{
 // losses around the ports. Those that are zero are there too, so that a reader knows their names.
 func (r *Router) Counters() []Counter {
 	r.mu.Lock()
-	workers := r.workers
+	workers, refused := r.workers, r.forgers.refused
 	r.mu.Unlock()
 
 	var forwarded [pathCount]Counter
@@ -102,5 +102,6 @@ func (r *Router) Counters() []Counter {
 		more[i].Name = moreNames[i]
 	}
 	all = append(all, more[:]...)
+	all = append(all, Counter{Name: "path_mtu_refused", Packets: refused})
 	return append(all, kernel...)
 }

@@ -82,8 +82,8 @@ func (v *view) toward(hop fib.Hop, inner packet.IPv4) fib.Hop {
 //	  (RFC 2003, 3.1 and 5.1)
 //	6 push (RFC 2003, 3.1; RFC 6040, 4.1; RFC 2983, 3.1)
 //
-// o is scratch that the caller keeps; its ID goes on from packet to packet.
-func (v *view) encap(p *Packet, inner packet.IPv4, hop fib.Hop, o *packet.Outer) (Verdict, Reason) {
+// o is scratch that the caller keeps from packet to packet.
+func (v *view) encap(p *Packet, inner packet.IPv4, hop fib.Hop, o *outer) (Verdict, Reason) {
 	if !hop.Found() {
 		return VerdictDrop, ReasonNoRoute
 	}
@@ -117,16 +117,14 @@ func (v *view) encap(p *Packet, inner packet.IPv4, hop fib.Hop, o *packet.Outer)
 	}
 	o.Src, o.TTL, o.Pipe, o.DSCP = v.state.source, outerTTL, v.state.pipe, v.state.options.DSCP.Value
 	binary.BigEndian.PutUint32(o.Dst[:], hop.Gateway())
-	o.ID++
-	out, fault := packet.PushIPIP(p.Buf[:p.Off+len(inner)], p.Off, o)
+	o.ID = o.identify(&v.state.key, hop.Gateway(), inner, segments)
+	out, fault := packet.PushIPIP(p.Buf[:p.Off+len(inner)], p.Off, &o.Outer)
 	if fault != 0 {
 		if segments > 1 {
 			return VerdictSplit, ReasonPacketTooBig // its segments fit one by one
 		}
 		return VerdictDrop, ReasonPacketTooBig
 	}
-	// Each segment will count the identification up, as whoever splits does (RFC 6864: they must differ).
-	o.ID += uint16(segments - 1)
 	grown := len(out) - len(inner)
 	p.Off -= grown
 	p.Len = len(out)

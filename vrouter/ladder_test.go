@@ -189,6 +189,7 @@ func TestEncapSuperpacket(t *testing.T) {
 	tcp[12] = 5 << 4
 	df := func(b []byte) { b[6] = 0x40 }
 	b := ip(ownPod, pod2, 6, tcp, df)
+	mayFragment := ip(ownPod, pod2, 6, tcp)
 	super := func(size uint16) Offload {
 		return Offload{Segmentation: SegmentTCPv4, NeedsChecksum: true, ChecksumStart: 20, ChecksumOffset: 16, Size: size}
 	}
@@ -211,16 +212,16 @@ func TestEncapSuperpacket(t *testing.T) {
 		}
 	}
 	v := view{routes: r.table.Forwarding(), state: r.state.Load()}
-	outer := packet.Outer{ID: 9}
+	o := outer{counter: 9}
 	p := NewPacket()
-	p.Len, p.Offload = copy(p.Buf[p.Off:], b), super(1000)
+	p.Len, p.Offload = copy(p.Buf[p.Off:], mayFragment), super(1000)
 	inner, reason := v.encapParse(p)
 	if reason != ReasonNotSet {
 		t.Fatal(reason)
 	}
-	if verdict, reason := v.encap(p, inner, v.routes.Lookup(inner.DstU32()), &outer); verdict != VerdictForward || p.Offload.ChecksumStart != 40 ||
-		packet.IPv4(p.Bytes()).ID() != 10 || outer.ID != 19 {
-		t.Errorf("%v, %+v, identification %d, then %d", reason, p.Offload, packet.IPv4(p.Bytes()).ID(), outer.ID)
+	if verdict, reason := v.encap(p, inner, v.routes.Lookup(inner.DstU32()), &o); verdict != VerdictForward || p.Offload.ChecksumStart != 40 ||
+		packet.IPv4(p.Bytes()).ID() != 10 || o.counter != 19 {
+		t.Errorf("%v, %+v, identification %d, then %d", reason, p.Offload, packet.IPv4(p.Bytes()).ID(), o.counter)
 	}
 }
 

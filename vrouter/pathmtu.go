@@ -24,6 +24,7 @@ const (
 type PathMTU struct {
 	Gateway netip.Addr
 	MTU     int // of the outer packet, in bytes
+	Learned time.Time
 	Expires time.Time
 }
 
@@ -31,7 +32,7 @@ type PathMTU struct {
 type pathMTU struct {
 	gateway uint32
 	mtu     int // of the inner packet
-	expires time.Time
+	learned time.Time
 }
 
 // mtuTo returns the length in bytes of the longest packet that can be sent into the tunnel to gateway.
@@ -72,8 +73,9 @@ func (v *view) clamp(p *Packet, inner packet.IPv4, hop fib.Hop) {
 // LearnPathMTU takes note of an ICMP "fragmentation needed" about a packet in a tunnel of this node (RFC 2003, 5.1, "soft
 // state"; RFC 1191, 6). b is the message with its IPv4 header. It reports whether that narrows a way; what is not about
 // a packet to a node of the cluster, or says nothing new, does not, nor what a pod says: none is a router on the way, and
-// one forged message would narrow all pods' way to that node. The senders inside learn of it with their next packet that
-// is too long.
+// one forged message would narrow all pods' way to that node. What it quotes has to be a packet that we have sent, see
+// outerKey; of those who quote another one about a node only the first few in a minute are told apart, and then nobody is
+// believed about it. The senders inside learn of it with their next packet that is too long.
 func (r *Router) LearnPathMTU(b []byte, now time.Time) (PathMTU, bool) {
 	m, ok := packet.ParseFragNeeded(b)
 	if !ok {
@@ -90,8 +92,8 @@ func (r *Router) LearnPathMTU(b []byte, now time.Time) (PathMTU, bool) {
 		!quoted.DF() || !old.isNode(quoted.Dst()) || m.MTU >= quoted.TotalLen() || r.fromPods(packet.IPv4(b).Src()) {
 		return PathMTU{}, false
 	}
-	learned := pathMTU{gateway: quoted.DstU32(), mtu: max(m.MTU, MinPathMTU) - outerLen, expires: now.Add(PathMTULife)}
-	if learned.mtu >= old.mtuTo(learned.gateway) {
+	learned := pathMTU{gateway: quoted.DstU32(), mtu: max(m.MTU, MinPathMTU) - outerLen, learned: now}
+	if learned.mtu >= old.mtuTo(learned.gateway) || !r.forgers.sent(&old.key, quoted, now) {
 		return PathMTU{}, false
 	}
 	next := *old
@@ -117,7 +119,7 @@ func (r *Router) ExpirePathMTU(now time.Time) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	next := *r.state.Load()
-	kept := slices.DeleteFunc(slices.Clone(next.paths), func(p pathMTU) bool { return !now.Before(p.expires) })
+	kept := slices.DeleteFunc(slices.Clone(next.paths), func(p pathMTU) bool { return !now.Before(p.learned.Add(PathMTULife)) })
 	if len(kept) == len(next.paths) {
 		return false
 	}
@@ -140,5 +142,5 @@ func (r *Router) PathMTUs() []PathMTU {
 func (p pathMTU) public() PathMTU {
 	var b [4]byte
 	binary.BigEndian.PutUint32(b[:], p.gateway)
-	return PathMTU{Gateway: netip.AddrFrom4(b), MTU: p.mtu + outerLen, Expires: p.expires}
+	return PathMTU{Gateway: netip.AddrFrom4(b), MTU: p.mtu + outerLen, Learned: p.learned, Expires: p.learned.Add(PathMTULife)}
 }

@@ -89,6 +89,7 @@ type state struct {
 	config     Config
 	source     [4]byte      // config.NodeAddress
 	address    uint32       // the same as a number, as fib.Hop has its gateway
+	key        outerKey     // the same for as long as the router lives
 	nodes      []netip.Addr // sorted
 
 	options   Options
@@ -122,6 +123,7 @@ type Router struct {
 	workers    []*Worker
 	captures   []*Capture
 	drops      dropLog
+	forgers    forgers
 	changed    chan struct{}
 }
 
@@ -129,7 +131,7 @@ type Router struct {
 func New() *Router {
 	r := &Router{table: fib.New(), nodes: make(map[netip.Addr]bool), pods: podSet{pods: make(map[netip.Addr]*knownPod)},
 		changed: make(chan struct{}, 1)}
-	r.state.Store(&state{options: Options{ICMPRate: DefaultICMPRate}})
+	r.state.Store(&state{key: newOuterKey(), options: Options{ICMPRate: DefaultICMPRate}})
 	return r
 }
 

@@ -13,7 +13,7 @@ func TestTraceIsTheLadder(t *testing.T) {
 	big := make([]byte, 1500)
 	packets := map[Direction][][]byte{
 		Encap: {
-			ip(ownPod, pod2, 17, []byte("x")), ip(ownPod, pod3, 17, nil), ip(ownPod, ownPod.Next(), 17, nil), ip(ownPod, pod2, 17, big, dontFragment),
+			ip(ownPod, pod2, 17, []byte("x"), setDF), ip(ownPod, pod3, 17, nil), ip(ownPod, ownPod.Next(), 17, nil), ip(ownPod, pod2, 17, big, dontFragment),
 			ip(ownPod, netip.MustParseAddr("10.244.4.1"), 17, nil), ip(ownPod, netip.MustParseAddr("10.244.5.1"), 17, nil),
 			ip(ownPod, netip.MustParseAddr("192.0.2.1"), 17, nil), {0x60}, {0x45, 0}, corrupt(ip(ownPod, pod2, 17, nil)),
 		},

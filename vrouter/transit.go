@@ -53,7 +53,7 @@ func (t *transit) podParse(p *Packet) (packet.IPv4, Reason) {
 //	7 out by the other pod's interface, or pushed into the tunnel
 //
 // The order is the kernel's, so that what an ICMP error quotes has the TTL with which it came.
-func (t *transit) pod(p *Packet, inner packet.IPv4, hop fib.Hop, o *packet.Outer) (Verdict, Reason) {
+func (t *transit) pod(p *Packet, inner packet.IPv4, hop fib.Hop, o *outer) (Verdict, Reason) {
 	p.Len = len(inner) // without the link layer's padding
 	out := t.pods.find(inner.DstU32())
 	if out == noInterface && hop.Kind() != fib.KindTunnel || !plain(inner) || out != noInterface && !t.fits(p, inner) {

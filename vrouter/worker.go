@@ -2,6 +2,7 @@ package vrouter
 
 import (
 	"errors"
+	"math/rand/v2"
 	"runtime"
 	"sync/atomic"
 
@@ -27,7 +28,7 @@ type Worker struct {
 	addresses []uint32
 	hops      []fib.Hop
 	view      view // of the turn
-	outer     packet.Outer
+	outer     outer
 	tallies   tallies
 	splitting splitting
 	answerer  *answerer
@@ -65,6 +66,7 @@ func (r *Router) newWorker(w *Worker) *Worker {
 	w.router = r
 	w.packets = make([]*Packet, batchSize)
 	w.makeRoom(batchSize)
+	w.outer.counter = uint16(rand.Uint32()) // not where every other worker and node begins
 	for i := range w.packets {
 		w.packets[i] = NewPacket()
 	}

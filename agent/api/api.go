@@ -44,6 +44,18 @@ type VRouter struct {
 	Port      string `json:"port,omitempty"` // what was chosen for attachment and I/O
 	Routes    int    `json:"routes"`
 	Stale     int    `json:"stale"`
+	// PathMTUs are the ways to other nodes on which a router has told of a narrower link, sorted by node.
+	PathMTUs []PathMTU `json:"pathMTUs,omitempty"`
+}
+
+// PathMTU is the longest outer packet that the way to a node is known to carry.
+type PathMTU struct {
+	Node    netip.Addr `json:"node"`
+	MTU     int        `json:"mtu"` // bytes
+	Learned time.Time  `json:"learned"`
+	// Age is how long ago that was when the status was made, in seconds.
+	Age     int       `json:"ageSeconds"`
+	Expires time.Time `json:"expires"` // a longer one is tried again then: RFC 1191, 6.3
 }
 
 // Peer is one BGP session of this node.

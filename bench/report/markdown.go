@@ -1,6 +1,7 @@
 package report
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"maps"
@@ -23,6 +24,10 @@ func (r *Report) Markdown(w io.Writer, plots []string) error {
 	p.line("Every figure is the median of %d rounds (least to most) after a discarded one; one measurement lasts %s. The", r.Rounds, r.Window)
 	p.line("method is in docs/bench.md.")
 	p.line("")
+	if r.Partial != "" {
+		p.line("**This is a part of a run**: %s. What is not in it has not been measured.", strings.ReplaceAll(r.Partial, "\n", "; "))
+		p.line("")
+	}
 	r.targets(p)
 	for _, s := range r.scenarios {
 		r.scenario(p, s, plots)
@@ -52,35 +57,39 @@ func (r *Report) Table(w io.Writer) error {
 func (r *Report) targets(p *printer) {
 	p.line("## Targets")
 	p.line("")
-	p.line("| what | ours | peer | ratio or figure | at least | aim | verdict |")
+	p.line("| what | ours | ratio to the better peer, or figure | ratio to the other | at least | aim | verdict |")
 	p.line("|---|---|---|---|---|---|---|")
-	missed := 0
+	missed, judged := 0, 0
 	for _, t := range r.Targets {
 		sign := "≥ "
 		if t.Lower {
 			sign = "≤ "
 		}
-		ours, peer := t.Ours, t.Peer
-		if peer != "" {
-			ours, peer = ours+": "+t.Figure, peer+": "+t.Against
+		ours, value, other := t.Ours, "–", ""
+		if t.Value.N > 0 {
+			value = spread(t.Value) + " " + t.Unit
+			judged++
+		}
+		for i, peer := range t.Peers {
+			text := fmt.Sprintf("%s × %s (%s)", spread(peer.Ratio), peer.Peer, peer.Figure)
+			if i == 0 {
+				ours, value = ours+": "+t.Figure, text
+			} else {
+				other += text
+			}
 		}
 		verdict := t.Verdict
 		if t.Remark != "" {
 			verdict += " (" + t.Remark + ")"
 		}
-		value := "–"
-		if t.Value.N > 0 {
-			value = spread(t.Value) + " " + t.Unit
-		}
-		p.line("| %s | %s | %s | %s | %s%s | %s%s | %s |", t.What, ours, peer, value,
-			sign, limit(t.Least), sign, limit(t.Aim), verdict)
+		p.line("| %s | %s | %s | %s | %s%s | %s%s | %s |", t.What, ours, value, other, sign, limit(t.Least), sign, limit(t.Aim), verdict)
 		if t.Verdict == Missed {
 			missed++
 		}
 	}
 	p.line("")
 	if missed > 0 {
-		p.line("%d of %d targets are missed. What holds them back is in docs/bench.md.", missed, len(r.Targets))
+		p.line("%d of the %d that were measured are missed. What holds them back is in docs/bench.md.", missed, judged)
 		p.line("")
 	}
 }
@@ -103,7 +112,13 @@ func (r *Report) scenario(p *printer, s suite.Scenario, plots []string) {
 			paths = append(paths, one.Path)
 		}
 	}
-	if len(paths) == 0 {
+	failed := make(map[string]string) // path to why there is no figure of it
+	for _, f := range r.Failures {
+		if f.Scenario == s.Name && !slices.Contains(paths, f.Path) {
+			failed[f.Path] = strings.ReplaceAll(f.Error, "\n", "; ")
+		}
+	}
+	if len(paths)+len(failed) == 0 {
 		return
 	}
 	p.line("## %s: %s", s.Name, s.Title)
@@ -142,6 +157,9 @@ func (r *Report) scenario(p *printer, s suite.Scenario, plots []string) {
 			}
 		}
 		p.line("%s", line)
+	}
+	for _, path := range slices.Sorted(maps.Keys(failed)) {
+		p.line("| %s | not measured: %s%s", path, failed[path], strings.Repeat(" |", strings.Count(head, "|")-2))
 	}
 	p.line("")
 	for _, plot := range plots {
@@ -183,11 +201,29 @@ func (r *Report) rest(p *printer) {
 		p.line("")
 	}
 	if len(r.Failures) > 0 {
-		p.line("## Not measured")
+		p.line("## What failed")
+		p.line("")
+		p.line("A path that fails twice in a scenario is left out there.")
 		p.line("")
 		for _, f := range r.Failures {
-			p.line("- %s, %s: %s", f.Scenario, f.Path, strings.ReplaceAll(f.Error, "\n", "; "))
+			round := fmt.Sprintf("round %d", f.Round)
+			if f.Round == 0 {
+				round = "the discarded round"
+			}
+			p.line("- %s, %s, %s: %s", f.Scenario, cmp.Or(f.Path, "all of it"), round, strings.ReplaceAll(f.Error, "\n", "; "))
 		}
+		p.line("")
+	}
+	if len(r.Took) > 0 {
+		p.line("## How long it took")
+		p.line("")
+		var all []string
+		for _, s := range r.scenarios {
+			if took, ok := r.Took[s.Name]; ok {
+				all = append(all, fmt.Sprintf("%s %.0f s", s.Name, took.Seconds()))
+			}
+		}
+		p.line("%s.", strings.Join(all, ", "))
 		p.line("")
 	}
 	if len(r.Notes) > 0 {

@@ -25,12 +25,8 @@ func (r *Report) plots(dir string) (files []string, err error) {
 	j := judgement{r.Outcome}
 	for _, s := range r.scenarios {
 		for i, m := range s.Metrics {
-			name := s.Name
-			switch {
-			case i == 0:
-			case m.Name == "cpu":
-				name += ".cpu"
-			default:
+			name := plotName(s, i)
+			if name == "" {
 				continue
 			}
 			all := j.find(s.Name, m.Name, func(p string) bool { return p != rig.KindWire })
@@ -41,7 +37,7 @@ func (r *Report) plots(dir string) (files []string, err error) {
 			if err != nil {
 				return nil, err
 			}
-			for _, form := range []string{".svg", ".png"} {
+			for _, form := range plotForms {
 				if err := p.Save(vg.Length(len(all)+2)*2*vg.Centimeter, 9*vg.Centimeter, filepath.Join(dir, name+form)); err != nil {
 					return nil, err
 				}
@@ -50,6 +46,31 @@ func (r *Report) plots(dir string) (files []string, err error) {
 		}
 	}
 	return files, nil
+}
+
+var plotForms = []string{".svg", ".png"}
+
+// plotName is what the plot of a scenario's metric is called, without its form; metrics that have none: "".
+func plotName(s suite.Scenario, metric int) string {
+	switch {
+	case metric == 0:
+		return s.Name
+	case s.Metrics[metric].Name == "cpu":
+		return s.Name + ".cpu"
+	}
+	return ""
+}
+
+// plotNames are the files that a scenario's plots would be in.
+func plotNames(s suite.Scenario) (names []string) {
+	for i := range s.Metrics {
+		for _, form := range plotForms {
+			if name := plotName(s, i); name != "" {
+				names = append(names, name+form)
+			}
+		}
+	}
+	return names
 }
 
 // chart draws the medians as bars and the spread as lines over them.

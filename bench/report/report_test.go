@@ -6,8 +6,10 @@ import (
 	"image/png"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"margay/bench/stat"
 	"margay/bench/suite"
@@ -20,7 +22,8 @@ func outcome() *suite.Outcome {
 	o := &suite.Outcome{
 		Limit:    map[traffic.Profile]float64{traffic.Small: 700_000},
 		Ports:    map[string]string{"direct+xdp": "in its own words"},
-		Failures: []suite.Failure{{Scenario: "rr", Path: "wireguard", Error: "a\nb"}},
+		Failures: []suite.Failure{{Scenario: "rr", Path: "wireguard", Error: "a\nb"}, {Scenario: "tcp1", Path: "veth", Round: 2, Error: "broken"}},
+		Took:     map[string]time.Duration{"tcp1": 70 * time.Second},
 		Notes:    []string{"a note"},
 	}
 	scenarios := make(map[string]suite.Scenario)
@@ -44,6 +47,7 @@ func outcome() *suite.Outcome {
 	add("tcp1", "vxlan+rps", "rate", 9, 8, 7)
 	add("tcp1", "tun", "rate", 5, 5, 5)
 	add("tcp1", "direct", "rate", 9, 18, 27)
+	add("tcp1", "direct+tc", "rate", 12, 22, 36)
 	add("tcp1", "tun+nobpf", "rate", 1, 2, 3)
 	add("tcp1-off", "vxlan", "rate", 10)
 	add("tcp1-off", "direct", "rate", 12)
@@ -72,26 +76,68 @@ func TestVerdicts(t *testing.T) {
 		t.Fatalf("no row %q", part)
 		return Row{}
 	}
+	one := func(v float64) stat.Summary { return stat.Summary{N: 1, Median: v, Min: v, Max: v} }
+	three := func(v, least, most float64) stat.Summary { return stat.Summary{N: 3, Median: v, Min: least, Max: most} }
+	vxlan := func(path string, ratio stat.Summary) Comparison { return Comparison{Peer: path, Ratio: ratio} }
 	for part, want := range map[string]Row{
-		"1 flow, best attachment": {Ours: "direct", Peer: "vxlan", Value: stat.Summary{N: 3, Median: 0.9, Min: 0.9, Max: 0.9}, Verdict: Reached},
-		"TSO and GSO off":         {Ours: "direct", Peer: "vxlan", Value: stat.Summary{N: 1, Median: 1.2, Min: 1.2, Max: 1.2}, Verdict: AimReached},
-		"NET_ADMIN and NET_RAW":   {Ours: "tun+nobpf", Peer: "vxlan", Value: stat.Summary{N: 3, Median: 0.1, Min: 0.1, Max: 0.1}, Verdict: Missed},
-		"veth / kernel VXLAN":     {Ours: "veth", Peer: "vxlan", Value: stat.Summary{N: 1, Median: 1.35, Min: 1.35, Max: 1.35}, Verdict: Missed},
-		"the same, direct":        {Ours: "direct+xdp", Peer: "vxlan", Value: stat.Summary{N: 1, Median: 0.45, Min: 0.45, Max: 0.45}, Verdict: AimReached},
-		"rate of small UDP":       {Ours: "direct+xdp", Peer: "vxlan+rps", Value: stat.Summary{N: 1, Median: 1.8, Min: 1.8, Max: 1.8}, Verdict: Reached, Remark: "generator-bound"},
-		"forwarding loop alone":   {Ours: suite.LoopFull, Value: stat.Summary{N: 1, Median: 45, Min: 45, Max: 45}, Verdict: Reached},
-		"allocations":             {Ours: suite.LoopFull, Value: stat.Summary{N: 1, Median: 1, Min: 1, Max: 1}, Verdict: Missed},
-		"bart.Fast":               {Ours: table.Ours, Peer: table.Peer, Value: stat.Summary{N: 2, Median: 25, Min: 20, Max: 30}, Verdict: Reached},
-		"request/response":        {Verdict: NotMeasured},
-		"rte_lpm":                 {Verdict: NotMeasured},
+		"1 flow, best in user space": {Ours: "direct", Value: three(0.9, 0.9, 0.9), Verdict: Reached,
+			Peers: []Comparison{vxlan("vxlan", three(0.9, 0.9, 0.9)), vxlan("vxlan+rps", three(2.25, 1, 27.0/7))}},
+		"TSO and GSO off": {Ours: "direct", Value: one(1.2), Verdict: AimReached, Peers: []Comparison{vxlan("vxlan", one(1.2))}},
+		"NET_ADMIN and NET_RAW": {Ours: "tun+nobpf", Value: three(0.1, 0.1, 0.1), Verdict: Missed,
+			Peers: []Comparison{vxlan("vxlan", three(0.1, 0.1, 0.1)), vxlan("vxlan+rps", three(0.25, 1.0/9, 3.0/7))}},
+		"veth / kernel VXLAN":   {Ours: "veth", Value: one(1.35), Verdict: Missed, Peers: []Comparison{vxlan("vxlan", one(1.35))}},
+		"the same, direct":      {Ours: "direct+xdp", Value: one(0.45), Verdict: AimReached, Peers: []Comparison{vxlan("vxlan", one(0.45))}},
+		"rate of small UDP":     {Ours: "direct+xdp", Value: one(1.8), Verdict: Reached, Remark: "generator-bound", Peers: []Comparison{vxlan("vxlan+rps", one(1.8)), vxlan("vxlan", one(2.25))}},
+		"forwarding loop alone": {Ours: suite.LoopFull, Value: one(45), Verdict: Reached},
+		"allocations":           {Ours: suite.LoopFull, Value: one(1), Verdict: Missed},
+		"bart.Fast": {Ours: table.Ours, Value: stat.Summary{N: 2, Median: 25, Min: 20, Max: 30}, Verdict: Reached,
+			Peers: []Comparison{{Peer: table.Peer, Ratio: stat.Summary{N: 2, Median: 25, Min: 20, Max: 30}}}},
+		"request/response": {Verdict: NotMeasured},
+		"rte_lpm":          {Verdict: NotMeasured},
 	} {
 		got := find(part)
-		if got.Ours != want.Ours || got.Peer != want.Peer || got.Value != want.Value || got.Verdict != want.Verdict {
+		for i := range got.Peers {
+			if got.Peers[i].Figure == "" {
+				t.Errorf("%s: %s has no figure", part, got.Peers[i].Peer)
+			}
+			got.Peers[i].Figure = ""
+		}
+		if got.Ours != want.Ours || !slices.Equal(got.Peers, want.Peers) || got.Value != want.Value || got.Verdict != want.Verdict {
 			t.Errorf("%s: %+v, expected %+v", part, got, want)
 		}
 		if want.Remark != "" && got.Remark != want.Remark || got.Verdict == NotMeasured && got.Remark == "" {
 			t.Errorf("%s: remark %q, expected %q", part, got.Remark, want.Remark)
 		}
+	}
+	// The kernel's shortcut, however fast, stands in a row of its own.
+	if got := rows[1]; got.Ours != "direct+tc" || got.Value != three(1.2, 1.1, 1.2) || got.Verdict != AimReached {
+		t.Errorf("%+v", got)
+	}
+}
+
+// TestPartial: a report of a run that goes on says so, has no plots, and leaves none of an earlier run's.
+func TestPartial(t *testing.T) {
+	dir := t.TempDir()
+	r := New(outcome(), suite.Scenarios())
+	if _, err := r.Write(dir); err != nil {
+		t.Fatal(err)
+	}
+	o := outcome()
+	o.Partial = "3 of 10 measurements are made"
+	r.Renew(o)
+	if err := r.WriteText(dir); err != nil {
+		t.Fatal(err)
+	}
+	files, err := filepath.Glob(filepath.Join(dir, "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := []string{filepath.Join(dir, "report.json"), filepath.Join(dir, "report.md")}; !slices.Equal(files, want) {
+		t.Errorf("%v, expected %v", files, want)
+	}
+	page, err := os.ReadFile(filepath.Join(dir, "report.md"))
+	if err != nil || !strings.Contains(string(page), "**This is a part of a run**: 3 of 10 measurements") || strings.Contains(string(page), "![") {
+		t.Errorf("%v: %s", err, page)
 	}
 }
 
@@ -127,8 +173,10 @@ func TestWrite(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"3 of 16 targets are missed", "## tcp1: ", "| vxlan+rps | 8.00 (7.00–9.00) |", "![TCP bulk, two nodes, 1 flow](tcp1.svg)",
-		"- direct+xdp: in its own words", "- small: 700 kpps", "630 generator-bound", "- rr, wireguard: a; b", "- a note"} {
+	for _, want := range []string{"3 of the 10 that were measured are missed", "## tcp1: ", "| vxlan+rps | 8.00 (7.00–9.00) |", "![TCP bulk, two nodes, 1 flow](tcp1.svg)",
+		"- direct+xdp: in its own words", "- small: 700 kpps", "630 generator-bound", "- rr, wireguard, the discarded round: a; b", "- tcp1, veth, round 2: broken", "- a note",
+		"| wireguard | not measured: a; b | |\n", "| veth | not measured: broken |", "0.900 × vxlan (20.0 Gbit/s) | 2.25 (1.00–3.86) × vxlan+rps (8.00 Gbit/s) |",
+		"tcp1 70 s."} {
 		if !strings.Contains(string(page), want) {
 			t.Errorf("report.md has no %q:\n%s", want, page)
 		}
@@ -141,7 +189,7 @@ func TestWrite(t *testing.T) {
 	if err := json.Unmarshal(text, &back); err != nil {
 		t.Fatal(err)
 	}
-	if len(back.Targets) != 16 || back.Outcome == nil || len(back.Series) != len(outcome().Series) || back.Series[0].Unit != "Gbit/s" {
+	if len(back.Targets) != len(New(outcome(), nil).Targets) || back.Outcome == nil || len(back.Series) != len(outcome().Series) || back.Series[0].Unit != "Gbit/s" {
 		t.Errorf("report.json: %+v", back)
 	}
 }

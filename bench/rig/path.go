@@ -29,6 +29,9 @@ type Path struct {
 	Binary string // vrouter: another binary than the run's own
 }
 
+// Shortcut tells whether the path's packets go past the vRouter, whose BPF programs carry them in the kernel.
+func (p Path) Shortcut() bool { return p.IO == "tc" }
+
 // ParsePath reads a path as it is named on the command line: wire, route, vxlan, wireguard or an attachment, then any of
 // +rps, +xdp, +packet, +tc, +nobpf, and after @ the vrouter binary to take.
 func ParsePath(text string) (Path, error) {

@@ -19,13 +19,18 @@ type Config struct {
 	Paths     []rig.Path
 	Rounds    int // that count; one more comes before them and is discarded
 	Times     Times
+	Packets   int  // of one measurement of the loop; as many lookups, and a tenth as many updates
+	RTELPM    bool // look addresses up in DPDK's rte_lpm too, whose load takes minutes
 	Rig       rig.Options
 	Progress  func(Progress)
+	// Save is called after each round with all that has been measured until then; it must not keep the outcome.
+	Save func(*Outcome) error
 }
 
 // Progress is told after each measurement.
 type Progress struct {
 	Done, Total    int
+	Left           time.Duration // estimated, until the run's end
 	Scenario, Path string
 	Round          int // 0 is discarded
 	Rounds         int
@@ -43,45 +48,51 @@ type Series struct {
 	Summary  stat.Summary    `json:"summary"`
 }
 
-func (s *Series) summarise() { s.Summary = stat.Summarise(slices.Collect(maps.Values(s.Rounds))) }
-
-// Failure is a path that could not be measured, and why.
+// Failure is a measurement that failed, and why.
 type Failure struct {
-	Scenario string `json:"scenario,omitempty"` // none: the path could not be set up
-	Path     string `json:"path"`
+	Scenario string `json:"scenario"`
+	Path     string `json:"path,omitempty"` // none: the whole scenario
+	Round    int    `json:"round"`          // 0 is the discarded one
 	Error    string `json:"error"`
 }
 
 // Outcome is all that a run has measured.
 type Outcome struct {
+	Partial  string            `json:"partial,omitempty"` // why it is not the whole run, if it is not
 	Series   []Series          `json:"series"`
 	Failures []Failure         `json:"failures,omitempty"`
 	Notes    []string          `json:"notes,omitempty"`
 	Ports    map[string]string `json:"ports"` // path to how its vRouter carries packets, in its own words
 	// Limit is what the generator reaches with nothing in between, in packets per second; by profile.
 	Limit map[traffic.Profile]float64 `json:"generator_limit"`
-	Took  time.Duration               `json:"took_ns"`
+	// Took is how long each scenario took.
+	Took map[string]time.Duration `json:"took_ns"`
 }
 
 // Run measures every scenario over every path that fits it. The rounds go through all paths, so that neighbours in time are
-// compared, and each begins one path further on, so that none is always first. A path that fails is left out from there on;
-// Run fails only when ctx ends, or when nothing could be measured.
+// compared, and each begins one path further on, so that none is always first. A measurement that fails is kept as a Failure, the
+// path is set up anew and tried once more in the next round. The outcome is never nil: when ctx ends, it has what there is.
 func Run(ctx context.Context, c Config) (*Outcome, error) {
-	r := &runner{Config: c, began: time.Now(), beds: make(map[bedKey]*rig.Bed), failed: make(map[bedKey]bool)}
-	r.out.Ports = make(map[string]string)
+	r := &runner{Config: c, began: time.Now(), beds: make(map[bedKey]*rig.Bed), failed: make(map[bedKey]error)}
+	r.out.Ports, r.out.Took = make(map[string]string), make(map[string]time.Duration)
 	r.env = Env{Times: c.Times, Own: make(map[traffic.Profile]float64), OwnPaced: make(map[traffic.Profile]float64),
 		Limit: make(map[traffic.Profile]float64), Note: r.note}
-	for _, s := range c.Scenarios {
-		r.total += len(r.fitting(s)) * (c.Rounds + 1)
-	}
+	r.out.Limit = r.env.Limit
+	r.plan()
 	err := r.run(ctx)
+	if errors.Is(err, context.Canceled) {
+		err = errors.New("interrupted")
+	}
 	err = errors.Join(err, r.close())
+	r.out.Partial = ""
+	if err != nil {
+		r.out.Partial = fmt.Sprintf("ended after %d of %d measurements: %v", r.done, r.total, err)
+	}
 	if r.env.Disturbed > 0 {
 		r.round = 1
 		r.note("in %d of %d measurements other processes took more than 4 %% of the busy time, also when they were repeated",
 			r.env.Disturbed, r.env.Measured)
 	}
-	r.out.Limit, r.out.Took = r.env.Limit, time.Since(r.began)
 	return &r.out, err
 }
 
@@ -94,12 +105,14 @@ type runner struct {
 	Config
 	out    Outcome
 	env    Env
-	began  time.Time
 	beds   map[bedKey]*rig.Bed
-	failed map[bedKey]bool
+	failed map[bedKey]error // why a bed could not be built
+	began  time.Time
 	done   int
 	total  int
 	round  int
+	// What the measurements should take, by Scenario.Cost: those that are over, and those to come.
+	spent, ahead time.Duration
 }
 
 func (r *runner) note(format string, args ...any) {
@@ -109,6 +122,35 @@ func (r *runner) note(format string, args ...any) {
 	if text := fmt.Sprintf(format, args...); !slices.Contains(r.out.Notes, text) {
 		r.out.Notes = append(r.out.Notes, text)
 	}
+}
+
+// plan counts what there is to do.
+func (r *runner) plan() {
+	for _, s := range r.Scenarios {
+		r.expect(s, r.expected(s))
+	}
+}
+
+// expected is how many subjects a scenario has, as far as can be told before they are made.
+func (r *runner) expected(s Scenario) int {
+	if s.Measure != nil {
+		return len(r.fitting(s))
+	}
+	return s.variants
+}
+
+// expect adds n subjects of a scenario to what there is to do.
+func (r *runner) expect(s Scenario, n int) {
+	n *= r.Rounds + 1
+	r.total += n
+	r.ahead += time.Duration(n) * s.Cost(r.Times)
+}
+
+// left estimates the time until the run's end by what its measurements have taken so far, compared with what they should take;
+// while there are few of them that they took as long as they should weighs more.
+func (r *runner) left() time.Duration {
+	const trust = 5 * time.Second
+	return time.Duration(float64(r.ahead) * float64(time.Since(r.began)+trust) / float64(r.spent+trust))
 }
 
 func (r *runner) fitting(s Scenario) []rig.Path {
@@ -123,64 +165,124 @@ func (r *runner) fitting(s Scenario) []rig.Path {
 
 func (r *runner) run(ctx context.Context) error {
 	for _, s := range r.Scenarios {
-		series := make(map[string]map[string]*Series) // path, metric
-		out := make(map[string]bool)
-		for round := range r.Rounds + 1 {
-			r.round = round
-			for _, p := range order(r.fitting(s), round) {
-				r.done++
-				if out[p.Name] {
-					continue
-				}
-				values, err := r.measure(ctx, s, p)
+		began := time.Now()
+		err := r.scenario(ctx, s)
+		r.out.Took[s.Name] = time.Since(began)
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// subject is what is measured again and again: a path or, where there is no network, a variant.
+type subject struct {
+	name    string
+	leads   bool // every round begins with it
+	measure func(context.Context) (Values, error)
+}
+
+// subjects returns those of a scenario, and what to call when they are no more needed.
+func (r *runner) subjects(s Scenario) (_ []subject, release func() error, err error) {
+	if s.Measure == nil {
+		if err := r.close(); err != nil { // what needs no network is measured without beds beside it
+			return nil, nil, err
+		}
+		return r.memory(s)
+	}
+	var out []subject
+	for _, p := range r.fitting(s) {
+		out = append(out, subject{name: p.Name, leads: p.Kind == rig.KindWire,
+			measure: func(ctx context.Context) (Values, error) { return r.measure(ctx, s, p) }})
+	}
+	return out, r.rest, nil
+}
+
+// scenario measures one. It fails only when ctx ends, or the outcome cannot be saved.
+func (r *runner) scenario(ctx context.Context, s Scenario) error {
+	r.round = 0
+	all, release, err := r.subjects(s)
+	r.expect(s, len(all)-r.expected(s))
+	if err != nil {
+		r.fail(s, "", err)
+		return ctx.Err()
+	}
+	defer func() {
+		if failed := release(); failed != nil {
+			r.fail(s, "", failed)
+		}
+	}()
+	return r.rounds(ctx, s, all)
+}
+
+// rounds measures all subjects of a scenario in turn, again and again.
+func (r *runner) rounds(ctx context.Context, s Scenario, all []subject) error {
+	before := r.out.Series
+	series := make(map[string]map[string]*Series) // path, metric
+	failures := make(map[string]int)
+	for round := range r.Rounds + 1 {
+		r.round = round
+		for _, one := range order(all, round) {
+			if failures[one.name] < 2 {
+				values, err := one.measure(ctx)
 				if ctx.Err() != nil {
+					r.out.Series = slices.Concat(before, gather(series, s, all))
 					return ctx.Err()
 				}
-				if r.Progress != nil {
-					r.Progress(Progress{Done: r.done, Total: r.total, Scenario: s.Name, Path: p.Name, Round: round, Rounds: r.Rounds,
-						Values: values, Metrics: s.Metrics, Err: err})
-				}
 				if err != nil {
-					out[p.Name] = true
-					r.out.Failures = append(r.out.Failures, Failure{s.Name, p.Name, err.Error()})
-					continue
+					failures[one.name]++
+					r.fail(s, one.name, err)
+				} else if round > 0 {
+					record(series, s, one.name, round, values)
 				}
-				if round > 0 {
-					record(series, s, p.Name, round, values)
-				}
+				r.count(s)
+				r.tell(Progress{Scenario: s.Name, Path: one.name, Round: round, Values: values, Metrics: s.Metrics, Err: err})
+			} else {
+				r.count(s)
 			}
 		}
-		for _, p := range r.fitting(s) {
-			for _, m := range s.Metrics {
-				if one := series[p.Name][m.Name]; one != nil {
-					one.summarise()
-					r.out.Series = append(r.out.Series, *one)
-				}
-			}
-		}
-		for key, b := range r.beds { // generator and sink are not needed in between
-			if err := b.StopTraffic(); err != nil {
-				return fmt.Errorf("%s: %w", key.path, err)
+		r.out.Series = slices.Concat(before, gather(series, s, all))
+		if r.Save != nil {
+			r.out.Partial = fmt.Sprintf("%d of %d measurements are made", r.done, r.total)
+			if err := r.Save(&r.out); err != nil {
+				return err
 			}
 		}
 	}
 	return nil
 }
 
-// order lets each round begin one path further on; the wire stays first, because the others are measured against it.
-func order(paths []rig.Path, round int) []rig.Path {
-	var wire, rest []rig.Path
-	for _, p := range paths {
-		if p.Kind == rig.KindWire {
-			wire = append(wire, p)
+// count notes that a measurement is over.
+func (r *runner) count(s Scenario) {
+	r.done++
+	r.spent, r.ahead = r.spent+s.Cost(r.Times), r.ahead-s.Cost(r.Times)
+}
+
+func (r *runner) tell(p Progress) {
+	if r.Progress != nil {
+		p.Done, p.Total, p.Left, p.Rounds = r.done, r.total, r.left(), r.Rounds
+		r.Progress(p)
+	}
+}
+
+func (r *runner) fail(s Scenario, path string, err error) {
+	r.out.Failures = append(r.out.Failures, Failure{Scenario: s.Name, Path: path, Round: r.round, Error: err.Error()})
+}
+
+// order lets each round begin one subject further on; those that lead stay first, because the others are measured against them.
+func order(all []subject, round int) []subject {
+	var leading, rest []subject
+	for _, s := range all {
+		if s.leads {
+			leading = append(leading, s)
 		} else {
-			rest = append(rest, p)
+			rest = append(rest, s)
 		}
 	}
 	if n := len(rest); n > 0 {
 		rest = slices.Concat(rest[round%n:], rest[:round%n])
 	}
-	return append(wire, rest...)
+	return append(leading, rest...)
 }
 
 func record(series map[string]map[string]*Series, s Scenario, path string, round int, values Values) {
@@ -201,40 +303,67 @@ func record(series map[string]map[string]*Series, s Scenario, path string, round
 	}
 }
 
+// gather returns a scenario's series in the order of its subjects and metrics.
+func gather(series map[string]map[string]*Series, s Scenario, all []subject) (out []Series) {
+	for _, one := range all {
+		for _, m := range s.Metrics {
+			if got := series[one.name][m.Name]; got != nil {
+				got.Summary = stat.Summarise(slices.Collect(maps.Values(got.Rounds)))
+				out = append(out, *got)
+			}
+		}
+	}
+	return out
+}
+
+// measure makes one measurement over a path. After an error the bed is taken down, so that the next one finds a new one.
 func (r *runner) measure(ctx context.Context, s Scenario, p rig.Path) (Values, error) {
-	b, err := r.bed(ctx, p, s.Shape)
+	key := bedKey{p.Name, s.Shape}
+	if p.Kind == rig.KindWire {
+		key.shape = rig.Edge
+	}
+	b, err := r.bed(ctx, p, key)
 	if err != nil {
 		return nil, err
 	}
 	values, err := s.Measure(ctx, &r.env, b)
-	return values, errors.Join(err, b.StopTraffic())
+	if err = errors.Join(err, b.StopTraffic()); err != nil {
+		delete(r.beds, key)
+		err = errors.Join(err, b.Close())
+	}
+	return values, err
 }
 
 // bed returns the path's bed, built when it is needed first.
-func (r *runner) bed(ctx context.Context, p rig.Path, shape rig.Shape) (*rig.Bed, error) {
-	if p.Kind == rig.KindWire {
-		shape = rig.Edge
-	}
-	key := bedKey{p.Name, shape}
+func (r *runner) bed(ctx context.Context, p rig.Path, key bedKey) (*rig.Bed, error) {
 	if b := r.beds[key]; b != nil {
 		return b, nil
 	}
-	if r.failed[key] {
-		return nil, errors.New("could not be set up, see above")
+	if err := r.failed[key]; err != nil {
+		return nil, err
 	}
-	b, err := rig.Build(ctx, r.Rig, p, shape)
+	b, err := rig.Build(ctx, r.Rig, p, key.shape)
 	if err != nil {
-		r.failed[key] = true
+		r.failed[key] = err
 		return nil, err
 	}
 	r.beds[key] = b
-	if r.out.Ports[p.Name], err = b.Describe(ctx); err != nil {
-		return nil, err
+	text, err := b.Describe(ctx)
+	if text != "" {
+		r.out.Ports[p.Name] = text
 	}
-	if r.out.Ports[p.Name] == "" {
-		delete(r.out.Ports, p.Name)
+	return b, err
+}
+
+// rest ends generators and sinks, which are not needed in between.
+func (r *runner) rest() error {
+	var errs []error
+	for key, b := range r.beds {
+		if err := b.StopTraffic(); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", key.path, err))
+		}
 	}
-	return b, nil
+	return errors.Join(errs...)
 }
 
 func (r *runner) close() error {
@@ -242,5 +371,6 @@ func (r *runner) close() error {
 	for _, b := range r.beds {
 		errs = append(errs, b.Close())
 	}
+	clear(r.beds)
 	return errors.Join(append(errs, rig.Done())...)
 }

@@ -17,8 +17,8 @@ type Metric struct {
 	Lower bool   `json:"lower_is_better"`
 }
 
-// Scenario is one kind of load. Measure is called once for each path and round; it is nil where there is no network, and
-// Memory measures then.
+// Scenario is one kind of load. Measure is called once for each path and round; it is nil where there is no network: what is
+// measured then are variants.
 type Scenario struct {
 	Name    string
 	Title   string
@@ -27,6 +27,9 @@ type Scenario struct {
 	Peer    string   // the path that others are compared with, where that is not the kernel's VXLAN
 	Fits    func(p rig.Path) bool
 	Measure func(ctx context.Context, e *Env, b *rig.Bed) (Values, error)
+	// Cost is how long one measurement should take on a quiet machine; the estimate of the time left begins with it.
+	Cost     func(Times) time.Duration
+	variants int // how many, about
 }
 
 // Values are the figures of one measurement by the metric's name.
@@ -53,6 +56,12 @@ type Times struct {
 	Step         time.Duration // one step of the search for the rate without loss
 	Steps        int
 }
+
+// What comes to the times of a measurement, about: starting its processes, and waiting for the last packets.
+const (
+	startTraffic = 100 * time.Millisecond
+	drain        = 50 * time.Millisecond
+)
 
 // flows is the number of UDP flows: enough that RPS finds work for every processor.
 const flows = 32
@@ -124,6 +133,7 @@ func tcp(name, title string, n int, shape rig.Shape, segmentation bool) Scenario
 	}
 	return Scenario{
 		Name: name, Title: title, Shape: shape, Metrics: []Metric{bitrate, perByte}, Fits: fits,
+		Cost: func(t Times) time.Duration { return startTraffic + t.Warm + t.Window },
 		Measure: func(ctx context.Context, e *Env, b *rig.Bed) (Values, error) {
 			if err := b.Underlay(segmentation); err != nil {
 				return nil, err
@@ -147,6 +157,7 @@ func tcp(name, title string, n int, shape rig.Shape, segmentation bool) Scenario
 func roundTrips() Scenario {
 	return Scenario{
 		Name: "rr", Title: "request and response of 64 bytes, two nodes", Shape: rig.Pair, Metrics: []Metric{p50, p99}, Fits: notWire,
+		Cost: func(t Times) time.Duration { return t.Window },
 		Measure: func(ctx context.Context, e *Env, b *rig.Bed) (Values, error) {
 			if err := b.Underlay(true); err != nil {
 				return nil, err
@@ -166,6 +177,7 @@ func roundTrips() Scenario {
 func udp(name, title string, shape rig.Shape, profile traffic.Profile) Scenario {
 	return Scenario{
 		Name: name, Title: title, Shape: shape, Metrics: []Metric{rate, perPkt, loss}, Fits: fitsUDP(shape),
+		Cost: func(t Times) time.Duration { return startTraffic + t.Warm + t.Window + drain },
 		Measure: func(ctx context.Context, e *Env, b *rig.Bed) (Values, error) {
 			r, err := blast(ctx, e, b, rig.Load{Profile: profile, Flows: flows, Warm: e.Times.Warm, Window: e.Times.Window})
 			if err != nil {
@@ -256,6 +268,10 @@ const maxLoss = 0.005
 func lossless(name, title string, shape rig.Shape, profile traffic.Profile) Scenario {
 	return Scenario{
 		Name: name, Title: title, Shape: shape, Metrics: []Metric{rate, perPkt, loss}, Fits: fitsUDP(shape),
+		Cost: func(t Times) time.Duration {
+			step := t.Step/3 + drain
+			return startTraffic + time.Duration(t.Steps)*(step+t.Step) + 2*(step+t.Window)
+		},
 		Measure: func(ctx context.Context, e *Env, b *rig.Bed) (Values, error) {
 			try := func(rate float64, window time.Duration) (rig.Blast, error) {
 				return blast(ctx, e, b, rig.Load{

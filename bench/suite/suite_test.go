@@ -1,9 +1,11 @@
 package suite
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -35,19 +37,15 @@ func TestSearch(t *testing.T) {
 
 // TestOrder: in as many rounds as there are paths each is first once, behind the wire.
 func TestOrder(t *testing.T) {
-	var paths []rig.Path
+	var all []subject
 	for _, name := range []string{"vxlan", "wire", "tun", "route"} {
-		p, err := rig.ParsePath(name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		paths = append(paths, p)
+		all = append(all, subject{name: name, leads: name == rig.KindWire})
 	}
 	var got [][]string
 	for round := range 3 {
 		var names []string
-		for _, p := range order(paths, round) {
-			names = append(names, p.Name)
+		for _, s := range order(all, round) {
+			names = append(names, s.name)
 		}
 		got = append(got, names)
 	}
@@ -59,12 +57,19 @@ func TestOrder(t *testing.T) {
 
 // TestMemory runs each scenario without a network once, small.
 func TestMemory(t *testing.T) {
-	told := 0
-	m := Memory{Rounds: 1, Packets: 64 * 100, Wanted: func(string) bool { return true }, Progress: func(Progress) { told++ }}
-	series, err := m.Run(t.Context())
-	if err != nil {
-		t.Fatal(err)
+	told, saved := Progress{}, 0
+	out, err := Run(t.Context(), Config{Scenarios: memory(), Rounds: 1, Packets: 64 * 100, Progress: func(p Progress) { told = p },
+		Save: func(o *Outcome) error {
+			if o.Partial == "" {
+				t.Error("a run that goes on is not marked as partial")
+			}
+			saved++
+			return nil
+		}})
+	if err != nil || out.Partial != "" || len(out.Failures) > 0 {
+		t.Fatalf("%v, %q, %+v", err, out.Partial, out.Failures)
 	}
+	series := out.Series
 	found := make(map[string]bool)
 	for _, s := range series {
 		found[fmt.Sprint(s.Scenario, "/", s.Path, "/", s.Name)] = true
@@ -78,16 +83,71 @@ func TestMemory(t *testing.T) {
 			t.Errorf("%s is missing: %v", want, found)
 		}
 	}
-	if told == 0 {
-		t.Error("no progress was told")
+	if told.Done == 0 || told.Done != told.Total || told.Left != 0 || saved != 2*len(memory()) {
+		t.Errorf("saved %d times, and in the end was told %+v", saved, told)
+	}
+}
+
+// failing has two paths, a and b; measure is called with the path's name and the round.
+func failing(ctx context.Context, measure func(path string, call int) (Values, error)) (*Outcome, error) {
+	r := &runner{Config: Config{Rounds: 3}, began: time.Now()}
+	r.out.Took = make(map[string]time.Duration)
+	s := Scenario{Name: "one", Metrics: []Metric{rate}, variants: 2, Cost: func(Times) time.Duration { return time.Second }}
+	calls := make(map[string]int)
+	var all []subject
+	for _, name := range []string{"a", "b"} {
+		all = append(all, subject{name: name, measure: func(context.Context) (Values, error) {
+			calls[name]++
+			return measure(name, calls[name])
+		}})
+	}
+	err := r.rounds(ctx, s, all)
+	return &r.out, err
+}
+
+// TestFailure: a path that fails once is tried again, one that fails twice no more; the others go on.
+func TestFailure(t *testing.T) {
+	most := 0
+	out, err := failing(t.Context(), func(path string, call int) (Values, error) {
+		if path == "a" {
+			return Values{"rate": float64(call)}, nil
+		}
+		most = max(most, call)
+		if call == 1 || call == 3 {
+			return nil, errors.New("broken")
+		}
+		return Values{"rate": 1}, nil
+	})
+	if err != nil || most != 3 || len(out.Series) != 2 || out.Series[0].Summary.N != 3 || out.Series[1].Summary.N != 1 {
+		t.Errorf("%v, %d calls, %+v", err, most, out.Series)
+	}
+	want := []Failure{{Scenario: "one", Path: "b", Round: 0, Error: "broken"}, {Scenario: "one", Path: "b", Round: 2, Error: "broken"}}
+	if diff := cmp.Diff(want, out.Failures); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// TestEnd: what was measured before the end, also in the round that did not end, is kept.
+func TestEnd(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	out, err := failing(ctx, func(path string, call int) (Values, error) {
+		if path == "b" && call == 3 {
+			cancel()
+			return nil, ctx.Err()
+		}
+		return Values{"rate": 1}, nil
+	})
+	if !errors.Is(err, context.Canceled) || len(out.Failures) > 0 || len(out.Series) != 2 || out.Series[0].Summary.N != 2 || out.Series[1].Summary.N != 1 {
+		t.Errorf("%v, %+v, %+v", err, out.Series, out.Failures)
 	}
 }
 
 func TestScenarios(t *testing.T) {
 	seen := make(map[string]bool)
 	for _, s := range Scenarios() {
-		if seen[s.Name] || s.Title == "" || len(s.Metrics) == 0 {
-			t.Errorf("scenario %+v: expected a name of its own, a title and metrics", s)
+		cost := s.Cost(Times{Warm: time.Second, Window: time.Second, Step: time.Second, Steps: 1})
+		if seen[s.Name] || s.Title == "" || len(s.Metrics) == 0 || cost <= 0 {
+			t.Errorf("scenario %+v: expected a name of its own, a title, metrics and a cost", s)
 		}
 		seen[s.Name] = true
 	}

@@ -39,7 +39,7 @@ func reaches(t *testing.T, from, to *pod, source, target netip.Addr) bool {
 	if _, err := tx.WriteToUDPAddrPort([]byte("x"), netip.AddrPortFrom(target, 7006)); err != nil {
 		t.Fatal(err)
 	}
-	rx.SetReadDeadline(time.Now().Add(time.Second))
+	rx.SetReadDeadline(time.Now().Add(3 * time.Second))
 	_, peer, err := rx.ReadFromUDPAddrPort(make([]byte, 10))
 	return err == nil && (!source.IsValid() || source.IsUnspecified() || peer.Addr() == source)
 }

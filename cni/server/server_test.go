@@ -77,7 +77,7 @@ func exchange(t *testing.T, from, to *pod, source, target netip.Addr) (seen stri
 	if _, err := tx.WriteToUDPAddrPort([]byte("x"), netip.AddrPortFrom(target, 7000)); err != nil {
 		t.Fatal(err)
 	}
-	rx.SetReadDeadline(time.Now().Add(500 * time.Millisecond))
+	rx.SetReadDeadline(time.Now().Add(3 * time.Second))
 	_, peer, err := rx.ReadFromUDPAddrPort(make([]byte, 10))
 	return peer.Addr().Unmap().String(), err == nil
 }

@@ -58,12 +58,12 @@ protocol bgp margay { local %s as 64999; neighbor %s as 64512; ipv4 { import all
 	t.Cleanup(deletePeer)
 	ownDefault := strings.TrimSpace(in(t, n.Netns, "ip", "route", "show", "default"))
 	pod := ip(t, n.Pods[0].Address)
-	took := until(t, 60*time.Second, "BIRD to have a kernel route to the pod", func() bool {
+	took := until(t, "BIRD to have a kernel route to the pod", func() bool {
 		out, err := tryIn(ns, "ip", "route", "get", pod.String())
 		return err == nil && strings.Contains(out, "via "+self.String())
 	})
 	t.Logf("BIRD had the block after %s", took.Round(time.Millisecond))
-	until(t, 20*time.Second, "node1's kernel route to what is behind BIRD", func() bool {
+	until(t, "node1's kernel route to what is behind BIRD", func() bool {
 		out, err := tryIn(n.Netns, "ip", "route", "get", "192.0.2.1")
 		return err == nil && strings.Contains(out, "via "+router.String())
 	})
@@ -75,7 +75,7 @@ protocol bgp margay { local %s as 64999; neighbor %s as 64512; ipv4 { import all
 		t.Errorf("beside the node's own default route expected the learned one behind it:\n%s", out)
 	}
 	deletePeer()
-	until(t, 20*time.Second, "what BIRD had announced to be gone", func() bool {
+	until(t, "what BIRD had announced to be gone", func() bool {
 		return !strings.Contains(in(t, n.Netns, "ip", "route"), router.String())
 	})
 	if out := strings.TrimSpace(in(t, n.Netns, "ip", "route", "show", "default")); out != ownDefault {

@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"strings"
 	"testing"
-	"time"
 )
 
 // Three nodes share a pool of four blocks of four: one gets more pods than fit into two blocks, and borrows the addresses
@@ -34,11 +33,11 @@ func TestBorrowedAddressesAreReachable(t *testing.T) {
 	lent := func() bool {
 		return strings.Contains(in(t, lender, "ip", "-4", "route", "show", "proto", "81"), ip+" dev vr0")
 	}
-	until(t, 10*time.Second, "the lender's route past its blackhole, which BGP brings after the pod was attached", lent)
+	until(t, "the lender's route past its blackhole, which BGP brings after the pod was attached", lent)
 	inside("ipam", "check")
 	mustCtl(t, "lab", "restart", borrower, "agent", "--hard", "--name", lab)
 	mustCtl(t, "lab", "ping", "--name", lab)
 	mustCtl(t, "lab", "del-pod", pod, "--name", lab)
-	until(t, 10*time.Second, "the route of an address that was given back", func() bool { return !lent() })
+	until(t, "the route of an address that was given back", func() bool { return !lent() })
 	inside("ipam", "check")
 }

@@ -132,7 +132,7 @@ func TestManifestsCapabilities(t *testing.T) {
 		p := confine(t, n2, c, binary, was, missing)
 		select {
 		case <-p.gone:
-		case <-time.After(30 * time.Second):
+		case <-time.After(patience):
 			t.Errorf("%s without %s runs on:\n%s", binary, missing, p.output)
 		}
 		p.stop()
@@ -150,14 +150,14 @@ func TestManifestsCapabilities(t *testing.T) {
 	a := confine(t, n2, specs["agent"], "margay-agent", agent, "")
 	defer a.stop()
 	settled(t, n2)
-	if !pings(n1.Pods[0].Netns, ip(t, n2.Pods[0].Address)) || !pings(n2.Pods[1].Netns, ip(t, n1.Pods[1].Address)) {
+	if !reached(n1.Pods[0].Netns, ip(t, n2.Pods[0].Address)) || !reached(n2.Pods[1].Netns, ip(t, n1.Pods[1].Address)) {
 		t.Errorf("no packets pass:\n%s\n%s", v.output, a.output)
 	}
 	// A pod that comes while they run: its interface's sysctls are written through the read-only mount's other side.
 	mustCtl(t, "lab", "add-pod", "--name", labName, n2.Name)
 	pods := node(t, 2).Pods
 	last := pods[len(pods)-1]
-	if !pings(n1.Pods[0].Netns, ip(t, last.Address)) {
+	if !reached(n1.Pods[0].Netns, ip(t, last.Address)) {
 		t.Errorf("the new pod %s is not reached:\n%s", last.Name, a.output)
 	}
 	mustCtl(t, "lab", "del-pod", "--name", labName, last.Name)

@@ -4,7 +4,10 @@ import (
 	"bytes"
 	"context"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -51,17 +54,17 @@ func TestUnreadablePool(t *testing.T) {
 			}
 		}
 	}()
-	tap := tapOn(t, n1.Netns, "eth0")
+	tap := onWire(t, 1)
 	kill(t, n1.PIDs["agent"])
 	restarted := make(chan error, 1)
 	// It returns when the agent is ready, which it cannot be before the value is mended.
 	go func() { _, err := ctl("lab", "restart", "--name", labName, "node1", "agent"); restarted <- err }()
-	until(t, 30*time.Second, "the agent to name the key", func() bool {
+	until(t, "the agent to name the key", func() bool {
 		st, err := agentStatus(t, n1)
 		return err == nil && !st.Ready && strings.Contains(st.Reason, key)
 	})
 	for _, p := range n2.Pods {
-		if !pings(n1.Pods[0].Netns, ip(t, p.Address)) {
+		if !answers(n1.Pods[0].Netns, ip(t, p.Address)) {
 			t.Errorf("%s is not reached any more", p.Name)
 		}
 	}
@@ -78,7 +81,8 @@ func TestUnreadablePool(t *testing.T) {
 	settled(t, node(t, 1))
 }
 
-// TestDeletedPool: a pool that is deleted under its pods takes none of their routes away.
+// TestDeletedPool: a pool that is deleted under its pods takes none of their routes away, nor does a restart of the agent
+// that has not seen the pool.
 func TestDeletedPool(t *testing.T) {
 	n1, n2 := node(t, 1), node(t, 2)
 	s := openStore(t)
@@ -87,19 +91,38 @@ func TestDeletedPool(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	tap := tapOn(t, n1.Netns, "eth0")
+	said := func(t *testing.T) (times [3]int) {
+		for i := range times {
+			log, err := os.ReadFile(filepath.Join(runDir(node(t, i+1)), "../logs/agent.log"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			times[i] = strings.Count(string(log), "IPPool was deleted")
+		}
+		return times
+	}
+	mend := sync.OnceFunc(func() {
+		if _, err := s.Create(context.Background(), key, good.Value); err != nil {
+			t.Error(err)
+		}
+	})
+	defer mend()
+	before := said(t)
+	tap := onWire(t, 1)
 	stream := startStream(t, n1.Pods[0], n2.Pods[0], 5*time.Millisecond)
 	if err := s.Delete(t.Context(), key, 0); err != nil {
 		t.Fatal(err)
 	}
-	agents := 0
-	until(t, 10*time.Second, "the agents to say so", func() bool {
-		agents = strings.Count(in(t, n1.Netns, "sh", "-c", "cat /run/margay/lab/"+labName+"/nodes/*/logs/agent.log"), "IPPool was deleted")
-		return agents >= 3
+	until(t, "the agents to say so", func() bool {
+		for i, n := range said(t) {
+			if n == before[i] {
+				return false
+			}
+		}
+		return true
 	})
-	if _, err := s.Create(t.Context(), key, good.Value); err != nil {
-		t.Fatal(err)
-	}
+	mustCtl(t, "lab", "restart", "--name", labName, "--hard", "node1", "agent") // a clean stop would end its routes
+	mend()
 	for i := range 3 {
 		settled(t, node(t, i+1))
 	}
@@ -139,12 +162,12 @@ func TestPoolOfAnotherBlockSize(t *testing.T) {
 		t.Helper()
 		for i := range 3 {
 			n := node(t, i+1)
-			until(t, 20*time.Second, n.Name+" to act on the pool", func() bool {
+			until(t, n.Name+" to act on the pool", func() bool {
 				return strings.Contains(in(t, n.Netns, "nft", "list", "set", "inet", "margay", "nat_pools"), "10.244.0.0/16") == want
 			})
 		}
 	}
-	tap := tapOn(t, n1.Netns, "eth0")
+	tap := onWire(t, 1)
 	there := startStream(t, n1.Pods[0], n2.Pods[0], 5*time.Millisecond)
 	back := startStream(t, n2.Pods[0], n1.Pods[0], 5*time.Millisecond)
 	swap(other)

@@ -244,7 +244,13 @@ func tryIn(name string, argv ...string) (string, error) {
 }
 
 // until waits for a condition and returns how long it took.
-func until(t *testing.T, limit time.Duration, what string, cond func() bool) time.Duration {
+func until(t *testing.T, what string, cond func() bool) time.Duration {
+	t.Helper()
+	return within(t, patience, what, cond)
+}
+
+// within is until with a limit of its own, for what must not come by another and later way.
+func within(t *testing.T, limit time.Duration, what string, cond func() bool) time.Duration {
 	t.Helper()
 	began := time.Now()
 	for !cond() {
@@ -256,9 +262,47 @@ func until(t *testing.T, limit time.Duration, what string, cond func() bool) tim
 	return time.Since(began)
 }
 
+// patience bounds every wait for something that is to happen: only a failure takes that long, however busy the machine is.
+const patience = 60 * time.Second
+
+// pings tells whether one echo request is answered within a second: a look at this moment, for what is awaited and for what
+// must not get through. That a pod is reached is for reached to say.
 func pings(from string, to netip.Addr) bool {
 	_, err := tryIn(from, "ping", "-n", "-c", "1", "-W", "1", to.String())
 	return err == nil
+}
+
+// reached waits for an answer to a ping: a route that has just changed takes its time to get everywhere.
+func reached(from string, to netip.Addr) bool {
+	for limit := time.Now().Add(patience); !pings(from, to); {
+		if time.Now().After(limit) {
+			return false
+		}
+	}
+	return true
+}
+
+// answers sends one echo request and waits long for its answer: for paths that nothing has changed.
+func answers(from string, to netip.Addr) bool {
+	_, err := tryIn(from, "ping", "-n", "-c", "1", "-W", "20", to.String())
+	return err == nil
+}
+
+// pinging sends echo requests until it is told to stop, whether they are answered or not.
+func pinging(from string, to netip.Addr) (stop func()) {
+	enough, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			select {
+			case <-enough:
+				return
+			case <-time.After(50 * time.Millisecond):
+				pings(from, to)
+			}
+		}
+	}()
+	return func() { close(enough); <-done }
 }
 
 // runDir is where a node's daemons have their sockets.
@@ -324,7 +368,7 @@ func setMode(t *testing.T, mode, device string) {
 				continue
 			}
 			for _, p := range m.Pods {
-				until(t, 15*time.Second, fmt.Sprintf("%s routes %s by %s", n.Name, p.Address, device), func() bool {
+				until(t, fmt.Sprintf("%s routes %s by %s", n.Name, p.Address, device), func() bool {
 					out, err := tryIn(n.Netns, "ip", "route", "get", ip(t, p.Address).String())
 					return err == nil && strings.Contains(out, "dev "+device)
 				})

@@ -11,7 +11,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"margay/datastore"
 )
@@ -21,6 +20,7 @@ import (
 func TestNodeStatusFromAnywhere(t *testing.T) {
 	n1, n2 := node(t, 1), node(t, 2)
 	settled(t, n2)
+	until(t, n2.Name+" to have both nodes' routes", func() bool { return via(t, n2, n1.Address) && via(t, n2, node(t, 3).Address) })
 	for _, ask := range []struct{ from, about labNode }{{n1, n2}, {n1, n1}} {
 		out, err := tryIn(ask.from.Netns, "margayctl", "node", "status", ask.about.Name, "-o", "json")
 		if err != nil {
@@ -57,7 +57,7 @@ func TestNodeStatusFromAnywhere(t *testing.T) {
 		}
 	}()
 	var reports []datastore.NodeReport
-	until(t, 30*time.Second, "two reports of one second after the other", func() bool {
+	until(t, "two reports of one second after the other", func() bool {
 		obj, err := datastore.GetObject(t.Context(), s, datastore.CalicoNodeStatuses, "watched")
 		if err != nil {
 			t.Fatal(err)

@@ -110,7 +110,7 @@ func TestTwoHundredPods(t *testing.T) {
 	if got := inUse(t); got != before+total {
 		t.Errorf("%d addresses in use, expected %d", got, before+total)
 	}
-	if first, last := work[0][0], work[1][len(work[1])-1]; !pings(first.id, ip(t, last.address)) {
+	if first, last := work[0][0], work[1][len(work[1])-1]; !reached(first.id, ip(t, last.address)) {
 		t.Errorf("%s (%s) does not reach %s (%s)", first.id, first.address, last.id, last.address)
 	}
 	onEach(t, work, func(a *attachment) error {
@@ -159,7 +159,7 @@ func TestPluginEdges(t *testing.T) {
 	if got := inUse(t); got != before+1 {
 		t.Errorf("a second ADD left %d addresses in use, expected %d", got, before+1)
 	}
-	if !pings(id, ip(t, node(t, 2).Pods[0].Address)) {
+	if !reached(id, ip(t, node(t, 2).Pods[0].Address)) {
 		t.Error("a second ADD broke the pod")
 	}
 	for range 2 { // a runtime may repeat a DEL
@@ -192,7 +192,7 @@ func TestDeleteWhileAgentIsDown(t *testing.T) {
 		t.Errorf("%d addresses in use while the agent is down, expected %d", got, before+1)
 	}
 	mustCtl(t, "lab", "restart", "--name", labName, "node3", "agent")
-	until(t, 30*time.Second, "the queued release", func() bool { return inUse(t) == before })
+	until(t, "the queued release", func() bool { return inUse(t) == before })
 	settled(t, node(t, 3))
 }
 

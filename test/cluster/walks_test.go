@@ -26,7 +26,7 @@ func TestEveryPodReachesEveryPod(t *testing.T) {
 			if from.Name == to.Name {
 				continue
 			}
-			if !pings(from.Netns, ip(t, to.Address)) {
+			if !reached(from.Netns, ip(t, to.Address)) {
 				return fmt.Errorf("%s does not reach %s by ping", from.Name, to.Name)
 			}
 			if err := transfer(from, to, ip(t, to.Address)); err != nil {
@@ -57,12 +57,12 @@ func transfer(from, to labPod, addr netip.Addr) error {
 		served <- err
 	}()
 	return enter(from.Netns, func() error {
-		c, err := net.DialTimeout("tcp4", l.Addr().String(), 5*time.Second)
+		c, err := net.DialTimeout("tcp4", l.Addr().String(), patience)
 		if err != nil {
 			return err
 		}
 		defer c.Close()
-		if err := c.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+		if err := c.SetDeadline(time.Now().Add(patience)); err != nil {
 			return err
 		}
 		sent := make(chan error, 1)
@@ -79,14 +79,14 @@ func transfer(from, to labPod, addr netip.Addr) error {
 
 func TestHostReachesRemotePodAndBack(t *testing.T) {
 	n1, n2 := node(t, 1), node(t, 2)
-	if !pings(n1.Netns, ip(t, n2.Pods[0].Address)) {
+	if !reached(n1.Netns, ip(t, n2.Pods[0].Address)) {
 		t.Error("node1's host does not reach a pod of node2")
 	}
 	tunnel := tunnelAddress(t, n1)
-	if !pings(n2.Pods[0].Netns, tunnel) {
+	if !reached(n2.Pods[0].Netns, tunnel) {
 		t.Errorf("a pod of node2 does not reach node1's tunnel address %s", tunnel)
 	}
-	if !pings(n1.Netns, ip(t, n1.Pods[0].Address)) {
+	if !reached(n1.Netns, ip(t, n1.Pods[0].Address)) {
 		t.Error("node1's host does not reach its own pod")
 	}
 }
@@ -94,8 +94,7 @@ func TestHostReachesRemotePodAndBack(t *testing.T) {
 // TestUnderlayCarriesOnlyIPIP looks at node1's wire while its pods talk to node2's.
 func TestUnderlayCarriesOnlyIPIP(t *testing.T) {
 	n1, n2 := node(t, 1), node(t, 2)
-	// At the bridge's end of the wire: taps on the node's do not see what AF_XDP sends and receives.
-	tap := tapOn(t, labName+"-underlay", "n1")
+	tap := onWire(t, 1)
 	exchange(t, n1, n2)
 	pool := netip.MustParsePrefix("10.244.0.0/16")
 	a1, a2 := ip(t, n1.Address), ip(t, n2.Address)
@@ -123,7 +122,8 @@ func TestDirectModesUseNoProtocol4(t *testing.T) {
 		t.Run(mode, func(t *testing.T) {
 			setMode(t, mode, "eth0")
 			n1, n2 := node(t, 1), node(t, 2)
-			tap := tapOn(t, n1.Netns, "eth0")
+			exchange(t, n1, n2) // the vRouters know by now, too
+			tap := onWire(t, 1)
 			exchange(t, n1, n2)
 			pool := netip.MustParsePrefix("10.244.0.0/16")
 			clear := 0
@@ -146,7 +146,7 @@ func TestDirectModesUseNoProtocol4(t *testing.T) {
 func exchange(t *testing.T, n1, n2 labNode) {
 	t.Helper()
 	a, b := n1.Pods[0], n2.Pods[0]
-	if !pings(a.Netns, ip(t, b.Address)) || !pings(b.Netns, ip(t, a.Address)) {
+	if !reached(a.Netns, ip(t, b.Address)) || !reached(b.Netns, ip(t, a.Address)) {
 		t.Fatalf("%s and %s do not reach each other", a.Name, b.Name)
 	}
 	if err := transfer(a, b, ip(t, b.Address)); err != nil {

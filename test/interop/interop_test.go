@@ -140,7 +140,7 @@ func echo(conn *net.UDPConn, size int) (there, back byte, err error) {
 	if _, err := rand.Read(want); err != nil {
 		return 0, 0, err
 	}
-	if err := conn.SetDeadline(time.Now().Add(3 * time.Second)); err != nil {
+	if err := conn.SetDeadline(time.Now().Add(5 * time.Second)); err != nil {
 		return 0, 0, err
 	}
 	if _, err := conn.Write(want); err != nil {
@@ -184,7 +184,7 @@ func withKernel(t *testing.T, driver port.Options) {
 	n := newNode(t, dir, driver)
 	startMachine(t, dir)
 	conn := n.dialUDP(t, pod)
-	for deadline := time.Now().Add(20 * time.Second); ; {
+	for deadline := time.Now().Add(60 * time.Second); ; {
 		if _, _, err := echo(conn, 1); err == nil {
 			break
 		} else if time.Now().After(deadline) {

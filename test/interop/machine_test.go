@@ -198,7 +198,11 @@ func startMachine(t *testing.T, dir string) {
 	image := initramfs(t, kernel)
 	for len(accelerators) > 0 {
 		m := boot(t, dir, kernel, image, accelerators[0])
-		if m.says("Linux version", 10*time.Second) {
+		patience := 20 * time.Second
+		if len(accelerators) == 1 {
+			patience = 2 * time.Minute // it is this one or none
+		}
+		if m.says("Linux version", patience) {
 			t.Logf("accelerator %s", accelerators[0])
 			t.Cleanup(func() {
 				m.kill()

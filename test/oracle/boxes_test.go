@@ -314,7 +314,7 @@ func (n *nodeBox) books(t testing.TB) books {
 func (n *nodeBox) balance(t testing.TB) {
 	t.Helper()
 	b := n.books(t)
-	for deadline := time.Now().Add(10 * time.Second); b.given != b.accounted && time.Now().Before(deadline); b = n.books(t) {
+	for deadline := time.Now().Add(60 * time.Second); b.given != b.accounted && time.Now().Before(deadline); b = n.books(t) {
 		time.Sleep(time.Millisecond)
 	}
 	if b.given != b.accounted || b.kernel != 0 || b.counters["drop_not_set"] != 0 || b.counters["forwarded_encap"] == 0 {

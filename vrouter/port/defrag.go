@@ -37,6 +37,9 @@ func (u *Underlay) renewReceiver() error {
 	if err != nil {
 		return err
 	}
+	if err := u.ring.prepare(fd); err != nil {
+		return errors.Join(err, unix.Close(fd))
+	}
 	u.lost.read(u.recv)
 	if err := errors.Join(unix.Dup3(fd, u.recv, unix.O_CLOEXEC), unix.Close(fd)); err != nil {
 		return err

@@ -27,8 +27,8 @@ func socketMemory(fd int) (m [memInfoCount]uint32, ok bool) {
 
 // Queues implements vrouter.QueuePort: how full the sockets' buffers are.
 func (u *Underlay) Queues() (all []vrouter.Queue) {
-	if m, ok := socketMemory(u.recv); ok {
-		all = append(all, vrouter.Queue{Name: "underlay_receive", Used: uint64(m[memInfoReceiveUsed]), Size: uint64(m[memInfoReceiveSize])})
+	if q, ok := u.ring.queue("underlay_receive", u.recv); ok {
+		all = append(all, q)
 	}
 	if m, ok := socketMemory(u.send); ok {
 		all = append(all, vrouter.Queue{Name: "underlay_send", Used: uint64(m[memInfoSendUsed]), Size: uint64(m[memInfoSendSize])})
@@ -37,9 +37,23 @@ func (u *Underlay) Queues() (all []vrouter.Queue) {
 }
 
 // Queues implements vrouter.QueuePort.
-func (d *Direct) Queues() []vrouter.Queue {
-	if q, ok := d.underlay.(vrouter.QueuePort); ok {
-		return q.Queues()
+func (v *Veth) Queues() (all []vrouter.Queue) {
+	if q, ok := v.ring.queue("vr0_receive", v.fd); ok {
+		all = append(all, q)
 	}
-	return nil
+	if m, ok := socketMemory(v.fd); ok {
+		all = append(all, vrouter.Queue{Name: "vr0_send", Used: uint64(m[memInfoSendUsed]), Size: uint64(m[memInfoSendSize])})
+	}
+	return all
+}
+
+// Queues implements vrouter.QueuePort.
+func (d *Direct) Queues() []vrouter.Queue {
+	var all []vrouter.Queue
+	for _, p := range []reader{d.host, d.underlay} {
+		if q, ok := p.(vrouter.QueuePort); ok {
+			all = append(all, q.Queues()...)
+		}
+	}
+	return all
 }

@@ -48,8 +48,9 @@ type tcHop struct {
 	tosKeep  uint32 // what the outer TOS has of the inner one
 	tosSet   uint32 // and what beside it
 	used     uint32 // the programs set it, whoever wants to know clears it
-	id       uint32 // identifications given, the programs'
-	_        [12]byte
+	id       uint32 // identifications given to what may be fragmented, the programs'
+	offset   uint32 // what the identification of other packets is more than the inner one
+	_        [8]byte
 }
 
 // Offsets into tcHop, in bytes.
@@ -64,6 +65,7 @@ const (
 	hopTOSSet   = 40
 	hopUsed     = 44
 	hopID       = 48
+	hopOffset   = 52
 )
 
 // The flags of a hop.
@@ -226,7 +228,7 @@ func (s *shortcut) lead(way uint32, h tcHop, now time.Time) bool {
 // same reports whether two hops lead the same way.
 func (h *tcHop) same(o *tcHop) bool {
 	return h.ethernet == o.ethernet && h.gateway == o.gateway && h.source == o.source && h.index == o.index && h.mtu == o.mtu &&
-		h.flags == o.flags && h.tosKeep == o.tosKeep && h.tosSet == o.tosSet
+		h.flags == o.flags && h.tosKeep == o.tosKeep && h.tosSet == o.tosSet && h.offset == o.offset
 }
 
 // newWay returns a way that leads nowhere yet, 0 when there is no room.

@@ -182,10 +182,10 @@ func randomPacket(rnd *rand.Rand, source netip.Addr) []byte {
 	return b
 }
 
-// forget takes out of an IP-in-IP packet what two that send it may do differently: the outer identification.
+// forget takes out of an IP-in-IP packet what two that send it may do differently: the outer identification, unless DF is set.
 func forget(b []byte) []byte {
 	b = bytes.Clone(b)
-	if len(b) >= 20 && b[9] == packet.ProtocolIPIP {
+	if len(b) >= 20 && b[9] == packet.ProtocolIPIP && b[6]&0x40 == 0 {
 		clear(b[4:6])
 		clear(b[10:12])
 		binary.BigEndian.PutUint16(b[10:], packet.Checksum(b[:20], 0))

@@ -233,7 +233,7 @@ func (p *shortcutPlan) refresh(devices map[string]device, pods map[uint32]shortc
 		if g.way == 0 {
 			continue
 		}
-		h := hopToNode(terms, table, address)
+		h := hopToNode(terms, table, address, router.OuterOffset(address))
 		room = p.lead(g.way, h, now) && room
 		if h.flags&hopSend != 0 {
 			inKernel++
@@ -302,11 +302,12 @@ func rawAddress(a netip.Addr) uint32 {
 }
 
 // hopToNode returns what becomes of packets that a route takes to a node.
-func hopToNode(terms vrouter.Terms, table hops, node netip.Addr) tcHop {
+func hopToNode(terms vrouter.Terms, table hops, node netip.Addr, offset uint16) tcHop {
 	if !terms.Configured || node == terms.Config.NodeAddress {
 		return tcHop{}
 	}
-	h := tcHop{gateway: rawAddress(node), source: rawAddress(terms.Config.NodeAddress), mtu: uint32(terms.MTU(node)), tosKeep: 0xff}
+	h := tcHop{gateway: rawAddress(node), source: rawAddress(terms.Config.NodeAddress), mtu: uint32(terms.MTU(node)), tosKeep: 0xff,
+		offset: uint32(offset)}
 	if dscp := terms.Options.DSCP; dscp.Mode == vrouter.DSCPPipe {
 		h.tosKeep, h.tosSet = 3, uint32(dscp.Value)<<2
 	}

@@ -41,7 +41,7 @@ type Underlay struct {
 	bypass *bypass // nil: no AF_XDP
 
 	recv, send, guard int
-	reader            packetReader
+	ring              packetRing
 	waiter            *waiter // Recv's
 	drained           *waiter // Send's
 
@@ -145,8 +145,10 @@ func (u *Underlay) openSend() (err error) {
 const networkOffset = 0xfff00000
 
 func (u *Underlay) openRecv() (err error) {
-	u.recv, err = openReceiver()
-	return err
+	if u.recv, err = openReceiver(); err != nil {
+		return err
+	}
+	return u.ring.prepare(u.recv)
 }
 
 // openReceiver opens a socket that will receive IP-in-IP packets for this host, once it is bound.
@@ -403,7 +405,7 @@ func (u *Underlay) recvReady(batch []*vrouter.Packet) int {
 		}
 	}
 	// EAGAIN, or once ENETDOWN when the interface goes down or away: in both cases there is nothing more.
-	n, _ := u.reader.recv(u.recv, int(u.header.Load()), batch)
+	n, _ := u.ring.recv(u.recv, int(u.header.Load()), batch)
 	return n
 }
 
@@ -421,7 +423,7 @@ func (u *Underlay) Send(batch []*vrouter.Packet) {
 
 // Counters implements vrouter.Port.
 func (u *Underlay) Counters() []vrouter.Counter {
-	lost := u.lost.read(u.recv) + u.bypass.dropped()
+	lost := u.lost.read(u.recv) + u.ring.short.Load() + u.bypass.dropped()
 	return []vrouter.Counter{{Name: "kernel_underlay_rx_dropped", Packets: lost}} // we were too slow
 }
 
@@ -443,6 +445,7 @@ func (u *Underlay) Close() error {
 	if u.frames != nil {
 		errs = append(errs, u.frames.close())
 	}
+	u.ring.close()
 	for _, fd := range []int{u.recv, u.send, u.guard} {
 		if fd >= 0 {
 			errs = append(errs, unix.Close(fd))

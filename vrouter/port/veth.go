@@ -31,7 +31,7 @@ type Veth struct {
 	at      atomic.Pointer[handOff]
 	lost    socketLosses
 
-	reader packetReader // Recv's
+	ring packetRing // Recv's
 
 	// For Send only.
 	writer packetWriter
@@ -78,6 +78,9 @@ func openVeth(name string, b *bypass) (_ *Veth, err error) {
 		return nil, explainSocket("packet socket for "+name, err)
 	}
 	v.writer.fd = v.fd
+	if err := v.ring.prepare(v.fd); err != nil {
+		return nil, fmt.Errorf("packet socket for %s: %w", name, err)
+	}
 	if v.bypass != nil {
 		if err := v.bypass.watch(v.fd); err != nil {
 			return nil, err
@@ -230,7 +233,7 @@ func (v *Veth) recvReady(batch []*vrouter.Packet) int {
 			return n
 		}
 	}
-	n, err := v.reader.recv(v.fd, ethernetHeader, batch)
+	n, err := v.ring.recv(v.fd, ethernetHeader, batch)
 	if err == unix.ENETDOWN { // maybe the pair is gone
 		v.tend()
 	}
@@ -316,7 +319,7 @@ func (v *Veth) front(at *handOff, p *vrouter.Packet, o *vrouter.Offload, headers
 
 // Counters implements vrouter.Port. Those of vr0 start with the device, not with the process.
 func (v *Veth) Counters() []vrouter.Counter {
-	lost := v.lost.read(v.fd) + v.bypass.dropped()
+	lost := v.lost.read(v.fd) + v.ring.short.Load() + v.bypass.dropped()
 	return append(v.vr0.Counters(), vrouter.Counter{Name: "kernel_vr0_queue_dropped", Packets: lost}) // we were too slow
 }
 
@@ -336,6 +339,7 @@ func (v *Veth) Close() error {
 		errs = append(errs, v.bypass.close())
 	}
 	v.vr0.close()
+	v.ring.close()
 	for _, fd := range []int{v.fd, v.held} {
 		if fd >= 0 {
 			errs = append(errs, unix.Close(fd))

@@ -137,6 +137,14 @@ func (c *Client) status(reply *pb.StatusReply, err error) (Status, error) {
 		Port:       reply.GetPort(),
 		Pods:       int(reply.GetPods()),
 	}
+	for i, p := range reply.GetPathMtus() {
+		gateway, ok := netip.AddrFromSlice(p.GetGateway())
+		if !ok {
+			return Status{}, c.explain(fmt.Errorf("path_mtus[%d]: gateway of %d bytes: expected 4 or 16", i, len(p.GetGateway())))
+		}
+		s.PathMTUs = append(s.PathMTUs, PathMTU{Gateway: gateway, MTU: int(p.GetMtu()),
+			Learned: time.Unix(0, p.GetLearnedUnixNano()), Expires: time.Unix(0, p.GetExpiresUnixNano())})
+	}
 	if s.Configured {
 		if s.Config, err = configFromWire(reply.GetConfig()); err != nil {
 			return Status{}, c.explain(err)

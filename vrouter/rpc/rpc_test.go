@@ -2,6 +2,7 @@ package rpc
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"net"
 	"net/netip"
@@ -16,6 +17,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"margay/vrouter"
+	"margay/vrouter/packet"
 	pb "margay/vrouter/rpc/vrouterpb"
 )
 
@@ -295,5 +297,28 @@ func TestListenAtOnce(t *testing.T) {
 	}
 	if err := errors.Join(conn.Close(), winners[0].Close()); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestPathMTUs: what was learned is told, to the nanosecond.
+func TestPathMTUs(t *testing.T) {
+	router, socket := vrouter.New(), filepath.Join(t.TempDir(), "vrouter.sock")
+	start(t, router, socket)
+	c, ctx := dial(t, socket), within(t)
+	if err := c.Update(ctx, Update{Config: &config, AddNodes: []netip.Addr{gateway}, Set: routes}); err != nil {
+		t.Fatal(err)
+	}
+	inner := []byte{0x45, 0, 0x05, 0xc8, 0, 7, 0x40, 0, 64, 17, 0, 0, 10, 244, 1, 1, 10, 244, 2, 1}
+	quoted := append([]byte{0x45, 0, 0x05, 0xdc, 0, 0, 0x40, 0, 64, 4, 0, 0, 198, 18, 0, 1, 198, 18, 0, 2}, inner...)
+	binary.BigEndian.PutUint16(quoted[4:], 7+router.OuterOffset(gateway))
+	message := make([]byte, packet.MaxICMPError)
+	message = message[:packet.PutICMPError(message, quoted, packet.ICMPError{Type: packet.ICMPUnreachable, Code: packet.CodeFragNeeded, Rest: 1400}, [4]byte{198, 18, 0, 9}, 1)]
+	learned, ok := router.LearnPathMTU(message, time.Now().Round(0))
+	if !ok || learned.Gateway != gateway || learned.MTU != 1400 {
+		t.Fatalf("learned %+v, %v", learned, ok)
+	}
+	now, err := c.Status(ctx)
+	if err != nil || len(now.PathMTUs) != 1 || now.PathMTUs[0] != learned {
+		t.Errorf("path MTUs %+v, %v: expected %+v", now.PathMTUs, err, learned)
 	}
 }

@@ -207,6 +207,10 @@ func (s *Server) reply() *pb.StatusReply {
 		Port:            s.port(),
 		Pods:            uint32(now.Pods),
 	}
+	for _, p := range s.router.PathMTUs() {
+		reply.PathMtus = append(reply.PathMtus, &pb.PathMTU{Gateway: p.Gateway.AsSlice(), Mtu: uint32(p.MTU),
+			LearnedUnixNano: p.Learned.UnixNano(), ExpiresUnixNano: p.Expires.UnixNano()})
+	}
 	if now.Configured {
 		reply.Config = configToWire(now.Config)
 	}

@@ -37,6 +37,8 @@ type (
 	RouteEntry = vrouter.RouteEntry
 	// Pod is a pod of this node, and the interface by which the vRouter may reach it.
 	Pod = vrouter.Pod
+	// PathMTU is what has been learned about the way to another node.
+	PathMTU = vrouter.PathMTU
 	// Counter is one named count of packets and of bytes.
 	Counter = vrouter.Counter
 )
@@ -86,6 +88,7 @@ type Status struct {
 	Stale      int // routes, nodes and pods that the synchronisation under way has not confirmed
 	Nodes      int
 	Pods       int
+	PathMTUs   []PathMTU // sorted by gateway
 	Started    time.Time
 	Port       string // the ports in words, for people
 }

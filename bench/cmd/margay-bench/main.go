@@ -25,6 +25,7 @@ import (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
+	context.AfterFunc(ctx, stop) // a second signal ends it at once
 	if err := newCommand().ExecuteContext(ctx); err != nil {
 		fmt.Fprintf(os.Stderr, "margay-bench: %s\n", strings.ReplaceAll(err.Error(), "\n", "; "))
 		os.Exit(1)
@@ -118,15 +119,31 @@ func (o *options) run(ctx context.Context, stdout, stderr io.Writer) (err error)
 		return err
 	}
 	defer func() { err = errors.Join(err, tools.remove()) }()
-	out, err := measure(ctx, o, tools.Options, paths, scenarios, progress(stderr))
-	if err != nil {
-		return err
-	}
-	r := report.New(out, scenarios)
-	r.Version, r.Started, r.Rounds, r.Window, r.Seconds = version.String(), started, o.rounds, o.window.String(), time.Since(started).Seconds()
+	r := report.New(&suite.Outcome{}, scenarios)
+	r.Version, r.Started, r.Rounds, r.Window = version.String(), started, o.rounds, o.window.String()
 	if r.Machine, err = thisMachine(); err != nil {
 		return err
 	}
+	c := suite.Config{Scenarios: scenarios, Paths: paths, Rounds: o.rounds, Packets: 3_000_000, RTELPM: o.rteLPM, Rig: tools.Options,
+		Times: suite.Times{Warm: o.window / 3, Window: o.window, Step: o.window / 2, Steps: 7}, Progress: progress(stderr)}
+	if o.results != "" {
+		c.Save = func(out *suite.Outcome) error {
+			r.Renew(out)
+			r.Seconds = time.Since(started).Seconds()
+			return r.WriteText(o.results)
+		}
+	}
+	out, failed := suite.Run(ctx, c)
+	if len(out.Series) == 0 {
+		return errors.Join(failed, fmt.Errorf("nothing was measured: %v", out.Failures))
+	}
+	r.Renew(out)
+	r.Seconds = time.Since(started).Seconds()
+	return errors.Join(failed, o.write(r, stdout, stderr))
+}
+
+// write puts the report where the flags say, also that of a run which was interrupted.
+func (o *options) write(r *report.Report, stdout, stderr io.Writer) error {
 	if o.results != "" {
 		files, err := r.Write(o.results)
 		if err != nil {
@@ -141,33 +158,6 @@ func (o *options) run(ctx context.Context, stdout, stderr io.Writer) (err error)
 		return r.Markdown(stdout, nil)
 	}
 	return r.Table(stdout)
-}
-
-// measure runs the scenarios over the network, then those that need none.
-func measure(ctx context.Context, o *options, tools rig.Options, paths []rig.Path, scenarios []suite.Scenario,
-	progress func(suite.Progress)) (*suite.Outcome, error) {
-	c := suite.Config{Paths: paths, Rounds: o.rounds, Rig: tools, Progress: progress}
-	c.Times = suite.Times{Warm: o.window / 3, Window: o.window, Step: o.window / 2, Steps: 7}
-	m := suite.Memory{RTELPM: o.rteLPM, Rounds: o.rounds, Packets: 3_000_000, Progress: progress}
-	m.Wanted = func(name string) bool { return slices.Contains(names(scenarios), name) }
-	for _, s := range scenarios {
-		if s.Measure != nil {
-			c.Scenarios = append(c.Scenarios, s)
-		}
-	}
-	out, err := suite.Run(ctx, c)
-	if err != nil {
-		return nil, err
-	}
-	series, err := m.Run(ctx)
-	if err != nil {
-		return nil, err
-	}
-	out.Series = append(out.Series, series...)
-	if len(out.Series) == 0 {
-		return nil, fmt.Errorf("nothing could be measured: %v", out.Failures)
-	}
-	return out, nil
 }
 
 func names(all []suite.Scenario) []string {
@@ -233,7 +223,13 @@ func progress(w io.Writer) func(suite.Progress) {
 		if p.Round == 0 {
 			round = "discarded"
 		}
-		fmt.Fprintf(w, "[%3.0f s, %d of %d] %-13s %-15s %-14s%s\n", time.Since(began).Seconds(), p.Done, p.Total, p.Scenario, p.Path,
-			round, text.String())
+		fmt.Fprintf(w, "[%s, %s left, %d of %d] %-13s %-15s %-14s%s\n", minutes(time.Since(began)), minutes(p.Left), p.Done, p.Total,
+			p.Scenario, p.Path, round, text.String())
 	}
+}
+
+// minutes writes a duration as minutes and seconds.
+func minutes(d time.Duration) string {
+	s := int(d.Round(time.Second).Seconds())
+	return fmt.Sprintf("%d:%02d", s/60, s%60)
 }

@@ -148,6 +148,56 @@ func TestInterrupted(t *testing.T) {
 	}
 }
 
+// TestInterruptedKeeps: what was measured before SIGINT is printed, and in the files. A path that cannot be set up is a row with
+// the reason and keeps nobody else from being measured.
+func TestInterruptedKeeps(t *testing.T) {
+	dir := t.TempDir()
+	cmd := command("--only", "route,tun@/bin/false", "--scenario", "tcp1", "--rounds", "100000", "--window", "50ms", "--results", dir, "-o", "json")
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	read := func() (r report.Report) {
+		if text, err := os.ReadFile(filepath.Join(dir, "report.json")); err == nil {
+			if err := json.Unmarshal(text, &r); err != nil {
+				t.Fatalf("%v: %s", err, text)
+			}
+		}
+		return r
+	}
+	until(t, "a report of what is measured so far", func() bool {
+		r := read()
+		return r.Outcome != nil && len(r.Series) > 0 && r.Partial != ""
+	})
+	if err := cmd.Process.Signal(syscall.SIGINT); err != nil {
+		t.Fatal(err)
+	}
+	err := cmd.Wait()
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) || exit.ExitCode() != 1 || !strings.Contains(stderr.String(), "interrupted") {
+		t.Errorf("%v, %s", err, stderr.String())
+	}
+	var printed report.Report
+	if err := json.Unmarshal(stdout.Bytes(), &printed); err != nil {
+		t.Fatalf("%v: %s", err, stdout.String())
+	}
+	for _, r := range []report.Report{printed, read()} {
+		if !strings.Contains(r.Partial, "interrupted") || len(r.Series) == 0 || r.Series[0].Path != "route" {
+			t.Errorf("%q, %+v", r.Partial, r.Series)
+		}
+		if len(r.Failures) != 2 || r.Failures[0].Path != "tun@/bin/false" || !strings.Contains(r.Failures[0].Error, "vrouter ended") && !strings.Contains(r.Failures[0].Error, "false ended") {
+			t.Errorf("failures: %+v", r.Failures)
+		}
+	}
+	if _, err := os.Stat(filepath.Join(dir, "tcp1.svg")); err != nil {
+		t.Error(err)
+	}
+	if found := left(t, cmd.Process.Pid); len(found) > 0 {
+		t.Errorf("left behind: %v", found)
+	}
+}
+
 func TestCommandLine(t *testing.T) {
 	for _, arg := range []string{"--version", "--help"} {
 		out, err := command(arg).CombinedOutput()

@@ -443,6 +443,7 @@ type StatusReply struct {
 	StartedUnixNano int64                  `protobuf:"varint,10,opt,name=started_unix_nano,json=startedUnixNano,proto3" json:"started_unix_nano,omitempty"`
 	Port            string                 `protobuf:"bytes,11,opt,name=port,proto3" json:"port,omitempty"` // the ports in words
 	Pods            uint32                 `protobuf:"varint,12,opt,name=pods,proto3" json:"pods,omitempty"`
+	PathMtus        []*PathMTU             `protobuf:"bytes,13,rep,name=path_mtus,json=pathMtus,proto3" json:"path_mtus,omitempty"` // sorted by gateway
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -561,6 +562,82 @@ func (x *StatusReply) GetPods() uint32 {
 	return 0
 }
 
+func (x *StatusReply) GetPathMtus() []*PathMTU {
+	if x != nil {
+		return x.PathMtus
+	}
+	return nil
+}
+
+// PathMTU is what routers on the way to a node have told of a link narrower than ours.
+type PathMTU struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Gateway         []byte                 `protobuf:"bytes,1,opt,name=gateway,proto3" json:"gateway,omitempty"`
+	Mtu             uint32                 `protobuf:"varint,2,opt,name=mtu,proto3" json:"mtu,omitempty"` // bytes, of the outer packet
+	LearnedUnixNano int64                  `protobuf:"varint,3,opt,name=learned_unix_nano,json=learnedUnixNano,proto3" json:"learned_unix_nano,omitempty"`
+	ExpiresUnixNano int64                  `protobuf:"varint,4,opt,name=expires_unix_nano,json=expiresUnixNano,proto3" json:"expires_unix_nano,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *PathMTU) Reset() {
+	*x = PathMTU{}
+	mi := &file_vrouter_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PathMTU) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PathMTU) ProtoMessage() {}
+
+func (x *PathMTU) ProtoReflect() protoreflect.Message {
+	mi := &file_vrouter_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PathMTU.ProtoReflect.Descriptor instead.
+func (*PathMTU) Descriptor() ([]byte, []int) {
+	return file_vrouter_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *PathMTU) GetGateway() []byte {
+	if x != nil {
+		return x.Gateway
+	}
+	return nil
+}
+
+func (x *PathMTU) GetMtu() uint32 {
+	if x != nil {
+		return x.Mtu
+	}
+	return 0
+}
+
+func (x *PathMTU) GetLearnedUnixNano() int64 {
+	if x != nil {
+		return x.LearnedUnixNano
+	}
+	return 0
+}
+
+func (x *PathMTU) GetExpiresUnixNano() int64 {
+	if x != nil {
+		return x.ExpiresUnixNano
+	}
+	return 0
+}
+
 type BeginRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	ApiVersion    uint32                 `protobuf:"varint,1,opt,name=api_version,json=apiVersion,proto3" json:"api_version,omitempty"`
@@ -570,7 +647,7 @@ type BeginRequest struct {
 
 func (x *BeginRequest) Reset() {
 	*x = BeginRequest{}
-	mi := &file_vrouter_proto_msgTypes[6]
+	mi := &file_vrouter_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -582,7 +659,7 @@ func (x *BeginRequest) String() string {
 func (*BeginRequest) ProtoMessage() {}
 
 func (x *BeginRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[6]
+	mi := &file_vrouter_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -595,7 +672,7 @@ func (x *BeginRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BeginRequest.ProtoReflect.Descriptor instead.
 func (*BeginRequest) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{6}
+	return file_vrouter_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *BeginRequest) GetApiVersion() uint32 {
@@ -620,7 +697,7 @@ type UpdateRequest struct {
 
 func (x *UpdateRequest) Reset() {
 	*x = UpdateRequest{}
-	mi := &file_vrouter_proto_msgTypes[7]
+	mi := &file_vrouter_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -632,7 +709,7 @@ func (x *UpdateRequest) String() string {
 func (*UpdateRequest) ProtoMessage() {}
 
 func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[7]
+	mi := &file_vrouter_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -645,7 +722,7 @@ func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateRequest.ProtoReflect.Descriptor instead.
 func (*UpdateRequest) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{7}
+	return file_vrouter_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *UpdateRequest) GetConfig() *Config {
@@ -705,7 +782,7 @@ type UpdateReply struct {
 
 func (x *UpdateReply) Reset() {
 	*x = UpdateReply{}
-	mi := &file_vrouter_proto_msgTypes[8]
+	mi := &file_vrouter_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -717,7 +794,7 @@ func (x *UpdateReply) String() string {
 func (*UpdateReply) ProtoMessage() {}
 
 func (x *UpdateReply) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[8]
+	mi := &file_vrouter_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -730,7 +807,7 @@ func (x *UpdateReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateReply.ProtoReflect.Descriptor instead.
 func (*UpdateReply) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{8}
+	return file_vrouter_proto_rawDescGZIP(), []int{9}
 }
 
 type EndRequest struct {
@@ -741,7 +818,7 @@ type EndRequest struct {
 
 func (x *EndRequest) Reset() {
 	*x = EndRequest{}
-	mi := &file_vrouter_proto_msgTypes[9]
+	mi := &file_vrouter_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -753,7 +830,7 @@ func (x *EndRequest) String() string {
 func (*EndRequest) ProtoMessage() {}
 
 func (x *EndRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[9]
+	mi := &file_vrouter_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -766,7 +843,7 @@ func (x *EndRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndRequest.ProtoReflect.Descriptor instead.
 func (*EndRequest) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{9}
+	return file_vrouter_proto_rawDescGZIP(), []int{10}
 }
 
 type EndReply struct {
@@ -778,7 +855,7 @@ type EndReply struct {
 
 func (x *EndReply) Reset() {
 	*x = EndReply{}
-	mi := &file_vrouter_proto_msgTypes[10]
+	mi := &file_vrouter_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -790,7 +867,7 @@ func (x *EndReply) String() string {
 func (*EndReply) ProtoMessage() {}
 
 func (x *EndReply) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[10]
+	mi := &file_vrouter_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -803,7 +880,7 @@ func (x *EndReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndReply.ProtoReflect.Descriptor instead.
 func (*EndReply) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{10}
+	return file_vrouter_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *EndReply) GetSwept() uint32 {
@@ -821,7 +898,7 @@ type ListRoutesRequest struct {
 
 func (x *ListRoutesRequest) Reset() {
 	*x = ListRoutesRequest{}
-	mi := &file_vrouter_proto_msgTypes[11]
+	mi := &file_vrouter_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -833,7 +910,7 @@ func (x *ListRoutesRequest) String() string {
 func (*ListRoutesRequest) ProtoMessage() {}
 
 func (x *ListRoutesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[11]
+	mi := &file_vrouter_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -846,7 +923,7 @@ func (x *ListRoutesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRoutesRequest.ProtoReflect.Descriptor instead.
 func (*ListRoutesRequest) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{11}
+	return file_vrouter_proto_rawDescGZIP(), []int{12}
 }
 
 type ListRoutesReply struct {
@@ -859,7 +936,7 @@ type ListRoutesReply struct {
 
 func (x *ListRoutesReply) Reset() {
 	*x = ListRoutesReply{}
-	mi := &file_vrouter_proto_msgTypes[12]
+	mi := &file_vrouter_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -871,7 +948,7 @@ func (x *ListRoutesReply) String() string {
 func (*ListRoutesReply) ProtoMessage() {}
 
 func (x *ListRoutesReply) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[12]
+	mi := &file_vrouter_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -884,7 +961,7 @@ func (x *ListRoutesReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRoutesReply.ProtoReflect.Descriptor instead.
 func (*ListRoutesReply) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{12}
+	return file_vrouter_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ListRoutesReply) GetRoutes() []*Route {
@@ -909,7 +986,7 @@ type ListCountersRequest struct {
 
 func (x *ListCountersRequest) Reset() {
 	*x = ListCountersRequest{}
-	mi := &file_vrouter_proto_msgTypes[13]
+	mi := &file_vrouter_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -921,7 +998,7 @@ func (x *ListCountersRequest) String() string {
 func (*ListCountersRequest) ProtoMessage() {}
 
 func (x *ListCountersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[13]
+	mi := &file_vrouter_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -934,7 +1011,7 @@ func (x *ListCountersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListCountersRequest.ProtoReflect.Descriptor instead.
 func (*ListCountersRequest) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{13}
+	return file_vrouter_proto_rawDescGZIP(), []int{14}
 }
 
 type Counter struct {
@@ -948,7 +1025,7 @@ type Counter struct {
 
 func (x *Counter) Reset() {
 	*x = Counter{}
-	mi := &file_vrouter_proto_msgTypes[14]
+	mi := &file_vrouter_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -960,7 +1037,7 @@ func (x *Counter) String() string {
 func (*Counter) ProtoMessage() {}
 
 func (x *Counter) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[14]
+	mi := &file_vrouter_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -973,7 +1050,7 @@ func (x *Counter) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Counter.ProtoReflect.Descriptor instead.
 func (*Counter) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{14}
+	return file_vrouter_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Counter) GetName() string {
@@ -1006,7 +1083,7 @@ type ListCountersReply struct {
 
 func (x *ListCountersReply) Reset() {
 	*x = ListCountersReply{}
-	mi := &file_vrouter_proto_msgTypes[15]
+	mi := &file_vrouter_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1018,7 +1095,7 @@ func (x *ListCountersReply) String() string {
 func (*ListCountersReply) ProtoMessage() {}
 
 func (x *ListCountersReply) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[15]
+	mi := &file_vrouter_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1031,7 +1108,7 @@ func (x *ListCountersReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListCountersReply.ProtoReflect.Descriptor instead.
 func (*ListCountersReply) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{15}
+	return file_vrouter_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ListCountersReply) GetCounters() []*Counter {
@@ -1051,7 +1128,7 @@ type TraceRequest struct {
 
 func (x *TraceRequest) Reset() {
 	*x = TraceRequest{}
-	mi := &file_vrouter_proto_msgTypes[16]
+	mi := &file_vrouter_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1063,7 +1140,7 @@ func (x *TraceRequest) String() string {
 func (*TraceRequest) ProtoMessage() {}
 
 func (x *TraceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[16]
+	mi := &file_vrouter_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1076,7 +1153,7 @@ func (x *TraceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TraceRequest.ProtoReflect.Descriptor instead.
 func (*TraceRequest) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{16}
+	return file_vrouter_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *TraceRequest) GetDirection() Direction {
@@ -1104,7 +1181,7 @@ type Rung struct {
 
 func (x *Rung) Reset() {
 	*x = Rung{}
-	mi := &file_vrouter_proto_msgTypes[17]
+	mi := &file_vrouter_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1116,7 +1193,7 @@ func (x *Rung) String() string {
 func (*Rung) ProtoMessage() {}
 
 func (x *Rung) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[17]
+	mi := &file_vrouter_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1129,7 +1206,7 @@ func (x *Rung) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rung.ProtoReflect.Descriptor instead.
 func (*Rung) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{17}
+	return file_vrouter_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Rung) GetName() string {
@@ -1171,7 +1248,7 @@ type TraceReply struct {
 
 func (x *TraceReply) Reset() {
 	*x = TraceReply{}
-	mi := &file_vrouter_proto_msgTypes[18]
+	mi := &file_vrouter_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1183,7 +1260,7 @@ func (x *TraceReply) String() string {
 func (*TraceReply) ProtoMessage() {}
 
 func (x *TraceReply) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[18]
+	mi := &file_vrouter_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1196,7 +1273,7 @@ func (x *TraceReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TraceReply.ProtoReflect.Descriptor instead.
 func (*TraceReply) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{18}
+	return file_vrouter_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *TraceReply) GetForwarded() bool {
@@ -1278,7 +1355,7 @@ type ListDropsRequest struct {
 
 func (x *ListDropsRequest) Reset() {
 	*x = ListDropsRequest{}
-	mi := &file_vrouter_proto_msgTypes[19]
+	mi := &file_vrouter_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1290,7 +1367,7 @@ func (x *ListDropsRequest) String() string {
 func (*ListDropsRequest) ProtoMessage() {}
 
 func (x *ListDropsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[19]
+	mi := &file_vrouter_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1303,7 +1380,7 @@ func (x *ListDropsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDropsRequest.ProtoReflect.Descriptor instead.
 func (*ListDropsRequest) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{19}
+	return file_vrouter_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ListDropsRequest) GetSince() uint64 {
@@ -1327,7 +1404,7 @@ type DropFlow struct {
 
 func (x *DropFlow) Reset() {
 	*x = DropFlow{}
-	mi := &file_vrouter_proto_msgTypes[20]
+	mi := &file_vrouter_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1339,7 +1416,7 @@ func (x *DropFlow) String() string {
 func (*DropFlow) ProtoMessage() {}
 
 func (x *DropFlow) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[20]
+	mi := &file_vrouter_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1352,7 +1429,7 @@ func (x *DropFlow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DropFlow.ProtoReflect.Descriptor instead.
 func (*DropFlow) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{20}
+	return file_vrouter_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *DropFlow) GetDirection() Direction {
@@ -1411,7 +1488,7 @@ type DropSample struct {
 
 func (x *DropSample) Reset() {
 	*x = DropSample{}
-	mi := &file_vrouter_proto_msgTypes[21]
+	mi := &file_vrouter_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1423,7 +1500,7 @@ func (x *DropSample) String() string {
 func (*DropSample) ProtoMessage() {}
 
 func (x *DropSample) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[21]
+	mi := &file_vrouter_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1436,7 +1513,7 @@ func (x *DropSample) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DropSample.ProtoReflect.Descriptor instead.
 func (*DropSample) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{21}
+	return file_vrouter_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *DropSample) GetNumber() uint64 {
@@ -1491,7 +1568,7 @@ type ListDropsReply struct {
 
 func (x *ListDropsReply) Reset() {
 	*x = ListDropsReply{}
-	mi := &file_vrouter_proto_msgTypes[22]
+	mi := &file_vrouter_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1503,7 +1580,7 @@ func (x *ListDropsReply) String() string {
 func (*ListDropsReply) ProtoMessage() {}
 
 func (x *ListDropsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[22]
+	mi := &file_vrouter_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1516,7 +1593,7 @@ func (x *ListDropsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDropsReply.ProtoReflect.Descriptor instead.
 func (*ListDropsReply) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{22}
+	return file_vrouter_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ListDropsReply) GetFlows() []*DropFlow {
@@ -1544,7 +1621,7 @@ type CaptureRequest struct {
 
 func (x *CaptureRequest) Reset() {
 	*x = CaptureRequest{}
-	mi := &file_vrouter_proto_msgTypes[23]
+	mi := &file_vrouter_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1556,7 +1633,7 @@ func (x *CaptureRequest) String() string {
 func (*CaptureRequest) ProtoMessage() {}
 
 func (x *CaptureRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[23]
+	mi := &file_vrouter_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1569,7 +1646,7 @@ func (x *CaptureRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CaptureRequest.ProtoReflect.Descriptor instead.
 func (*CaptureRequest) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{23}
+	return file_vrouter_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *CaptureRequest) GetFilter() string {
@@ -1612,7 +1689,7 @@ type CapturedPacket struct {
 
 func (x *CapturedPacket) Reset() {
 	*x = CapturedPacket{}
-	mi := &file_vrouter_proto_msgTypes[24]
+	mi := &file_vrouter_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1624,7 +1701,7 @@ func (x *CapturedPacket) String() string {
 func (*CapturedPacket) ProtoMessage() {}
 
 func (x *CapturedPacket) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[24]
+	mi := &file_vrouter_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1637,7 +1714,7 @@ func (x *CapturedPacket) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CapturedPacket.ProtoReflect.Descriptor instead.
 func (*CapturedPacket) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{24}
+	return file_vrouter_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *CapturedPacket) GetUnixNano() int64 {
@@ -1728,7 +1805,7 @@ type CaptureReply struct {
 
 func (x *CaptureReply) Reset() {
 	*x = CaptureReply{}
-	mi := &file_vrouter_proto_msgTypes[25]
+	mi := &file_vrouter_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1740,7 +1817,7 @@ func (x *CaptureReply) String() string {
 func (*CaptureReply) ProtoMessage() {}
 
 func (x *CaptureReply) ProtoReflect() protoreflect.Message {
-	mi := &file_vrouter_proto_msgTypes[25]
+	mi := &file_vrouter_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1753,7 +1830,7 @@ func (x *CaptureReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CaptureReply.ProtoReflect.Descriptor instead.
 func (*CaptureReply) Descriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{25}
+	return file_vrouter_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *CaptureReply) GetPackets() []*CapturedPacket {
@@ -1794,7 +1871,7 @@ const file_vrouter_proto_rawDesc = "" +
 	"\tinterface\x18\x02 \x01(\tR\tinterface\"0\n" +
 	"\rStatusRequest\x12\x1f\n" +
 	"\vapi_version\x18\x01 \x01(\rR\n" +
-	"apiVersion\"\xeb\x02\n" +
+	"apiVersion\"\xa4\x03\n" +
 	"\vStatusReply\x12\x1f\n" +
 	"\vapi_version\x18\x01 \x01(\rR\n" +
 	"apiVersion\x12\x18\n" +
@@ -1811,7 +1888,13 @@ const file_vrouter_proto_rawDesc = "" +
 	"\x11started_unix_nano\x18\n" +
 	" \x01(\x03R\x0fstartedUnixNano\x12\x12\n" +
 	"\x04port\x18\v \x01(\tR\x04port\x12\x12\n" +
-	"\x04pods\x18\f \x01(\rR\x04pods\"/\n" +
+	"\x04pods\x18\f \x01(\rR\x04pods\x127\n" +
+	"\tpath_mtus\x18\r \x03(\v2\x1a.margay.vrouter.v1.PathMTUR\bpathMtus\"\x8d\x01\n" +
+	"\aPathMTU\x12\x18\n" +
+	"\agateway\x18\x01 \x01(\fR\agateway\x12\x10\n" +
+	"\x03mtu\x18\x02 \x01(\rR\x03mtu\x12*\n" +
+	"\x11learned_unix_nano\x18\x03 \x01(\x03R\x0flearnedUnixNano\x12*\n" +
+	"\x11expires_unix_nano\x18\x04 \x01(\x03R\x0fexpiresUnixNano\"/\n" +
 	"\fBeginRequest\x12\x1f\n" +
 	"\vapi_version\x18\x01 \x01(\rR\n" +
 	"apiVersion\"\xa3\x02\n" +
@@ -1936,7 +2019,7 @@ func file_vrouter_proto_rawDescGZIP() []byte {
 }
 
 var file_vrouter_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_vrouter_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
+var file_vrouter_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
 var file_vrouter_proto_goTypes = []any{
 	(Kind)(0),                   // 0: margay.vrouter.v1.Kind
 	(Direction)(0),              // 1: margay.vrouter.v1.Direction
@@ -1946,70 +2029,72 @@ var file_vrouter_proto_goTypes = []any{
 	(*Pod)(nil),                 // 5: margay.vrouter.v1.Pod
 	(*StatusRequest)(nil),       // 6: margay.vrouter.v1.StatusRequest
 	(*StatusReply)(nil),         // 7: margay.vrouter.v1.StatusReply
-	(*BeginRequest)(nil),        // 8: margay.vrouter.v1.BeginRequest
-	(*UpdateRequest)(nil),       // 9: margay.vrouter.v1.UpdateRequest
-	(*UpdateReply)(nil),         // 10: margay.vrouter.v1.UpdateReply
-	(*EndRequest)(nil),          // 11: margay.vrouter.v1.EndRequest
-	(*EndReply)(nil),            // 12: margay.vrouter.v1.EndReply
-	(*ListRoutesRequest)(nil),   // 13: margay.vrouter.v1.ListRoutesRequest
-	(*ListRoutesReply)(nil),     // 14: margay.vrouter.v1.ListRoutesReply
-	(*ListCountersRequest)(nil), // 15: margay.vrouter.v1.ListCountersRequest
-	(*Counter)(nil),             // 16: margay.vrouter.v1.Counter
-	(*ListCountersReply)(nil),   // 17: margay.vrouter.v1.ListCountersReply
-	(*TraceRequest)(nil),        // 18: margay.vrouter.v1.TraceRequest
-	(*Rung)(nil),                // 19: margay.vrouter.v1.Rung
-	(*TraceReply)(nil),          // 20: margay.vrouter.v1.TraceReply
-	(*ListDropsRequest)(nil),    // 21: margay.vrouter.v1.ListDropsRequest
-	(*DropFlow)(nil),            // 22: margay.vrouter.v1.DropFlow
-	(*DropSample)(nil),          // 23: margay.vrouter.v1.DropSample
-	(*ListDropsReply)(nil),      // 24: margay.vrouter.v1.ListDropsReply
-	(*CaptureRequest)(nil),      // 25: margay.vrouter.v1.CaptureRequest
-	(*CapturedPacket)(nil),      // 26: margay.vrouter.v1.CapturedPacket
-	(*CaptureReply)(nil),        // 27: margay.vrouter.v1.CaptureReply
+	(*PathMTU)(nil),             // 8: margay.vrouter.v1.PathMTU
+	(*BeginRequest)(nil),        // 9: margay.vrouter.v1.BeginRequest
+	(*UpdateRequest)(nil),       // 10: margay.vrouter.v1.UpdateRequest
+	(*UpdateReply)(nil),         // 11: margay.vrouter.v1.UpdateReply
+	(*EndRequest)(nil),          // 12: margay.vrouter.v1.EndRequest
+	(*EndReply)(nil),            // 13: margay.vrouter.v1.EndReply
+	(*ListRoutesRequest)(nil),   // 14: margay.vrouter.v1.ListRoutesRequest
+	(*ListRoutesReply)(nil),     // 15: margay.vrouter.v1.ListRoutesReply
+	(*ListCountersRequest)(nil), // 16: margay.vrouter.v1.ListCountersRequest
+	(*Counter)(nil),             // 17: margay.vrouter.v1.Counter
+	(*ListCountersReply)(nil),   // 18: margay.vrouter.v1.ListCountersReply
+	(*TraceRequest)(nil),        // 19: margay.vrouter.v1.TraceRequest
+	(*Rung)(nil),                // 20: margay.vrouter.v1.Rung
+	(*TraceReply)(nil),          // 21: margay.vrouter.v1.TraceReply
+	(*ListDropsRequest)(nil),    // 22: margay.vrouter.v1.ListDropsRequest
+	(*DropFlow)(nil),            // 23: margay.vrouter.v1.DropFlow
+	(*DropSample)(nil),          // 24: margay.vrouter.v1.DropSample
+	(*ListDropsReply)(nil),      // 25: margay.vrouter.v1.ListDropsReply
+	(*CaptureRequest)(nil),      // 26: margay.vrouter.v1.CaptureRequest
+	(*CapturedPacket)(nil),      // 27: margay.vrouter.v1.CapturedPacket
+	(*CaptureReply)(nil),        // 28: margay.vrouter.v1.CaptureReply
 }
 var file_vrouter_proto_depIdxs = []int32{
 	2,  // 0: margay.vrouter.v1.Route.prefix:type_name -> margay.vrouter.v1.Prefix
 	0,  // 1: margay.vrouter.v1.Route.kind:type_name -> margay.vrouter.v1.Kind
 	4,  // 2: margay.vrouter.v1.StatusReply.config:type_name -> margay.vrouter.v1.Config
-	4,  // 3: margay.vrouter.v1.UpdateRequest.config:type_name -> margay.vrouter.v1.Config
-	3,  // 4: margay.vrouter.v1.UpdateRequest.set:type_name -> margay.vrouter.v1.Route
-	2,  // 5: margay.vrouter.v1.UpdateRequest.del:type_name -> margay.vrouter.v1.Prefix
-	5,  // 6: margay.vrouter.v1.UpdateRequest.add_pods:type_name -> margay.vrouter.v1.Pod
-	3,  // 7: margay.vrouter.v1.ListRoutesReply.routes:type_name -> margay.vrouter.v1.Route
-	16, // 8: margay.vrouter.v1.ListCountersReply.counters:type_name -> margay.vrouter.v1.Counter
-	1,  // 9: margay.vrouter.v1.TraceRequest.direction:type_name -> margay.vrouter.v1.Direction
-	19, // 10: margay.vrouter.v1.TraceReply.rungs:type_name -> margay.vrouter.v1.Rung
-	3,  // 11: margay.vrouter.v1.TraceReply.route:type_name -> margay.vrouter.v1.Route
-	3,  // 12: margay.vrouter.v1.TraceReply.back:type_name -> margay.vrouter.v1.Route
-	1,  // 13: margay.vrouter.v1.DropFlow.direction:type_name -> margay.vrouter.v1.Direction
-	1,  // 14: margay.vrouter.v1.DropSample.direction:type_name -> margay.vrouter.v1.Direction
-	22, // 15: margay.vrouter.v1.ListDropsReply.flows:type_name -> margay.vrouter.v1.DropFlow
-	23, // 16: margay.vrouter.v1.ListDropsReply.samples:type_name -> margay.vrouter.v1.DropSample
-	1,  // 17: margay.vrouter.v1.CapturedPacket.direction:type_name -> margay.vrouter.v1.Direction
-	26, // 18: margay.vrouter.v1.CaptureReply.packets:type_name -> margay.vrouter.v1.CapturedPacket
-	6,  // 19: margay.vrouter.v1.VRouter.GetStatus:input_type -> margay.vrouter.v1.StatusRequest
-	8,  // 20: margay.vrouter.v1.VRouter.Begin:input_type -> margay.vrouter.v1.BeginRequest
-	9,  // 21: margay.vrouter.v1.VRouter.Update:input_type -> margay.vrouter.v1.UpdateRequest
-	11, // 22: margay.vrouter.v1.VRouter.End:input_type -> margay.vrouter.v1.EndRequest
-	13, // 23: margay.vrouter.v1.VRouter.ListRoutes:input_type -> margay.vrouter.v1.ListRoutesRequest
-	15, // 24: margay.vrouter.v1.VRouter.ListCounters:input_type -> margay.vrouter.v1.ListCountersRequest
-	18, // 25: margay.vrouter.v1.VRouter.Trace:input_type -> margay.vrouter.v1.TraceRequest
-	21, // 26: margay.vrouter.v1.VRouter.ListDrops:input_type -> margay.vrouter.v1.ListDropsRequest
-	25, // 27: margay.vrouter.v1.VRouter.Capture:input_type -> margay.vrouter.v1.CaptureRequest
-	7,  // 28: margay.vrouter.v1.VRouter.GetStatus:output_type -> margay.vrouter.v1.StatusReply
-	7,  // 29: margay.vrouter.v1.VRouter.Begin:output_type -> margay.vrouter.v1.StatusReply
-	10, // 30: margay.vrouter.v1.VRouter.Update:output_type -> margay.vrouter.v1.UpdateReply
-	12, // 31: margay.vrouter.v1.VRouter.End:output_type -> margay.vrouter.v1.EndReply
-	14, // 32: margay.vrouter.v1.VRouter.ListRoutes:output_type -> margay.vrouter.v1.ListRoutesReply
-	17, // 33: margay.vrouter.v1.VRouter.ListCounters:output_type -> margay.vrouter.v1.ListCountersReply
-	20, // 34: margay.vrouter.v1.VRouter.Trace:output_type -> margay.vrouter.v1.TraceReply
-	24, // 35: margay.vrouter.v1.VRouter.ListDrops:output_type -> margay.vrouter.v1.ListDropsReply
-	27, // 36: margay.vrouter.v1.VRouter.Capture:output_type -> margay.vrouter.v1.CaptureReply
-	28, // [28:37] is the sub-list for method output_type
-	19, // [19:28] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	8,  // 3: margay.vrouter.v1.StatusReply.path_mtus:type_name -> margay.vrouter.v1.PathMTU
+	4,  // 4: margay.vrouter.v1.UpdateRequest.config:type_name -> margay.vrouter.v1.Config
+	3,  // 5: margay.vrouter.v1.UpdateRequest.set:type_name -> margay.vrouter.v1.Route
+	2,  // 6: margay.vrouter.v1.UpdateRequest.del:type_name -> margay.vrouter.v1.Prefix
+	5,  // 7: margay.vrouter.v1.UpdateRequest.add_pods:type_name -> margay.vrouter.v1.Pod
+	3,  // 8: margay.vrouter.v1.ListRoutesReply.routes:type_name -> margay.vrouter.v1.Route
+	17, // 9: margay.vrouter.v1.ListCountersReply.counters:type_name -> margay.vrouter.v1.Counter
+	1,  // 10: margay.vrouter.v1.TraceRequest.direction:type_name -> margay.vrouter.v1.Direction
+	20, // 11: margay.vrouter.v1.TraceReply.rungs:type_name -> margay.vrouter.v1.Rung
+	3,  // 12: margay.vrouter.v1.TraceReply.route:type_name -> margay.vrouter.v1.Route
+	3,  // 13: margay.vrouter.v1.TraceReply.back:type_name -> margay.vrouter.v1.Route
+	1,  // 14: margay.vrouter.v1.DropFlow.direction:type_name -> margay.vrouter.v1.Direction
+	1,  // 15: margay.vrouter.v1.DropSample.direction:type_name -> margay.vrouter.v1.Direction
+	23, // 16: margay.vrouter.v1.ListDropsReply.flows:type_name -> margay.vrouter.v1.DropFlow
+	24, // 17: margay.vrouter.v1.ListDropsReply.samples:type_name -> margay.vrouter.v1.DropSample
+	1,  // 18: margay.vrouter.v1.CapturedPacket.direction:type_name -> margay.vrouter.v1.Direction
+	27, // 19: margay.vrouter.v1.CaptureReply.packets:type_name -> margay.vrouter.v1.CapturedPacket
+	6,  // 20: margay.vrouter.v1.VRouter.GetStatus:input_type -> margay.vrouter.v1.StatusRequest
+	9,  // 21: margay.vrouter.v1.VRouter.Begin:input_type -> margay.vrouter.v1.BeginRequest
+	10, // 22: margay.vrouter.v1.VRouter.Update:input_type -> margay.vrouter.v1.UpdateRequest
+	12, // 23: margay.vrouter.v1.VRouter.End:input_type -> margay.vrouter.v1.EndRequest
+	14, // 24: margay.vrouter.v1.VRouter.ListRoutes:input_type -> margay.vrouter.v1.ListRoutesRequest
+	16, // 25: margay.vrouter.v1.VRouter.ListCounters:input_type -> margay.vrouter.v1.ListCountersRequest
+	19, // 26: margay.vrouter.v1.VRouter.Trace:input_type -> margay.vrouter.v1.TraceRequest
+	22, // 27: margay.vrouter.v1.VRouter.ListDrops:input_type -> margay.vrouter.v1.ListDropsRequest
+	26, // 28: margay.vrouter.v1.VRouter.Capture:input_type -> margay.vrouter.v1.CaptureRequest
+	7,  // 29: margay.vrouter.v1.VRouter.GetStatus:output_type -> margay.vrouter.v1.StatusReply
+	7,  // 30: margay.vrouter.v1.VRouter.Begin:output_type -> margay.vrouter.v1.StatusReply
+	11, // 31: margay.vrouter.v1.VRouter.Update:output_type -> margay.vrouter.v1.UpdateReply
+	13, // 32: margay.vrouter.v1.VRouter.End:output_type -> margay.vrouter.v1.EndReply
+	15, // 33: margay.vrouter.v1.VRouter.ListRoutes:output_type -> margay.vrouter.v1.ListRoutesReply
+	18, // 34: margay.vrouter.v1.VRouter.ListCounters:output_type -> margay.vrouter.v1.ListCountersReply
+	21, // 35: margay.vrouter.v1.VRouter.Trace:output_type -> margay.vrouter.v1.TraceReply
+	25, // 36: margay.vrouter.v1.VRouter.ListDrops:output_type -> margay.vrouter.v1.ListDropsReply
+	28, // 37: margay.vrouter.v1.VRouter.Capture:output_type -> margay.vrouter.v1.CaptureReply
+	29, // [29:38] is the sub-list for method output_type
+	20, // [20:29] is the sub-list for method input_type
+	20, // [20:20] is the sub-list for extension type_name
+	20, // [20:20] is the sub-list for extension extendee
+	0,  // [0:20] is the sub-list for field type_name
 }
 
 func init() { file_vrouter_proto_init() }
@@ -2023,7 +2108,7 @@ func file_vrouter_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vrouter_proto_rawDesc), len(file_vrouter_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   26,
+			NumMessages:   27,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
