@@ -361,9 +361,12 @@ func (a *Agent) reconcile(ctx context.Context) error {
 	if err := a.ensureTunnel(ctx, in); err != nil {
 		errs = append(errs, err)
 	}
-	in.Tunnel, in.Blocks = a.tunnel, a.cluster.blocks()
 	in.Blind = a.cluster.blind() != nil
 	in.Pools = a.retain.look(in.Pools, in.Pods, in.Blind)
+	if err := a.keepTunnel(ctx, in.Pools); err != nil {
+		errs = append(errs, err)
+	}
+	in.Tunnel, in.Blocks = a.tunnel, a.cluster.blocks()
 	want := Compute(in)
 	// What cannot be read may be what a route stands on: nothing is taken away until it can.
 	sweep := a.synced && !in.Blind
@@ -372,11 +375,16 @@ func (a *Agent) reconcile(ctx context.Context) error {
 	if err := a.plane.apply(ctx, cfg, want, sweep); err != nil {
 		errs = append(errs, fmt.Errorf("program the vRouter: %w", err))
 	}
-	if err := a.applyTunnel(in.Blind); err != nil {
+	if err := a.applyTunnel(); err != nil {
 		errs = append(errs, err)
 	}
 	if err := a.kernel.Apply(want.Kernel, sweep); err != nil {
 		errs = append(errs, err)
+	} else if a.tunnel.IsValid() || !in.Blind {
+		// An agent that is blind, and so has found no address, leaves the one of the agent before it.
+		if err := a.trimTunnel(); err != nil {
+			errs = append(errs, err)
+		}
 	}
 	if !in.Blind {
 		if err := a.cni.SetPools(want.NAT, want.All); err != nil {

@@ -102,9 +102,27 @@ func (a *Agent) findTunnel(ctx context.Context, inPool func(netip.Addr) bool) (n
 	return got.Addr, err
 }
 
-// applyTunnel makes the tunnel address the only IPv4 address of vr0. An agent that is blind, and so has found none, leaves
-// the one of the agent before it in place.
-func (a *Agent) applyTunnel(blind bool) error {
+// keepTunnel uses the address that the node's handle holds in a pool that is only retained, where there is no other.
+func (a *Agent) keepTunnel(ctx context.Context, retained []Pool) error {
+	encap := func(p Pool) bool { return encapsulates(p.IPIPMode) }
+	if a.tunnel.IsValid() || !slices.ContainsFunc(retained, encap) {
+		return nil
+	}
+	held, err := a.alloc.HandleAddresses(ctx, tunnelHandle(a.cfg.Node))
+	if err != nil {
+		return fmt.Errorf("tunnel address: %w", err)
+	}
+	for _, addr := range held {
+		if p, ok := poolOf(retained, netip.PrefixFrom(addr, addr.BitLen())); ok && encap(p) {
+			a.locked(func() { a.tunnel = addr })
+			return nil
+		}
+	}
+	return nil
+}
+
+// applyTunnel gives vr0 the tunnel address.
+func (a *Agent) applyTunnel() error {
 	link, err := a.kernel.nl.LinkByName(tunnelDevice)
 	if err != nil {
 		if errors.As(err, new(netlink.LinkNotFoundError)) {
@@ -121,32 +139,51 @@ func (a *Agent) applyTunnel(blind bool) error {
 	if err := server.SetSysctl("ipv4/conf/"+tunnelDevice+"/rp_filter", "0"); err != nil {
 		return err
 	}
-	if blind && !a.tunnel.IsValid() {
-		return nil
-	}
-	addrs, err := a.kernel.nl.AddrList(link, unix.AF_INET)
-	if err != nil {
-		return fmt.Errorf("list addresses of %s: %w", tunnelDevice, err)
-	}
-	present := false
-	for _, old := range addrs {
-		p, ok := prefixOf(old.IPNet)
-		if ok && p.Addr() == a.tunnel {
-			present = true
-			continue
-		}
-		if err := a.kernel.nl.AddrDel(link, &old); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
-			return fmt.Errorf("remove address %s from %s: %w", old.IPNet, tunnelDevice, err)
-		}
-	}
-	if present || !a.tunnel.IsValid() {
-		return nil
+	// One that is there is left alone: the kernel would tell us of a change, and that would bring us here again.
+	_, present, err := a.tunnelAddresses(link)
+	if err != nil || present || !a.tunnel.IsValid() {
+		return err
 	}
 	p := netip.PrefixFrom(a.tunnel, a.tunnel.BitLen())
 	if err := a.kernel.nl.AddrReplace(link, &netlink.Addr{IPNet: ipNet(p)}); err != nil {
 		return fmt.Errorf("add address %s to %s: %w", p, tunnelDevice, err)
 	}
 	return nil
+}
+
+// trimTunnel takes every other IPv4 address from vr0. It comes after the kernel's routes: with an address go those that have
+// it as their source.
+func (a *Agent) trimTunnel() error {
+	link, err := a.kernel.nl.LinkByName(tunnelDevice)
+	if err != nil {
+		return err
+	}
+	others, _, err := a.tunnelAddresses(link)
+	if err != nil {
+		return err
+	}
+	for _, old := range others {
+		if err := a.kernel.nl.AddrDel(link, &old); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+			return fmt.Errorf("remove address %s from %s: %w", old.IPNet, tunnelDevice, err)
+		}
+	}
+	return nil
+}
+
+// tunnelAddresses lists vr0's IPv4 addresses but the tunnel's, and tells whether that one is there.
+func (a *Agent) tunnelAddresses(link netlink.Link) (others []netlink.Addr, present bool, err error) {
+	addrs, err := a.kernel.nl.AddrList(link, unix.AF_INET)
+	if err != nil {
+		return nil, false, fmt.Errorf("list addresses of %s: %w", tunnelDevice, err)
+	}
+	for _, at := range addrs {
+		if p, ok := prefixOf(at.IPNet); ok && p.Addr() == a.tunnel {
+			present = true
+		} else {
+			others = append(others, at)
+		}
+	}
+	return others, present, nil
 }
 
 // prepareHost makes the node a router.

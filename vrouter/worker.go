@@ -96,6 +96,9 @@ func (w *Worker) makeRoom(n int) {
 // called before Run.
 func (w *Worker) SetReply(reply Port) { w.reply = reply }
 
+// Direction returns which ladder the worker walks.
+func (w *Worker) Direction() Direction { return w.direction }
+
 // Run forwards until the port it receives from is stopped, and then returns nil; any other error of that port ends it.
 func (w *Worker) Run() error {
 	runtime.LockOSThread()

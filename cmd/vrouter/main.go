@@ -75,6 +75,10 @@ keeps the kernel from merging segments to superpackets. tc, for direct alone, is
 with programs in the kernel that forward themselves the plain packets whose way the
 vRouter knows: those never come to it.
 
+--queues says how many queues vr0 and the underlay have. Each has a worker for each
+direction (direct: one for both), so that a direction can use as many processors. All
+packets of a flow come by the same queue, in order.
+
 It needs the capabilities NET_ADMIN and NET_RAW, and /dev/net/tun unless it is veth.
 With BPF as well, and Linux 6.6, superpackets leave whole; without, the vRouter splits
 them, and neither direct nor xdp nor tc can be had.`,
@@ -92,7 +96,9 @@ them, and neither direct nor xdp nor tc can be had.`,
 	f.StringVar(&o.ports.Attach, "attach", port.AttachAuto, "how packets come and go: tun, tun-plain, veth, direct or auto")
 	f.StringVar(&o.ports.IO, "io", port.IOPacket, "how Ethernet interfaces are read and written: packet, xdp or, with direct, tc")
 	f.StringVar(&o.ports.Name, "tun", "vr0", "name of the `device`; made if it is not there")
+	f.IntVar(&o.ports.Queues, "queues", 0, "how `many` queues vr0 and the underlay have, flows shared out among them, and each direction workers (default: 1 up to 7 CPUs, then a quarter of them, 8 at most)")
 	f.IntVar(&o.ports.BusyPoll, "busy-poll", 0, "how many `microseconds` AF_XDP sockets look for packets at the device; 0: interrupts bring them")
+	f.IntVar(&o.ports.Frames, "xdp-frames", port.DefaultFrames, "how many `packets` each AF_XDP socket holds that wait for the vRouter, a power of two; each takes 2 KiB of locked memory, or 4")
 	f.IntVar(&o.ports.Spin, "spin", port.DefaultSpin, "how many `microseconds` a worker looks for packets before it sleeps, while they come that often; 0: it sleeps at once")
 	f.StringVar(&o.cpus, "cpus", "", "the CPUs to forward on, one for each worker in turn, as a `list`: 2,3 or 4-7 (default: the kernel chooses)")
 	f.StringVar(&o.socket, "socket", "/run/margay/vrouter.sock", "unix socket `path` on which the agent programs the vRouter")
@@ -112,6 +118,9 @@ func (o *options) run(ctx context.Context) (err error) {
 	if err := o.ports.Check(); err != nil {
 		return err
 	}
+	if o.ports.Queues == 0 {
+		o.ports.Queues = port.DefaultQueues()
+	}
 	cpus, err := port.ParseCPUs(o.cpus)
 	if err != nil {
 		return fmt.Errorf("--cpus %q: %w", o.cpus, err)
@@ -127,7 +136,7 @@ func (o *options) run(ctx context.Context) (err error) {
 		if err := os.MkdirAll(o.stateDir, 0o755); err != nil {
 			return fmt.Errorf("--state-dir: %w", err)
 		}
-		if side, err = openSideways(); err != nil {
+		if side, err = openSideways(o.ports.Queues); err != nil {
 			return err
 		}
 		listener, err = rpc.Listen(o.socket)
@@ -141,9 +150,10 @@ func (o *options) run(ctx context.Context) (err error) {
 	}
 	defer func() { err = errors.Join(err, ports.Close()) }()
 	log.Info("attached", "attach", ports.Attach, "io", ports.IO, "why", ports.Why, "device offloads", ports.Device.Offloads(),
-		"underlay", ports.Underlay.Sending())
+		"underlay", ports.Underlay.Sending(), "queues", ports.Queues)
 
 	router := vrouter.New()
+	routing.ICMPRate = (routing.ICMPRate + ports.Queues - 1) / ports.Queues // each worker has its share
 	if err := router.SetOptions(routing); err != nil {
 		return err
 	}
@@ -167,7 +177,13 @@ func (o *options) run(ctx context.Context) (err error) {
 	wg.Go(func() { keeper.Run(ctx) })
 	wg.Go(func() { watched.Serve(ctx) })
 	wg.Go(func() { router.CollectDrops(ctx) })
-	workers[0].SetReply(side.reply)
+	answering := 0
+	for _, w := range workers {
+		if w.Direction() != vrouter.Decap {
+			w.SetReply(side.replies[answering])
+			answering++
+		}
+	}
 	var sideErr error
 	wg.Go(func() {
 		sideErr = side.listen(router, log)
@@ -177,7 +193,7 @@ func (o *options) run(ctx context.Context) (err error) {
 	for i, w := range workers {
 		wg.Go(func() {
 			defer cancel()
-			if workerErrs[i] = port.PinThread(cpus, i); workerErrs[i] == nil {
+			if workerErrs[i] = port.WorkerThread(cpus, i); workerErrs[i] == nil {
 				workerErrs[i] = w.Run()
 			}
 		})

@@ -9,7 +9,6 @@ import (
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	"margay/datastore"
 )
@@ -42,7 +41,7 @@ func free(t *testing.T, n labNode) string {
 // forgetNode takes a Node out of the datastore as somebody with etcdctl would: margayctl delete releases its addresses, too.
 func forgetNode(t *testing.T, name string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	s, err := datastore.Open(ctx, datastore.Config{Endpoints: status(t).Etcd})
 	if err != nil {
@@ -134,11 +133,11 @@ func TestTraceSaysWhatIsBroken(t *testing.T) {
 		{name: "vrouter of the source dead", code: 1,
 			break_: func() { kill(t, n1.PIDs["vrouter"]) },
 			mend:   func() { mustCtl(t, "lab", "restart", "--name", labName, n1.Name, "vrouter") },
-			want:   []string{"at " + n1.Name, "no vRouter", "To mend it: start the vRouter"}},
+			want:   []string{"at " + n1.Name, "vRouter", "To mend it: start the vRouter"}},
 		{name: "vrouter of the destination dead", code: 1,
 			break_: func() { kill(t, n2.PIDs["vrouter"]) },
 			mend:   func() { mustCtl(t, "lab", "restart", "--name", labName, n2.Name, "vrouter") },
-			want:   []string{"at " + n2.Name, "no vRouter", "To mend it: start the vRouter"}},
+			want:   []string{"at " + n2.Name, "vRouter", "To mend it: start the vRouter"}},
 		{name: "agent of the destination dead", code: 3, passes: true,
 			break_: func() { kill(t, n2.PIDs["agent"]) },
 			mend:   func() { mustCtl(t, "lab", "restart", "--name", labName, n2.Name, "agent") },

@@ -166,10 +166,10 @@ func echo(conn *net.UDPConn, size int) (there, back byte, err error) {
 // TestKernel runs the same against each driver; the machine is started for each.
 func TestKernel(t *testing.T) {
 	for _, driver := range []port.Options{
-		{Attach: port.AttachTUNPlain, IO: port.IOPacket, Name: "vr0"},
-		{Attach: port.AttachTUN, IO: port.IOPacket, Name: "vr0"},
-		{Attach: port.AttachVeth, IO: port.IOPacket, Name: "vr0"},
-		{Attach: port.AttachVeth, IO: port.IOXDP, Name: "vr0"},
+		{Attach: port.AttachTUNPlain, IO: port.IOPacket, Name: "vr0", Queues: 1},
+		{Attach: port.AttachTUN, IO: port.IOPacket, Name: "vr0", Queues: 1},
+		{Attach: port.AttachVeth, IO: port.IOPacket, Name: "vr0", Queues: 1},
+		{Attach: port.AttachVeth, IO: port.IOXDP, Name: "vr0", Queues: 1},
 	} {
 		t.Run(driver.Attach+","+driver.IO, func(t *testing.T) { withKernel(t, driver) })
 	}

@@ -18,13 +18,13 @@ const batch = 110
 // drivers are all that there are; with `direct` the pods of these tests have no interfaces of their own, so that the
 // kernel routes to vr0 there too.
 var drivers = []port.Options{
-	{Attach: port.AttachTUNPlain, IO: port.IOPacket, Name: "vr0"},
-	{Attach: port.AttachTUN, IO: port.IOPacket, Name: "vr0"},
-	{Attach: port.AttachTUN, IO: port.IOXDP, Name: "vr0"},
-	{Attach: port.AttachVeth, IO: port.IOPacket, Name: "vr0"},
-	{Attach: port.AttachVeth, IO: port.IOXDP, Name: "vr0"},
-	{Attach: port.AttachDirect, IO: port.IOPacket, Name: "vr0"},
-	{Attach: port.AttachDirect, IO: port.IOXDP, Name: "vr0"},
+	{Attach: port.AttachTUNPlain, IO: port.IOPacket, Name: "vr0", Queues: 1},
+	{Attach: port.AttachTUN, IO: port.IOPacket, Name: "vr0", Queues: 1},
+	{Attach: port.AttachTUN, IO: port.IOXDP, Name: "vr0", Queues: 1},
+	{Attach: port.AttachVeth, IO: port.IOPacket, Name: "vr0", Queues: 1},
+	{Attach: port.AttachVeth, IO: port.IOXDP, Name: "vr0", Queues: 1},
+	{Attach: port.AttachDirect, IO: port.IOPacket, Name: "vr0", Queues: 1},
+	{Attach: port.AttachDirect, IO: port.IOXDP, Name: "vr0", Queues: 1},
 }
 
 func onEach(t *testing.T, f func(*testing.T, port.Options)) {

@@ -121,10 +121,10 @@ func newHost(t *testing.T, s *space.Space, driver port.Options, node, other, pod
 // its outer packets, and the senders inside learn of it by the vRouter (RFC 2003, 5.1); what has DF clear is split.
 func TestPathMTU(t *testing.T) {
 	for _, driver := range []port.Options{
-		{Attach: port.AttachTUNPlain, IO: port.IOPacket, Name: "vr0"},
-		{Attach: port.AttachTUN, IO: port.IOPacket, Name: "vr0"},
-		{Attach: port.AttachVeth, IO: port.IOPacket, Name: "vr0"},
-		{Attach: port.AttachVeth, IO: port.IOXDP, Name: "vr0"},
+		{Attach: port.AttachTUNPlain, IO: port.IOPacket, Name: "vr0", Queues: 1},
+		{Attach: port.AttachTUN, IO: port.IOPacket, Name: "vr0", Queues: 1},
+		{Attach: port.AttachVeth, IO: port.IOPacket, Name: "vr0", Queues: 1},
+		{Attach: port.AttachVeth, IO: port.IOXDP, Name: "vr0", Queues: 1},
 	} {
 		t.Run(driver.Attach+","+driver.IO, func(t *testing.T) { pathMTU(t, driver) })
 	}

@@ -67,7 +67,11 @@ const (
 // OpenDirect opens the port on top of the host's and the underlay's, which it takes over. io is one of the IO constants. Pods
 // follow by SetPods.
 func OpenDirect(host Device, underlay *Underlay, io string) (*Direct, error) {
-	return openDirect(host, underlay, io)
+	d, err := openDirect(host, underlay, io)
+	if err == nil && underlay.bypass != nil {
+		d.pods.frames = underlay.bypass.options.frames() // of the pods' sockets: there is none before SetPods
+	}
+	return d, err
 }
 
 func openDirect(host Device, underlay *Underlay, io string) (_ *Direct, err error) {

@@ -35,7 +35,7 @@ type directNode struct {
 func newDirectNodes(t *testing.T, way string) (*directNode, *directNode) {
 	t.Helper()
 	sa, sb := newSpace(t), newSpace(t)
-	wire(t, sa, sb)
+	wire(t, sa, sb, 1)
 	nodes := []*directNode{{node: &node{space: sa}, index: 1, io: way}, {node: &node{space: sb}, index: 2, io: way}}
 	for _, n := range nodes {
 		n.address = nodeAddress(n.index)
@@ -54,7 +54,7 @@ func (n *directNode) start(t *testing.T) {
 	n.router = vrouter.New()
 	n.do(t, func() (err error) {
 		if n.io == port.IOXDP {
-			n.underlay, err = port.OpenXDPUnderlay(0)
+			n.underlay, err = port.OpenXDPUnderlay(port.XDPOptions{})
 		} else {
 			n.underlay, err = port.OpenOffloadUnderlay()
 		}

@@ -60,6 +60,7 @@ type directPods struct {
 	queued  map[int]bool // devices, by index, at which a queueing discipline holds packets back
 	stale   bool         // devices and hosts have to be read anew
 	slots   []*podLink
+	frames  int                // of a pod's AF_XDP socket, see XDPOptions
 	taken   map[netip.Addr]int // slots
 	retired []retiredLink
 	trouble map[string]error // by interface: why it is left to the kernel
@@ -506,7 +507,7 @@ func (p *directPods) acquire() (changed bool) {
 // openLink opens an interface by AF_XDP where that was asked for and works, else by AF_PACKET.
 func (p *directPods) openLink(d device, slot int, mac net.HardwareAddr) (*podLink, error) {
 	if p.io == IOXDP {
-		l, err := openPodXSK(p.steering, d.index, slot, d.mtu, d.mac, mac)
+		l, err := openPodXSK(p.steering, d.index, slot, p.frames, d.mtu, d.mac, mac)
 		if err == nil {
 			return l, nil
 		}
