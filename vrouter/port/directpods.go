@@ -250,7 +250,9 @@ func (p *directPods) run() {
 		if n, err := unix.Poll(fds, directTend); n == 0 && err == nil {
 			p.direct.host.tend()
 			p.direct.underlay.tend()
-			p.direct.relisten()
+			for _, q := range p.direct.all() {
+				q.relisten()
+			}
 		}
 		_, _ = unix.Read(p.wake, buffer[:8])
 	}
@@ -494,6 +496,7 @@ func (p *directPods) acquire() (changed bool) {
 			p.trouble[pod.Interface] = err
 			continue
 		}
+		l.queue = p.direct.reads(slot).number
 		p.mu.Lock()
 		p.open[l] = true
 		p.mu.Unlock()
@@ -554,12 +557,14 @@ func (p *directPods) publish() {
 		addresses[slot] = address
 	}
 	next := &directTable{generation: old.generation + 1, pods: vrouter.NewPods(addresses), links: append([]*podLink(nil), p.slots...)}
-	p.direct.next.Store(next)
-	p.direct.poke()
+	for _, q := range p.direct.all() {
+		q.next.Store(next)
+		q.poke()
+	}
 	for address, slot := range p.taken {
 		l := p.slots[slot]
 		if at := vrouter.FirstPodInterface + vrouter.Interface(slot); old.link(at) != l {
-			if err := p.direct.listen(l.readFD(), int32(at)); err != nil {
+			if err := p.direct.reads(slot).listen(l.readFD(), int32(at)); err != nil {
 				p.trouble[address.String()] = err
 			}
 			if err := p.steering.take(l.index, slot, address, true); err != nil {
@@ -573,6 +578,9 @@ func (p *directPods) publish() {
 // reap closes what Recv no longer uses.
 func (p *directPods) reap() {
 	taken := p.direct.taken.Load()
+	for _, q := range p.direct.more {
+		taken = min(taken, q.taken.Load())
+	}
 	kept := p.retired[:0]
 	for _, r := range p.retired {
 		if taken < r.generation {
