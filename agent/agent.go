@@ -7,9 +7,9 @@ import (
 	"log/slog"
 	"net/netip"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -60,6 +60,7 @@ type Agent struct {
 	kernel   *kernelTable
 	cni      *server.Server
 	cluster  *cluster
+	retain   *retainer
 	speaker  *bgp.Speaker
 	as       uint32
 	pods     pods
@@ -71,14 +72,16 @@ type Agent struct {
 	synced bool // the first BGP tables are in, or late: stale state may go
 
 	// mu guards what the status and the CNI server read, and the writes to underlay, plane, speaker and as above.
-	mu       sync.Mutex
-	tunnel   netip.Addr
-	absent   time.Time       // since when the node's address is gone; zero: it is there
-	retained map[string]Pool // pools in force, deleted ones that pods still live in included
-	desired  Desired         // of the last reconciliation
-	failure  error           // of the last reconciliation
-	ready    bool
-	opened   bool // open has succeeded: what it sets is there for everybody
+	mu      sync.Mutex
+	tunnel  netip.Addr
+	absent  time.Time // since when the node's address is gone; zero: it is there
+	desired Desired   // of the last reconciliation
+	failure error     // of the last reconciliation
+	ready   bool
+	opened  bool // open has succeeded: what it sets is there for everybody
+
+	watches    atomic.Int32 // for probes, under way
+	tunnelLost atomic.Bool  // IPAM does not have the tunnel address as this node's any more
 }
 
 // Run is the agent's life: it returns nil after ctx is done and every session has been closed cleanly, and an error
@@ -160,6 +163,7 @@ func (a *Agent) open(ctx context.Context) error {
 	}
 	a.alloc = ipam.New(a.store, a.cfg.Node, a.log)
 	a.cluster = newCluster(a.store, a.cfg.Node, a.log)
+	a.retain = newRetainer(filepath.Join(a.cfg.StateDir, "pools.json"), a.log)
 	if err := a.cluster.start(ctx, a.wake); err != nil {
 		return err
 	}
@@ -284,28 +288,6 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 	}
 }
 
-// retain returns the pools to route by: those that there are, and those that were deleted while pods of this node
-// still live in them. Without their routes such pods would go on in clear.
-func (a *Agent) retain(pools []Pool) []Pool {
-	next := make(map[string]Pool, len(pools))
-	for _, p := range pools {
-		next[p.Name] = p
-	}
-	for name, p := range a.retained {
-		_, there := next[name]
-		overlaps := slices.ContainsFunc(pools, func(o Pool) bool { return o.CIDR.Overlaps(p.CIDR) })
-		used := slices.ContainsFunc(a.pods.all(), p.CIDR.Contains)
-		if there || overlaps || !used {
-			continue
-		}
-		a.cluster.warnOnce("IPPool was deleted and pods still live in it; its routes stay until they are gone", name, p.CIDR.String())
-		next[name] = p
-		pools = append(pools, p)
-	}
-	a.retained = next
-	return pools
-}
-
 // settle records how a reconciliation ended, for the status.
 func (a *Agent) settle(err error) {
 	was := a.readyError() == nil
@@ -380,8 +362,12 @@ func (a *Agent) reconcile(ctx context.Context) error {
 	if err := a.ensureTunnel(ctx, in); err != nil {
 		errs = append(errs, err)
 	}
+	in.Blind = a.cluster.blind() != nil
+	in.Pools = a.retain.look(in.Pools, in.Pods, in.Blind)
+	if err := a.keepTunnel(ctx, in.Pools); err != nil {
+		errs = append(errs, err)
+	}
 	in.Tunnel, in.Blocks = a.tunnel, a.cluster.blocks()
-	in.Pools, in.Blind = a.retain(in.Pools), a.cluster.blind() != nil
 	want := Compute(in)
 	// What cannot be read may be what a route stands on: nothing is taken away until it can.
 	sweep := a.synced && !in.Blind
@@ -390,11 +376,16 @@ func (a *Agent) reconcile(ctx context.Context) error {
 	if err := a.plane.apply(ctx, cfg, want, sweep); err != nil {
 		errs = append(errs, fmt.Errorf("program the vRouter: %w", err))
 	}
-	if err := a.applyTunnel(in.Blind); err != nil {
+	if err := a.applyTunnel(); err != nil {
 		errs = append(errs, err)
 	}
 	if err := a.kernel.Apply(want.Kernel, sweep); err != nil {
 		errs = append(errs, err)
+	} else if a.tunnel.IsValid() || !in.Blind {
+		// An agent that is blind, and so has found no address, leaves the one of the agent before it.
+		if err := a.trimTunnel(); err != nil {
+			errs = append(errs, err)
+		}
 	}
 	if !in.Blind {
 		if err := a.cni.SetPools(want.NAT, want.All); err != nil {

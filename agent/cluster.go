@@ -132,11 +132,11 @@ func (c *cluster) blind() error {
 func (c *cluster) inputs() Inputs {
 	in := Inputs{Pools: c.pools.all(), Members: c.members.all(), Blocks: c.blocks()}
 	// Most specific first: poolOf takes the first that contains.
-	slices.SortFunc(in.Pools, func(a, b Pool) int {
-		return cmp.Or(b.CIDR.Bits()-a.CIDR.Bits(), a.CIDR.Compare(b.CIDR))
-	})
+	slices.SortFunc(in.Pools, bySpecificity)
 	return in
 }
+
+func bySpecificity(a, b Pool) int { return cmp.Or(b.CIDR.Bits()-a.CIDR.Bits(), a.CIDR.Compare(b.CIDR)) }
 
 // blocks returns this node's confirmed blocks: a pending affinity counts as absent, for routing too.
 func (c *cluster) blocks() []netip.Prefix {

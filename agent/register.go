@@ -12,8 +12,8 @@ import (
 	"margay/ipam"
 )
 
-// registerNode makes this node's Node resource say its address, in a datastore that it initializes where it is new. Two nodes of one address would take each other's
-// packets: that is an error to be mended by a person.
+// registerNode makes this node's Node resource say its address, in a datastore that it initializes where it is new. Two nodes
+// of one address would take each other's packets: that is an error to be mended by a person.
 func registerNode(ctx context.Context, s *datastore.Store, name string, u Underlay) error {
 	if err := datastore.Initialize(ctx, s); err != nil {
 		return fmt.Errorf("initialize the datastore: %w", err)
@@ -47,7 +47,7 @@ func registerNode(ctx context.Context, s *datastore.Store, name string, u Underl
 const registerPeriod = time.Minute
 
 // stayRegistered makes this node's Node anew, until ctx is done, when somebody has deleted it under a living node: without it
-// the others would soon give its pods' addresses to their own.
+// the others would soon give its pods' addresses to their own. Neither does a living node lose its tunnel's address.
 func (a *Agent) stayRegistered(ctx context.Context) {
 	period := registerPeriod
 	if a.cfg.IPAMGrace > 0 {
@@ -63,6 +63,9 @@ func (a *Agent) stayRegistered(ctx context.Context) {
 		}
 		if err := a.registerAgain(ctx); err != nil && ctx.Err() == nil {
 			a.log.Warn("registering this node again", "err", err)
+		}
+		if err := a.confirmTunnel(ctx); err != nil && ctx.Err() == nil {
+			a.log.Warn("confirming the tunnel address", "err", err)
 		}
 	}
 }

@@ -74,6 +74,61 @@ func TestTunnelAddressOfAPoolThatCameBack(t *testing.T) {
 	}
 }
 
+// A tunnel address that is released while its agent runs is got back; one that somebody else has got meanwhile is replaced.
+func TestTunnelAddressThatWasReleased(t *testing.T) {
+	s, ctx := testStore(t), t.Context()
+	log := slog.New(slog.DiscardHandler)
+	a := &Agent{store: s, cfg: Config{Node: "n1"}, log: log, alloc: ipam.New(s, "n1", log), kick: make(chan struct{}, 1)}
+	if err := datastore.CreateResource(ctx, s, datastore.NewNode("n1")); err != nil {
+		t.Fatal(err)
+	}
+	p := datastore.NewIPPool("p")
+	p.Spec.CIDR, p.Spec.IPIPMode = "10.244.0.0/24", "Always"
+	if err := datastore.CreateResource(ctx, s, p); err != nil {
+		t.Fatal(err)
+	}
+	in := Inputs{Pools: []Pool{{Name: "p", CIDR: netip.MustParsePrefix("10.244.0.0/24"), BlockSize: 26, IPIPMode: "Always"}}}
+	ensure := func() {
+		t.Helper()
+		if err := a.confirmTunnel(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if err := a.ensureTunnel(ctx, in); err != nil {
+			t.Fatal(err)
+		}
+		if h, err := ipam.Lookup(ctx, s, a.tunnel); err != nil || h.Handle != tunnelHandle("n1") {
+			t.Fatalf("%s: %+v, %v", a.tunnel, h, err)
+		}
+		if recorded, ok := recordedTunnel(ctx, s, "n1"); !ok || recorded != a.tunnel {
+			t.Fatalf("the Node says %s, expected %s", recorded, a.tunnel)
+		}
+	}
+	ensure()
+	first := a.tunnel
+	ensure()
+	if a.tunnel != first || len(a.kick) != 0 {
+		t.Fatalf("%s: an address that is there was touched; it is %s", first, a.tunnel)
+	}
+	another := ipam.New(s, "", nil)
+	if err := another.ReleaseAddress(ctx, ipam.Release{Addr: first}); err != nil {
+		t.Fatal(err)
+	}
+	ensure()
+	if a.tunnel != first || len(a.kick) != 1 {
+		t.Errorf("the address was %s and is %s", first, a.tunnel)
+	}
+	if err := another.ReleaseAddress(ctx, ipam.Release{Addr: first}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ipam.New(s, "n1", log).Assign(ctx, ipam.Request{Handle: "pod", IPv4: ipam.Ask{IP: first}}); err != nil {
+		t.Fatal(err)
+	}
+	ensure()
+	if a.tunnel == first {
+		t.Errorf("%s is a pod's and the tunnel's", first)
+	}
+}
+
 // A Node that is deleted while its agent runs comes back, with the tunnel's address; one that is there stays as it is.
 func TestRegisterAgain(t *testing.T) {
 	s, ctx := testStore(t), t.Context()

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"margay/agent/api"
+	"margay/agent/netfilter"
 	"margay/vrouter/packet"
 	"margay/vrouter/rpc"
 )
@@ -25,6 +26,12 @@ type tracer struct {
 	ctx context.Context
 	seg api.Segment
 	pkt packet.IPv4
+
+	state      api.ConnState
+	node       *filters // this node's, once they have been read
+	redirected bool     // a filter has made this host the destination
+	// strayWhy, strayFix are about a frame that the pod addresses to nobody; empty for one that is well addressed.
+	strayWhy, strayFix string
 }
 
 // trace says what would become of a packet at this node. The error says that the request is wrong, or the agent not far
@@ -41,7 +48,12 @@ func (a *Agent) trace(ctx context.Context, req api.TraceRequest) (api.Segment, e
 	if !ready {
 		return api.Segment{}, errors.New("the agent is still starting: " + fmt.Sprint(a.readyError()))
 	}
-	t := &tracer{Agent: a, ctx: ctx, pkt: pkt}
+	switch req.State {
+	case api.StateNew, api.StateEstablished, api.StateUnknown:
+	default:
+		return api.Segment{}, fmt.Errorf("state %q: expected established, unknown, or none for a new connection", req.State)
+	}
+	t := &tracer{Agent: a, ctx: ctx, pkt: slices.Clone(pkt), state: req.State}
 	t.seg.Node, t.seg.Address = a.cfg.Node, self
 	switch req.Entry {
 	case api.EntryPod:
@@ -73,6 +85,12 @@ func (t *tracer) unknown(by, name string, err error) {
 	t.seg.Outcome = api.Unknown
 }
 
+// doubt notes that it cannot be told whether the packet passes a rung, and lets it pass.
+func (t *tracer) doubt(by, name, reason, why, fix string) {
+	t.seg.Rungs = append(t.seg.Rungs, api.Rung{By: by, Name: name, Detail: why, Passed: true, Doubtful: true})
+	t.seg.Doubts = append(t.seg.Doubts, api.Doubt{By: by, Rung: name, Reason: reason, Why: why, Fix: fix})
+}
+
 func (t *tracer) caveat(format string, args ...any) {
 	t.seg.Caveats = append(t.seg.Caveats, fmt.Sprintf(format, args...))
 }
@@ -95,11 +113,25 @@ func (t *tracer) fromPod() {
 		t.drop("kernel", "the pod's interface", "pod_interface", wrong, "delete the pod, so that it is attached anew")
 		return
 	}
-	t.pass("kernel", "the pod's interface", fmt.Sprintf("%s, MTU %d", device, mtu))
-	if !t.fits("pod", "the pod's MTU", mtu, device) {
+	local := false
+	if !t.inPod(device, func(p *podSide) (passes bool) { local, passes = t.leavePod(device, p); return passes }) {
 		return
 	}
+	if local {
+		t.pass("pod", "delivered to the pod", t.pkt.Dst().String())
+		t.seg.Outcome, t.seg.Via, t.seg.Packet = api.Delivered, device, slices.Clone(t.pkt)
+		return
+	}
+	if length := t.pkt.TotalLen(); length > mtu+vlanHeader {
+		t.drop("kernel", "the pod's interface", "mtu", fmt.Sprintf("%d bytes do not fit the MTU %d of %s, the host's side of the pod's interface: they are dropped without a word", length, mtu, device),
+			"make both sides' MTUs the same: delete the pod, so that it is attached anew")
+		return
+	}
+	t.pass("kernel", "the pod's interface", fmt.Sprintf("%s, MTU %d", device, mtu))
 	done, handled := t.fromPodInterface(device)
+	if !handled && t.strayed(false) {
+		return
+	}
 	if handled {
 		if !done {
 			t.kernelForward(tunnelDevice) // the vRouter has handed it to the kernel
@@ -132,6 +164,7 @@ func (t *tracer) fromPodInterface(device string) (done, handled bool) {
 		return true, true
 	}
 	t.pass("vrouter", "takes it from the pod's interface", device)
+	t.strayed(true)
 	return t.follow(traced), true
 }
 
@@ -141,9 +174,10 @@ func (t *tracer) fromHost() {
 	if err == nil && t.pkt.Src().IsUnspecified() && answer.source.Is4() {
 		t.pkt = withSource(t.pkt, answer.source)
 	}
-	if t.routed("routing, of the node's own packet", answer, err) {
-		t.out(answer)
+	if !t.routed("routing, of the node's own packet", answer, err) || !t.nodeHook(netfilter.Output, "", answer.device) {
+		return
 	}
+	t.out("", answer)
 }
 
 // withSource returns a copy of p that comes from another address; the transport's checksum stays, which nobody here asks for.
@@ -158,11 +192,13 @@ func withSource(p packet.IPv4, source netip.Addr) packet.IPv4 {
 // fromUnderlay begins with a packet that another node has sent to this one.
 func (t *tracer) fromUnderlay() {
 	if t.pkt.Protocol() != packet.ProtocolIPIP {
-		t.kernelForward(t.underlayName())
+		if t.takenFromWire(t.underlayName()) {
+			t.kernelForward(t.underlayName())
+		}
 		return
 	}
-	if mtu, _, err := t.kernel.linkState(t.underlayName()); err == nil && mtu > 0 && t.pkt.TotalLen() > mtu {
-		t.caveat("%s: %d bytes arrive at %s, whose MTU is %d: many interfaces drop that", t.cfg.Node, t.pkt.TotalLen(), t.underlayName(), mtu)
+	if !t.takenFromWire(t.underlayName()) || !t.byXDP() && !t.nodeHook(netfilter.Ingress, t.underlayName(), "") {
+		return
 	}
 	if !t.vrouterAlive() {
 		return
@@ -179,10 +215,14 @@ func (t *tracer) fromUnderlay() {
 
 // kernelForward carries the packet through the kernel's input side and on.
 func (t *tracer) kernelForward(in string) {
-	answer, err := t.kernel.askRoute(t.pkt.Src(), t.pkt.Dst(), in)
-	if !t.routed("routing and reverse path, coming by "+in, answer, err) {
+	if !t.nodeHook(netfilter.Ingress, in, "") || !t.nodeHook(netfilter.Prerouting, in, "") {
 		return
 	}
+	answer, err := t.kernel.askRoute(t.pkt.Src(), t.pkt.Dst(), in)
+	if !t.redirected && !t.routed("routing and reverse path, coming by "+in, answer, err) {
+		return
+	}
+	answer.local = answer.local || t.redirected
 	if !answer.local {
 		if t.pkt.TTL() <= 1 {
 			t.drop("kernel", "time to live", "ttl_expired", fmt.Sprintf("the TTL is %d, and this node is a hop", t.pkt.TTL()),
@@ -190,13 +230,8 @@ func (t *tracer) kernelForward(in string) {
 			return
 		}
 		packet.DecrementTTL(t.pkt)
-		if chains, err := t.cni.DroppingChains(); err != nil {
-			t.caveat("the kernel's filters could not be read: %s", err)
-		} else if len(chains) > 0 {
-			t.caveat("%s: other software's filters drop packets, and their rules are not evaluated here: %s", t.cfg.Node, strings.Join(chains, ", "))
-		}
 	}
-	t.out(answer)
+	t.out(in, answer)
 }
 
 // routed notes the kernel's answer; false when the packet ends here.
@@ -214,25 +249,33 @@ func (t *tracer) routed(name string, answer kernelAnswer, err error) bool {
 	return false
 }
 
-// out carries the packet out of the kernel where the kernel has said.
-func (t *tracer) out(answer kernelAnswer) {
+// out carries the packet, which has come by in or is the node's own, out of the kernel where the kernel has said.
+func (t *tracer) out(in string, answer kernelAnswer) {
 	if answer.local {
+		if !t.nodeHook(netfilter.Input, orText(in, "lo"), "") {
+			return
+		}
 		t.pass("kernel", "delivered to the node itself", t.pkt.Dst().String())
 		t.seg.Outcome, t.seg.Packet = api.Delivered, slices.Clone(t.pkt)
 		return
 	}
-	if strings.HasPrefix(answer.device, "cali") {
-		t.toPod(answer.device)
+	if in != "" && !t.nodeHook(netfilter.Forward, in, answer.device) || !t.nodeHook(netfilter.Postrouting, in, answer.device) {
 		return
 	}
-	if !t.fits("kernel", "MTU of "+answer.device, answer.mtu, answer.device) {
+	if strings.HasPrefix(answer.device, "cali") {
+		if t.nodeHook(netfilter.Egress, "", answer.device) {
+			t.toPod(answer.device)
+		}
+		return
+	}
+	if !t.fits("kernel", "MTU of "+answer.device, answer.mtu, answer.device) || !t.nodeHook(netfilter.Egress, "", answer.device) {
 		return
 	}
 	switch answer.device {
 	case tunnelDevice:
 		t.intoTunnel()
 	default:
-		t.leave(answer)
+		t.leave(answer, false)
 	}
 }
 
@@ -335,11 +378,11 @@ func (t *tracer) intoUnderlay() {
 	if !t.routed("routing of the outer packet", answer, err) || !t.fits("kernel", "MTU of "+answer.device, answer.mtu, answer.device) {
 		return
 	}
-	t.leave(answer)
+	t.leave(answer, true)
 }
 
-// leave is the end of a packet's way through this node.
-func (t *tracer) leave(answer kernelAnswer) {
+// leave is the end of a packet's way through this node; outer says that the vRouter itself sends it.
+func (t *tracer) leave(answer kernelAnswer, outer bool) {
 	_, wrong, err := t.kernel.linkState(answer.device)
 	switch {
 	case err != nil:
@@ -357,14 +400,15 @@ func (t *tracer) leave(answer kernelAnswer) {
 			t.pass("kernel", "masquerade", t.pkt.Src().String()+" becomes the node's own address on "+answer.device)
 		}
 	}
+	mac, passes := t.resolve(answer.device, answer.gateway)
+	if !passes || outer && !t.outerFilters(answer.device, mac != nil) {
+		return
+	}
 	t.seg.Next, t.seg.Via, t.seg.Packet, t.seg.Outcome = answer.gateway, answer.device, slices.Clone(t.pkt), api.Left
+	t.seg.NextMAC = mac.String()
 	detail := answer.device
-	switch n := t.kernel.neighbour(answer.device, answer.gateway); n {
-	case "":
-	case "failed":
-		t.caveat("%s does not answer ARP on %s", answer.gateway, answer.device)
-	default:
-		detail += ", neighbour " + n
+	if mac != nil {
+		detail += ", neighbour " + mac.String()
 	}
 	if slices.ContainsFunc(t.cluster.members.all(), func(m Member) bool { return m.Address == answer.gateway }) {
 		t.seg.Outcome = api.Forwarded
@@ -389,7 +433,7 @@ func (t *tracer) toPod(device string) {
 	case owner == "":
 		t.drop("agent", "the pod", "no_such_pod", fmt.Sprintf("%s leads to %s, but no pod of this node has the address", device, t.pkt.Dst()),
 			"restart the agent of this node: it removes what belongs to no pod")
-	case t.fits("kernel", "MTU of "+device, mtu, device):
+	case t.fits("kernel", "MTU of "+device, mtu, device) && t.inPod(device, func(p *podSide) bool { return t.enterPod(device, p) }):
 		t.pass("kernel", "delivered to the pod", t.pkt.Dst().String()+" by "+device)
 		t.seg.Outcome, t.seg.Via, t.seg.Packet = api.Delivered, device, slices.Clone(t.pkt)
 	}

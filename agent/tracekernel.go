@@ -256,30 +256,6 @@ func (k *kernelTable) linkState(name string) (mtu int, wrong string, err error) 
 	}
 }
 
-// neighbour is the kernel's entry for an address on a link, in ip neighbour's words.
-func (k *kernelTable) neighbour(device string, addr netip.Addr) string {
-	link, err := k.nl.LinkByName(device)
-	if err != nil {
-		return ""
-	}
-	entries, err := k.nl.NeighList(link.Attrs().Index, unix.AF_INET)
-	if err != nil {
-		return ""
-	}
-	for _, n := range entries {
-		if a, ok := netip.AddrFromSlice(n.IP); !ok || a.Unmap() != addr {
-			continue
-		}
-		switch {
-		case n.State&(netlink.NUD_FAILED|netlink.NUD_INCOMPLETE) != 0:
-			return "failed"
-		case n.HardwareAddr != nil:
-			return n.HardwareAddr.String()
-		}
-	}
-	return ""
-}
-
 func orText(s, other string) string {
 	if s == "" {
 		return other

@@ -9,11 +9,19 @@ import (
 	"margay/ipam"
 )
 
-// deleteObject deletes a resource and, with a node, what is about that node alone, as calicoctl does: its workload
-// endpoints with their addresses, its host endpoints, its BGP peers and its configurations. Other addresses of the node stay:
-// its pods may live on, and what they have must not be given out again.
+// deleteObject deletes a resource as calicoctl does: with a node what is about that node alone, its workload endpoints with
+// their addresses, its host endpoints, its BGP peers and its configurations; a pool only after it was disabled. Other
+// addresses of the node stay: its pods may live on, and what they have must not be given out again.
 func deleteObject(ctx context.Context, s *datastore.Store, kind *datastore.Kind, name string) error {
-	if kind == datastore.Nodes {
+	switch kind {
+	case datastore.IPPools:
+		// Whoever gives out addresses sees first that there are none of this pool any more, and then that it is gone.
+		err := datastore.ModifyResource(ctx, s, name, func(p *datastore.IPPool) error { p.Spec.Disabled = true; return nil })
+		if errors.Is(err, datastore.ErrNotFound) || errors.Is(err, datastore.ErrUnreachable) {
+			return err
+		}
+		// Any other error is about what the pool says, and does not keep it.
+	case datastore.Nodes:
 		if _, err := datastore.GetObject(ctx, s, kind, name); errors.Is(err, datastore.ErrNotFound) {
 			return err
 		}

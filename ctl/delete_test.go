@@ -6,8 +6,43 @@ import (
 	"strings"
 	"testing"
 
+	"margay/datastore"
 	"margay/ipam"
 )
+
+// A pool is disabled before it is deleted, also one that nobody can read.
+func TestDeletePoolDisablesItFirst(t *testing.T) {
+	s := ipamStore(t)
+	pools, rev, err := datastore.ListResources[datastore.IPPool](t.Context(), s)
+	if err != nil || len(pools) != 1 {
+		t.Fatal(pools, err)
+	}
+	name := pools[0].Metadata.Name
+	events := s.Watch(t.Context(), datastore.IPPools.Prefix(), rev)
+	remove := func() {
+		t.Helper()
+		cmd := NewCommand()
+		cmd.SetArgs([]string{"delete", "ippool", name})
+		cmd.SetOut(&bytes.Buffer{})
+		if err := cmd.ExecuteContext(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	remove()
+	if ev := <-events; ev.Type != datastore.Put || !bytes.Contains(ev.KV.Value, []byte(`"disabled":true`)) {
+		t.Errorf("first: %s of %s, expected that it is disabled", ev.Type, ev.KV.Value)
+	}
+	if ev := <-events; ev.Type != datastore.Delete {
+		t.Errorf("then: %s of %s", ev.Type, ev.KV.Value)
+	}
+	if _, err := s.Create(t.Context(), datastore.IPPools.Key(name), []byte(`{"garbage": tru`)); err != nil {
+		t.Fatal(err)
+	}
+	remove()
+	if there, err := s.Existing(t.Context(), datastore.IPPools.Key(name)); err != nil || len(there) != 0 {
+		t.Errorf("one that cannot be read is still there: %v, %v", there, err)
+	}
+}
 
 // A node that is deleted keeps its addresses, as its pods may live on, until it is said that it is gone for good; then no
 // address, block, affinity or handle is left of it, and another node's addresses in its blocks stay.

@@ -59,6 +59,23 @@ type ExitError struct{ Code int }
 // Error implements error.
 func (e ExitError) Error() string { return fmt.Sprintf("exit status %d", e.Code) }
 
+// statusError is an error with an exit status of its own.
+type statusError struct {
+	error
+	code int
+}
+
+// withStatus gives an error an exit status, unless it has one.
+func withStatus(code int, err error) error {
+	if err == nil || errors.As(err, new(ExitError)) {
+		return err
+	}
+	return statusError{err, code}
+}
+
+// Unwrap returns the error itself.
+func (e statusError) Unwrap() error { return e.error }
+
 // Main runs margayctl and returns its exit status.
 func Main(ctx context.Context, args []string, stderr io.Writer) int {
 	cmd := NewCommand()
@@ -71,6 +88,9 @@ func Main(ctx context.Context, args []string, stderr io.Writer) int {
 		return exit.Code
 	}
 	fmt.Fprintln(stderr, "margayctl:", strings.ReplaceAll(err.Error(), "\n", "; "))
+	if s := (statusError{}); errors.As(err, &s) {
+		return s.code
+	}
 	return 1
 }
 

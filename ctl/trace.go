@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"slices"
 	"strings"
 	"text/tabwriter"
 
@@ -15,10 +16,11 @@ import (
 	"margay/vrouter/packet"
 )
 
-// Exit statuses of trace: 0 only for a packet that arrives.
+// Exit statuses of trace: 0 only for a packet that arrives, and 2 for a trace that could not be made.
 const (
 	exitNotArrived = 1
-	exitUnknown    = 2
+	exitNoTrace    = 2
+	exitUnknown    = 3
 )
 
 // maxHops bounds a trace, as a loop between nodes would have no end.
@@ -39,20 +41,22 @@ type way struct {
 // traceResult is what `margayctl trace -o json` prints.
 type traceResult struct {
 	Verdict     string   `json:"verdict"` // arrives, does not arrive, unknown, leaves the cluster
+	Status      int      `json:"status"`  // the exit status
 	Line        string   `json:"line"`
 	Source      place    `json:"source"`
 	Destination place    `json:"destination"`
 	Packet      string   `json:"packet"`
 	There       way      `json:"there"`
 	Back        *way     `json:"back,omitempty"`
+	Probe       *probing `json:"probe,omitempty"`
 	Notes       []string `json:"notes,omitempty"`
-	code        int
 }
 
 func newTraceCommand() *cobra.Command {
 	var (
 		p      probe
 		oneWay bool
+		send   bool
 		output string
 	)
 	cmd := &cobra.Command{
@@ -65,13 +69,21 @@ decides is marked kernel, what the vRouter decides vrouter.
 SOURCE and DESTINATION are addresses, pods (NAME or NAMESPACE/NAME) or nodes; DESTINATION may also lie outside.
 
 The first line is the verdict: that the packet arrives and the answer comes back, or where it ends, why, and what would
-mend it. The exit status is 0 only if it arrives; 1 if it does not; 2 if somebody could not be asked, or the packet
-leaves the cluster, where nobody can be.`,
+mend it. The exit status is 0 only if it arrives; 1 if it does not; 2 if no trace could be made (a wrong argument, no
+datastore); 3 if it cannot be told: somebody could not be asked, or the packet leaves the cluster, where nobody can be.
+The first line says then what could not be told, and how to find out.
+
+With --probe the packet is sent for real, out of the pod, and watched for on all nodes of its way and inside both pods. Then
+the verdict is what was seen, and what lies between the nodes is part of it.`,
 		Example: `  margayctl trace lab-node1-pod1 lab-node2-pod1
   margayctl trace 10.244.1.2 10.244.2.5 --proto tcp --dport 443
-  margayctl trace default/web-0 node2 --size 1500 --df -o json`,
-		Args: cobra.ExactArgs(2),
-		RunE: func(cmd *cobra.Command, args []string) error {
+  margayctl trace default/web-0 node2 --size 1500 --df -o json
+  margayctl trace lab-node1-pod1 lab-node2-pod1 --size 1480 --df --probe`,
+		Args: func(cmd *cobra.Command, args []string) error {
+			return withStatus(exitNoTrace, cobra.ExactArgs(2)(cmd, args))
+		},
+		RunE: func(cmd *cobra.Command, args []string) (err error) {
+			defer func() { err = withStatus(exitNoTrace, err) }()
 			if err := checkOutput(output, "text", "json"); err != nil {
 				return err
 			}
@@ -88,19 +100,24 @@ leaves the cluster, where nobody can be.`,
 			if err != nil {
 				return err
 			}
+			if send {
+				f.probe(ctx, r, &p, oneWay)
+			}
 			if output == "json" {
 				err = printJSON(cmd.OutOrStdout(), r)
 			} else {
 				err = r.print(cmd.OutOrStdout())
 			}
-			if err == nil && r.code != 0 {
-				return ExitError{r.code}
+			if err == nil && r.Status != 0 {
+				return ExitError{r.Status}
 			}
 			return err
 		},
 	}
+	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return withStatus(exitNoTrace, err) })
 	p.flags(cmd)
 	cmd.Flags().BoolVar(&oneWay, "one-way", false, "do not ask for the way back")
+	cmd.Flags().BoolVar(&send, "probe", false, "send the packet for real, and watch for it and its answer on every node of the way")
 	addOutput(cmd, &output, "text", "text or json")
 	return cmd
 }
@@ -122,7 +139,7 @@ func runTrace(ctx context.Context, f *fleet, p *probe, from, to string, oneWay b
 	}
 	r := &traceResult{Source: src, Destination: dst}
 	r.Packet = describe(p.build(src.Address, dst.Address, false), p.size)
-	r.There = f.follow(ctx, src, p.build(src.Address, dst.Address, false), dst.Address)
+	r.There = f.follow(ctx, src, p.build(src.Address, dst.Address, false), dst.Address, nil)
 	f.note(r, src.Address)
 	f.note(r, dst.Address)
 	if r.There.Outcome == api.Delivered && !oneWay {
@@ -137,19 +154,19 @@ func runTrace(ctx context.Context, f *fleet, p *probe, from, to string, oneWay b
 		if strings.HasPrefix(last.Via, "cali") {
 			back.Entry = api.EntryPod
 		}
-		w := f.follow(ctx, back, p.build(arrived.Dst(), arrived.Src(), true), arrived.Src())
+		w := f.follow(ctx, back, p.build(arrived.Dst(), arrived.Src(), true), arrived.Src(), &r.There)
 		r.Back = &w
 	}
 	r.judge()
 	return r, nil
 }
 
-// follow asks node after node.
-func (f *fleet) follow(ctx context.Context, from place, pkt []byte, dst netip.Addr) (w way) {
+// follow asks node after node; question, for an answer, is the way that the packet went to which it is one.
+func (f *fleet) follow(ctx context.Context, from place, pkt []byte, dst netip.Addr, question *way) (w way) {
 	node, entry := from.Node, from.Entry
 	for range maxHops {
 		w.At = node
-		s, err := f.ask(ctx, node, api.TraceRequest{Entry: entry, Packet: pkt})
+		s, err := f.ask(ctx, node, api.TraceRequest{Entry: entry, Packet: pkt, State: question.state(node)})
 		if err != nil {
 			w.Outcome, w.Reason, w.Why = api.Unknown, "agent_silent", err.Error()
 			w.By, w.Rung = "agent", "asking it"
@@ -158,6 +175,11 @@ func (f *fleet) follow(ctx context.Context, from place, pkt []byte, dst netip.Ad
 				w.Fix = "the datastore has no Node " + node + " either: start its agent, which registers it"
 			}
 			return w
+		}
+		if n := len(w.Segments); n > 0 {
+			if w.misdirected(w.Segments[n-1], s); w.Outcome == api.Dropped {
+				return w
+			}
 		}
 		w.Segments = append(w.Segments, s)
 		w.Outcome, w.Reason, w.Why, w.Fix = s.Outcome, s.Reason, s.Why, s.Fix
@@ -181,6 +203,29 @@ func (f *fleet) follow(ctx context.Context, from place, pkt []byte, dst netip.Ad
 	w.Outcome, w.Reason, w.Why = api.Dropped, "loop", fmt.Sprintf("after %d nodes it has not arrived: it goes in a circle", maxHops)
 	w.Fix = "compare `margayctl node routes` of the nodes"
 	return w
+}
+
+// state is what a node's connection tracker takes a packet for: nil is the way of a first packet.
+func (w *way) state(node string) api.ConnState {
+	switch {
+	case w == nil:
+		return api.StateNew
+	case slices.ContainsFunc(w.Segments, func(s api.Segment) bool { return s.Node == node }):
+		return api.StateEstablished
+	}
+	return api.StateUnknown
+}
+
+// misdirected ends the way where a node has a hardware address for the next one that is not the one it has. An entry that ARP
+// has made may be a router's that answers for others; a permanent one somebody has written.
+func (w *way) misdirected(from, to api.Segment) {
+	if !from.Pinned || from.Next != to.Address || to.MAC == "" || from.NextMAC == to.MAC {
+		return
+	}
+	w.At, w.By, w.Rung = from.Node, "kernel", "the neighbour"
+	w.Outcome, w.Reason = api.Dropped, "neighbour"
+	w.Why = fmt.Sprintf("%s has the permanent entry %s for %s on %s, and %s has %s", from.Node, from.NextMAC, from.Next, from.Via, to.Node, to.MAC)
+	w.Fix = fmt.Sprintf("ip neigh del %s dev %s, on %s", from.Next, from.Via, from.Node)
 }
 
 func (f *fleet) ask(ctx context.Context, node string, req api.TraceRequest) (api.Segment, error) {
@@ -257,23 +302,45 @@ func (r *traceResult) judge() {
 		}
 	}
 	route := fmt.Sprintf("%s → %s", r.Source, r.Destination)
+	doubt, at := r.doubt()
 	switch {
 	case r.There.Outcome == api.Left:
-		r.Verdict, r.code = "leaves the cluster", exitUnknown
+		r.Verdict, r.Status = "leaves the cluster", exitUnknown
 		last := r.There.Segments[len(r.There.Segments)-1]
 		r.Line = fmt.Sprintf("leaves the cluster: %s, at %s by %s to %s; what becomes of it there is not known here", route, last.Node, last.Via, last.Next)
 	case r.There.Outcome != api.Delivered:
-		r.Verdict, r.code, r.Line = r.There.verdict(route, "does not arrive")
+		r.Verdict, r.Status, r.Line = r.There.verdict(route, "does not arrive")
+	case (r.Back == nil || r.Back.Outcome == api.Delivered) && doubt != nil:
+		r.Verdict, r.Status = "unknown", exitUnknown
+		r.Line = fmt.Sprintf("unknown whether it arrives: %s: at %s, %s, %s: %s", route, at, doubt.By, doubt.Rung, doubt.Why)
+		if doubt.Fix != "" {
+			r.Line += ". To find out: " + doubt.Fix
+		}
 	case r.Back == nil:
 		r.Verdict, r.Line = "arrives", "arrives: "+route
 	case r.Back.Outcome == api.Delivered:
 		r.Verdict, r.Line = "arrives", "arrives: "+route+", and the answer comes back"
 	case r.Back.Outcome == api.Left:
-		r.Verdict, r.code = "unknown", exitUnknown
+		r.Verdict, r.Status = "unknown", exitUnknown
 		r.Line = "arrives, and the answer leaves the cluster: " + route
 	default:
-		r.Verdict, r.code, r.Line = r.Back.verdict(route, "arrives, but the answer does not come back")
+		r.Verdict, r.Status, r.Line = r.Back.verdict(route, "arrives, but the answer does not come back")
 	}
+}
+
+// doubt returns the first doubt on the way, with the node that has it.
+func (r *traceResult) doubt() (d *api.Doubt, node string) {
+	for _, w := range []*way{&r.There, r.Back} {
+		if w == nil {
+			continue
+		}
+		for _, s := range w.Segments {
+			if len(s.Doubts) > 0 {
+				return &s.Doubts[0], s.Node
+			}
+		}
+	}
+	return nil, ""
 }
 
 func (w *way) verdict(route, what string) (verdict string, code int, line string) {
@@ -298,11 +365,13 @@ func (r *traceResult) print(w io.Writer) error {
 	if err := r.There.print(w); err != nil {
 		return err
 	}
-	if r.Back == nil {
-		return nil
+	if r.Back != nil {
+		fmt.Fprintln(w, "\nback:")
+		if err := r.Back.print(w); err != nil {
+			return err
+		}
 	}
-	fmt.Fprintln(w, "\nback:")
-	return r.Back.print(w)
+	return r.Probe.print(w)
 }
 
 func (w *way) print(out io.Writer) error {
@@ -311,8 +380,11 @@ func (w *way) print(out io.Writer) error {
 		tw := tabwriter.NewWriter(out, 0, 1, 2, ' ', 0)
 		for _, r := range s.Rungs {
 			mark := "ok"
-			if !r.Passed {
+			switch {
+			case !r.Passed:
 				mark = "NO"
+			case r.Doubtful:
+				mark = "??"
 			}
 			fmt.Fprintf(tw, "    %s\t%s\t%s\t%s\n", mark, r.By, r.Name, r.Detail)
 		}

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strconv"
 	"time"
 
 	"margay/datastore"
@@ -42,6 +43,9 @@ func (l *Lab) startVRouter(s *state, n *node) (*child, error) {
 	}
 	if s.IO != "" {
 		argv = append(argv, "--io", s.IO)
+	}
+	if s.Queues != 0 {
+		argv = append(argv, "--queues", strconv.Itoa(s.Queues))
 	}
 	return daemon{netns: netnsPath(n.Name), argv: argv, log: filepath.Join(l.logsDir(n.Name), "vrouter.log")}.start()
 }

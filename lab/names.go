@@ -19,6 +19,7 @@ const maxName = 24
 const (
 	MaxNodes   = 250
 	MaxPods    = 250
+	MaxQueues  = 256   // of a vrouter, which says which the machine can have
 	MinMTU     = 576   // bytes: what every IPv4 host accepts (RFC 791)
 	MaxMTU     = 65535 // bytes: veth's upper bound
 	DefaultMTU = 1500  // bytes

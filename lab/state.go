@@ -61,6 +61,7 @@ type state struct {
 	BinDir  string       `json:"binDir"`
 	Attach  string       `json:"attach,omitempty"` // the vrouters' --attach; empty: their default
 	IO      string       `json:"io,omitempty"`     // the vrouters' --io; empty: their default
+	Queues  int          `json:"queues,omitempty"` // the vrouters' --queues; 0: their default
 	Etcd    Process      `json:"etcd"`
 	Nodes   []*node      `json:"nodes"`
 }

@@ -27,6 +27,7 @@ type Options struct {
 	BlockSize int    // prefix length; 0: 26
 	Attach    string // how packets come to the vrouters: tun, tun-plain, veth, direct, auto; empty: their default
 	IO        string // how they read and write interfaces: packet, xdp; empty: their default
+	Queues    int    // how many queues they have, 0 to MaxQueues; 0: their default
 	NoNAT     bool   // pods leave the cluster with their own address
 	// BinDir holds vrouter, margay-agent and margay-cni; empty: where the running program lies.
 	BinDir string
@@ -97,6 +98,7 @@ func (o *Options) check() (*datastore.IPPool, error) {
 		got, low, high int
 	}{
 		{"nodes", o.Nodes, 1, MaxNodes}, {"pods", o.Pods, 0, MaxPods}, {"mtu", o.MTU, MinMTU, MaxMTU},
+		{"queues", o.Queues, 0, MaxQueues},
 	} {
 		if r.got < r.low || r.got > r.high {
 			return nil, fmt.Errorf("%s %d: expected %d to %d", r.flag, r.got, r.low, r.high)
@@ -165,7 +167,7 @@ func (h Host) reserve(o Options, pool *datastore.IPPool) (*Lab, *state, error) {
 		return nil, nil, err
 	}
 	s := &state{Version: stateVersion, Name: o.Name, Created: time.Now().UTC(), Phase: phaseStarting, Owner: self(),
-		Subnet: subnet, MTU: o.MTU, BinDir: binDir, Attach: o.Attach, IO: o.IO}
+		Subnet: subnet, MTU: o.MTU, BinDir: binDir, Attach: o.Attach, IO: o.IO, Queues: o.Queues}
 	for i := 1; i <= o.Nodes; i++ {
 		n := &node{Name: nodeName(o.Name, i), Index: i, Address: at(subnet, i), NextPod: o.Pods + 1}
 		for j := 1; j <= o.Pods; j++ {

@@ -201,10 +201,7 @@ func (r *Router) collectDrops() {
 // than since, the oldest first: the last recentSamples at most, of each reason four in a second.
 func (r *Router) Drops(since uint64) ([]DropFlow, []DropSample) {
 	r.collectDrops()
-	var flows []DropFlow
-	for _, w := range r.Workers() {
-		flows = append(flows, w.notes.read(w.direction)...)
-	}
+	flows := r.dropFlows()
 	r.drops.mu.Lock()
 	defer r.drops.mu.Unlock()
 	if since > r.drops.seq {
@@ -214,6 +211,31 @@ func (r *Router) Drops(since uint64) ([]DropFlow, []DropSample) {
 		return int(int64(s.Seq - seq))
 	})
 	return flows, slices.Clone(r.drops.recent[first:])
+}
+
+// dropFlows returns what the workers have counted. Those of one direction may have counted the same flow: what belongs to no
+// flow comes by any of them.
+func (r *Router) dropFlows() []DropFlow {
+	type key struct {
+		direction Direction
+		reason    Reason
+		src, dst  netip.Addr
+	}
+	var flows []DropFlow
+	at := make(map[key]int)
+	for _, w := range r.Workers() {
+		for _, f := range w.notes.read(w.direction) {
+			k := key{f.Direction, f.Reason, f.Src, f.Dst}
+			if i, ok := at[k]; ok {
+				flows[i].Packets += f.Packets
+				flows[i].Bytes += f.Bytes
+				continue
+			}
+			at[k] = len(flows)
+			flows = append(flows, f)
+		}
+	}
+	return flows
 }
 
 // Workers returns the workers that there are.

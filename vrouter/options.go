@@ -55,7 +55,7 @@ type Options struct {
 	// AcceptSources are inner sources that any node of the cluster may send to us: clients that enter the cluster there
 	// although no route leads back to them by that node. IPv4.
 	AcceptSources []netip.Prefix
-	// ICMPRate is how many ICMP errors a worker sends in a second, at most, bursts of half as many included; 0: none.
+	// ICMPRate is how many ICMP errors each worker sends in a second, at most, bursts of half as many included; 0: none.
 	ICMPRate int
 }
 

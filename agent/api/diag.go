@@ -43,7 +43,20 @@ const (
 type TraceRequest struct {
 	Entry  Entry  `json:"entry"`
 	Packet []byte `json:"packet"` // IPv4, from its header on
+	// State is what this node's connection tracker takes the packet for.
+	State ConnState `json:"state,omitempty"`
 }
+
+// ConnState is the state of a connection.
+type ConnState string
+
+// The states. A packet that answers one that has passed this node belongs to an established connection; of an answer whose
+// question went another way it is not known what the tracker says.
+const (
+	StateNew         ConnState = ""
+	StateEstablished ConnState = "established"
+	StateUnknown     ConnState = "unknown"
+)
 
 // Outcome is what becomes of a packet at one node.
 type Outcome string
@@ -63,6 +76,17 @@ type Rung struct {
 	Name   string `json:"name"`
 	Detail string `json:"detail,omitempty"`
 	Passed bool   `json:"passed"`
+	// Doubtful is set where it cannot be told whether the packet passes; the trace goes on as if it did.
+	Doubtful bool `json:"doubtful,omitempty"`
+}
+
+// Doubt is what keeps a trace from being certain: at a rung it could not be told whether the packet passes.
+type Doubt struct {
+	By     string `json:"by"`
+	Rung   string `json:"rung"`
+	Reason string `json:"reason"` // for programs
+	Why    string `json:"why"`
+	Fix    string `json:"fix,omitempty"` // how to find out
 }
 
 // Segment is a packet's way through one node.
@@ -75,12 +99,19 @@ type Segment struct {
 	Reason string `json:"reason,omitempty"`
 	Why    string `json:"why,omitempty"`
 	Fix    string `json:"fix,omitempty"`
-	// Caveats are what might change the outcome and could not be asked.
+	// Doubts, if there are any, make a packet that is delivered or goes on one of which that is not certain.
+	Doubts []Doubt `json:"doubts,omitempty"`
+	// Caveats are worth knowing, and change nothing about the outcome.
 	Caveats []string   `json:"caveats,omitempty"`
-	Next    netip.Addr `json:"next"`             // the next node, for Forwarded; the gateway, for Left
-	Via     string     `json:"via,omitempty"`    // the interface by which it leaves or is delivered
-	Packet  []byte     `json:"packet,omitempty"` // as it leaves
-	Peers   []Peer     `json:"peers,omitempty"`  // this node's BGP sessions, for a packet that found no route
+	Next    netip.Addr `json:"next"`          // the next node, for Forwarded; the gateway, for Left
+	Via     string     `json:"via,omitempty"` // the interface by which it leaves or is delivered
+	// NextMAC is the hardware address that Next has for this node, Pinned set when somebody has made that entry permanent; MAC
+	// is that of this node's own underlay interface.
+	NextMAC string `json:"nextMAC,omitempty"`
+	Pinned  bool   `json:"pinned,omitempty"`
+	MAC     string `json:"mac,omitempty"`
+	Packet  []byte `json:"packet,omitempty"` // as it leaves
+	Peers   []Peer `json:"peers,omitempty"`  // this node's BGP sessions, for a packet that found no route
 }
 
 // Drops is what one node has dropped since its vRouter and its kernel began to count.

@@ -73,6 +73,10 @@ of the other kind that an earlier vrouter has left under the name is replaced.
 packet is AF_PACKET; xdp is AF_XDP, which takes the least time for small packets, and
 keeps the kernel from merging segments to superpackets.
 
+--queues says how many queues vr0 and the underlay have, so that a direction can use as
+many processors. All packets of a flow come by the same queue, in order. Each has a
+thread for each direction, or one for both: --threads-per-queue (direct: one for both).
+
 It needs the capabilities NET_ADMIN and NET_RAW, and /dev/net/tun unless it is veth.
 With BPF as well, and Linux 6.6, superpackets leave whole; without, the vRouter splits
 them, and neither direct nor xdp can be had.`,
@@ -90,7 +94,10 @@ them, and neither direct nor xdp can be had.`,
 	f.StringVar(&o.ports.Attach, "attach", port.AttachAuto, "how packets come and go: tun, tun-plain, veth, direct or auto")
 	f.StringVar(&o.ports.IO, "io", port.IOPacket, "how Ethernet interfaces are read and written: packet or xdp")
 	f.StringVar(&o.ports.Name, "tun", "vr0", "name of the `device`; made if it is not there")
+	f.IntVar(&o.ports.Queues, "queues", 0, "how `many` queues vr0 and the underlay have, among which flows are shared out (default: 1 up to 7 CPUs, then a quarter of them, 8 at most)")
+	f.IntVar(&o.ports.Threads, "threads-per-queue", 0, "`1` for both directions together, or 2, one for each (default: 1 up to 2 CPUs)")
 	f.IntVar(&o.ports.BusyPoll, "busy-poll", 0, "how many `microseconds` AF_XDP sockets look for packets at the device; 0: interrupts bring them")
+	f.IntVar(&o.ports.Frames, "xdp-frames", port.DefaultFrames, "how many `packets` each AF_XDP socket holds that wait for the vRouter, a power of two; each takes 2 KiB of locked memory, or 4")
 	f.IntVar(&o.ports.Spin, "spin", port.DefaultSpin, "how many `microseconds` a worker looks for packets before it sleeps, while they come that often; 0: it sleeps at once")
 	f.StringVar(&o.cpus, "cpus", "", "the CPUs to forward on, one for each worker in turn, as a `list`: 2,3 or 4-7 (default: the kernel chooses)")
 	f.StringVar(&o.socket, "socket", "/run/margay/vrouter.sock", "unix socket `path` on which the agent programs the vRouter")
@@ -110,6 +117,9 @@ func (o *options) run(ctx context.Context) (err error) {
 	if err := o.ports.Check(); err != nil {
 		return err
 	}
+	if o.ports.Queues == 0 {
+		o.ports.Queues = port.DefaultQueues()
+	}
 	cpus, err := port.ParseCPUs(o.cpus)
 	if err != nil {
 		return fmt.Errorf("--cpus %q: %w", o.cpus, err)
@@ -125,7 +135,7 @@ func (o *options) run(ctx context.Context) (err error) {
 		if err := os.MkdirAll(o.stateDir, 0o755); err != nil {
 			return fmt.Errorf("--state-dir: %w", err)
 		}
-		if side, err = openSideways(); err != nil {
+		if side, err = openSideways(o.ports.Queues); err != nil {
 			return err
 		}
 		listener, err = rpc.Listen(o.socket)
@@ -139,9 +149,10 @@ func (o *options) run(ctx context.Context) (err error) {
 	}
 	defer func() { err = errors.Join(err, ports.Close()) }()
 	log.Info("attached", "attach", ports.Attach, "io", ports.IO, "why", ports.Why, "device offloads", ports.Device.Offloads(),
-		"underlay", ports.Underlay.Sending())
+		"underlay", ports.Underlay.Sending(), "queues", ports.Queues)
 
 	router := vrouter.New()
+	routing.ICMPRate = (routing.ICMPRate + ports.Queues - 1) / ports.Queues // each worker has its share
 	if err := router.SetOptions(routing); err != nil {
 		return err
 	}
@@ -165,18 +176,25 @@ func (o *options) run(ctx context.Context) (err error) {
 	wg.Go(func() { keeper.Run(ctx) })
 	wg.Go(func() { watched.Serve(ctx) })
 	wg.Go(func() { router.CollectDrops(ctx) })
-	workers[0].SetReply(side.reply)
+	answering := 0
+	for _, w := range workers {
+		if w.Direction() != vrouter.Decap {
+			w.SetReply(side.replies[answering])
+			answering++
+		}
+	}
 	var sideErr error
 	wg.Go(func() {
 		sideErr = side.listen(router, log)
 		cancel()
 	})
-	workerErrs := make([]error, len(workers))
-	for i, w := range workers {
+	threads := ports.Threads(workers)
+	threadErrs := make([]error, len(threads))
+	for i, run := range threads {
 		wg.Go(func() {
 			defer cancel()
-			if workerErrs[i] = port.PinThread(cpus, i); workerErrs[i] == nil {
-				workerErrs[i] = w.Run()
+			if threadErrs[i] = port.WorkerThread(cpus, i); threadErrs[i] == nil {
+				threadErrs[i] = run()
 			}
 		})
 	}
@@ -189,7 +207,7 @@ func (o *options) run(ctx context.Context) (err error) {
 	side.stop()
 	wg.Wait()
 	log.Info("vrouter stops", "device left in place", ports.Device.Name())
-	return errors.Join(append(workerErrs, serveErr, sideErr)...)
+	return errors.Join(append(threadErrs, serveErr, sideErr)...)
 }
 
 func (o *options) logger() (*slog.Logger, error) {

@@ -187,8 +187,12 @@ func (d *daemon) configure(t *testing.T, index byte) {
 // TestDaemons: see daemons, on each attachment, by each kind of I/O.
 func TestDaemons(t *testing.T) {
 	for args, port := range map[string]string{
-		"--attach tun":       "vr0 by tun, packet (asked for), offloads checksum, TSO, USO; underlay eth0 (superpackets whole (AF_PACKET, TCX))",
-		"--attach auto":      "vr0 by tun, packet (auto: this kernel has what it needs), offloads checksum, TSO, USO; underlay eth0 (superpackets whole (AF_PACKET, TCX))",
+		"--attach tun":  "vr0 by tun, packet (asked for), offloads checksum, TSO, USO; underlay eth0 (superpackets whole (AF_PACKET, TCX))",
+		"--attach auto": "vr0 by tun, packet (auto: this kernel has what it needs), offloads checksum, TSO, USO; underlay eth0 (superpackets whole (AF_PACKET, TCX))",
+		"--attach veth --threads-per-queue 1": "vr0 by veth, packet (asked for), offloads checksum, TSO, USO (AF_PACKET); underlay eth0 (superpackets whole (AF_PACKET, TCX)); " +
+			"one thread for both directions",
+		"--attach tun --queues 4": "vr0 by tun, packet (asked for), offloads checksum, TSO, USO; underlay eth0 (superpackets whole (AF_PACKET, TCX)); " +
+			"4 queues",
 		"--attach tun-plain": "vr0 by tun-plain, packet (asked for), offloads none; underlay eth0",
 		"--attach veth":      "vr0 by veth, packet (asked for), offloads checksum, TSO, USO (AF_PACKET); underlay eth0 (superpackets whole (AF_PACKET, TCX))",
 		"--attach veth --io xdp --busy-poll 20": "vr0 by veth, xdp (asked for), offloads none toward us (AF_XDP native, copy, busy polling); " +
@@ -196,6 +200,12 @@ func TestDaemons(t *testing.T) {
 		"--attach tun --io xdp --cpus 0": "vr0 by tun, xdp (asked for), offloads checksum, TSO, USO; " +
 			"underlay eth0 (superpackets whole (AF_PACKET, TCX); AF_XDP native, copy)",
 	} {
+		if !strings.Contains(args, "--queues") {
+			args += " --queues 1" // the default is the machine's
+		}
+		if !strings.Contains(args, "--threads") {
+			args += " --threads-per-queue 2" // likewise
+		}
 		t.Run(args, func(t *testing.T) { daemons(t, strings.Fields(args), port) })
 	}
 }
@@ -350,6 +360,8 @@ func TestCommandLine(t *testing.T) {
 	expectRefused(t, command("--io", "dpdk"), "--io")
 	expectRefused(t, command("--attach", "tun-plain", "--io", "xdp"), "--io")
 	expectRefused(t, command("--busy-poll", "5"), "--busy-poll")
+	expectRefused(t, command("--queues", "-1"), "--queues")
+	expectRefused(t, command("--threads-per-queue", "3"), "--threads-per-queue")
 	expectRefused(t, command("--cpus", "0-"), "--cpus")
 	expectRefused(t, command("--cpus", "1023"), "may not use CPU 1023")
 }

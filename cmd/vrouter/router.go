@@ -52,23 +52,31 @@ func (r *routerFlags) options() (vrouter.Options, error) {
 // pathMTUInterval is how often what has been learned of the way to other nodes is looked through for what is too old.
 const pathMTUInterval = 10 * time.Second
 
-// sideways are the sockets beside the ports: by one go ICMP errors of ours, by the other come those about the outer
+// sideways are the sockets beside the ports: by some go ICMP errors of ours, by the other come those about the outer
 // packets.
 type sideways struct {
-	reply *port.Reply
-	icmp  *port.ICMP
+	replies []*port.Reply // one for each worker that answers
+	icmp    *port.ICMP
 }
 
-func openSideways() (*sideways, error) {
-	reply, err := port.OpenReply()
-	if err != nil {
+func openSideways(answering int) (_ *sideways, err error) {
+	s := &sideways{}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.close())
+		}
+	}()
+	for range answering {
+		reply, err := port.OpenReply()
+		if err != nil {
+			return nil, err
+		}
+		s.replies = append(s.replies, reply)
+	}
+	if s.icmp, err = port.OpenICMP(); err != nil {
 		return nil, err
 	}
-	icmp, err := port.OpenICMP()
-	if err != nil {
-		return nil, errors.Join(err, reply.Close())
-	}
-	return &sideways{reply, icmp}, nil
+	return s, nil
 }
 
 // listen tells the router what is heard, until stop.
@@ -81,7 +89,9 @@ func (s *sideways) listen(router *vrouter.Router, log *slog.Logger) error {
 }
 
 func (s *sideways) stop() {
-	s.reply.Stop()
+	for _, r := range s.replies {
+		r.Stop()
+	}
 	s.icmp.Stop()
 }
 
@@ -89,5 +99,12 @@ func (s *sideways) close() error {
 	if s == nil {
 		return nil
 	}
-	return errors.Join(s.reply.Close(), s.icmp.Close())
+	var errs []error
+	for _, r := range s.replies {
+		errs = append(errs, r.Close())
+	}
+	if s.icmp != nil {
+		errs = append(errs, s.icmp.Close())
+	}
+	return errors.Join(errs...)
 }

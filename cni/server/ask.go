@@ -7,7 +7,6 @@ import (
 	"slices"
 
 	"github.com/google/nftables"
-	"github.com/google/nftables/expr"
 )
 
 // What follows asks the kernel what its rules would do with a packet; it is read out of the tables in force, not out of what
@@ -62,60 +61,4 @@ func (f *firewall) holds(set *nftables.Set, a netip.Addr) (bool, error) {
 		inside = !e.IntervalEnd
 	}
 	return inside, nil
-}
-
-// DroppingChains names the chains of others on a forwarded packet's way (ingress, prerouting, forward) that drop what no rule
-// of theirs accepts, or have a rule of their own that drops or rejects. Nobody here evaluates their rules.
-func (s *Server) DroppingChains() ([]string, error) {
-	s.fw.mu.Lock()
-	defer s.fw.mu.Unlock()
-	chains, err := s.fw.conn.ListChains()
-	if err != nil {
-		return nil, fmt.Errorf("nftables: list chains: %w", err)
-	}
-	var out []string
-	for _, c := range chains {
-		if c.Hooknum == nil || c.Table.Name == fwTable && c.Table.Family == fwFamily {
-			continue
-		}
-		switch c.Table.Family {
-		case nftables.TableFamilyNetdev:
-			if *c.Hooknum != *nftables.ChainHookIngress {
-				continue
-			}
-		case nftables.TableFamilyIPv4, nftables.TableFamilyINet:
-			if *c.Hooknum != *nftables.ChainHookForward && *c.Hooknum != *nftables.ChainHookPrerouting {
-				continue
-			}
-		default:
-			continue
-		}
-		drops := c.Policy != nil && *c.Policy == nftables.ChainPolicyDrop
-		if !drops {
-			rules, err := s.fw.conn.GetRules(c.Table, c)
-			if err != nil {
-				return nil, fmt.Errorf("nftables: list the rules of %s/%s: %w", c.Table.Name, c.Name, err)
-			}
-			drops = slices.ContainsFunc(rules, refuses)
-		}
-		if drops {
-			out = append(out, c.Table.Name+"/"+c.Name)
-		}
-	}
-	return out, nil
-}
-
-// refuses reports whether a rule drops or rejects anything.
-func refuses(r *nftables.Rule) bool {
-	return slices.ContainsFunc(r.Exprs, func(e expr.Any) bool {
-		switch e := e.(type) {
-		case *expr.Verdict:
-			return e.Kind == expr.VerdictDrop
-		case *expr.Reject:
-			return true
-		case *expr.Target: // of iptables-nft
-			return e.Name == "REJECT"
-		}
-		return false
-	})
 }

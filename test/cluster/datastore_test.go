@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -80,7 +81,8 @@ func TestUnreadablePool(t *testing.T) {
 	settled(t, node(t, 1))
 }
 
-// TestDeletedPool: a pool that is deleted under its pods takes none of their routes away.
+// TestDeletedPool: a pool that is deleted under its pods takes none of their routes away, nor does a restart of the agent
+// that has not seen the pool.
 func TestDeletedPool(t *testing.T) {
 	n1, n2 := node(t, 1), node(t, 2)
 	s := openStore(t)
@@ -99,6 +101,12 @@ func TestDeletedPool(t *testing.T) {
 		}
 		return times
 	}
+	mend := sync.OnceFunc(func() {
+		if _, err := s.Create(context.Background(), key, good.Value); err != nil {
+			t.Error(err)
+		}
+	})
+	defer mend()
 	before := said(t)
 	tap := onWire(t, 1)
 	stream := startStream(t, n1.Pods[0], n2.Pods[0], 5*time.Millisecond)
@@ -113,9 +121,8 @@ func TestDeletedPool(t *testing.T) {
 		}
 		return true
 	})
-	if _, err := s.Create(t.Context(), key, good.Value); err != nil {
-		t.Fatal(err)
-	}
+	mustCtl(t, "lab", "restart", "--name", labName, "--hard", "node1", "agent") // a clean stop would end its routes
+	mend()
 	for i := range 3 {
 		settled(t, node(t, i+1))
 	}

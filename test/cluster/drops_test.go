@@ -243,9 +243,11 @@ func TestCapture(t *testing.T) {
 func TestCaptureToAPipe(t *testing.T) {
 	n1, n2 := node(t, 1), node(t, 2)
 	defer pinging(n1.Pods[0].Netns, ip(t, n2.Pods[0].Address))()
-	out := in(t, node(t, 3).Netns, "sh", "-c", "margayctl capture "+n2.Name+" icmp -c 3 -w - 2>/dev/null | tshark -r - -T fields -e frame.comment 2>/dev/null")
+	words := filepath.Join(t.TempDir(), "words")
+	out := in(t, node(t, 3).Netns, "sh", "-c", "{ margayctl capture "+n2.Name+" icmp -c 3 -w - | tshark -r - -T fields -e frame.comment; } 2>"+words)
 	if lines := strings.Split(strings.TrimSpace(out), "\n"); len(lines) != 3 || !strings.HasPrefix(lines[0], "forwarded") {
-		t.Errorf("%q", out)
+		said, _ := os.ReadFile(words) // the shell has made it
+		t.Errorf("%q; on standard error: %s", out, said)
 	}
 }
 

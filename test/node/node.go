@@ -22,13 +22,13 @@ import (
 
 // Drivers are all attachments with each way to read and write interfaces.
 var Drivers = []port.Options{
-	{Attach: port.AttachTUNPlain, IO: port.IOPacket, Name: "vr0"},
-	{Attach: port.AttachTUN, IO: port.IOPacket, Name: "vr0"},
-	{Attach: port.AttachTUN, IO: port.IOXDP, Name: "vr0"},
-	{Attach: port.AttachVeth, IO: port.IOPacket, Name: "vr0"},
-	{Attach: port.AttachVeth, IO: port.IOXDP, Name: "vr0"},
-	{Attach: port.AttachDirect, IO: port.IOPacket, Name: "vr0"},
-	{Attach: port.AttachDirect, IO: port.IOXDP, Name: "vr0"},
+	{Attach: port.AttachTUNPlain, IO: port.IOPacket, Name: "vr0", Queues: 1},
+	{Attach: port.AttachTUN, IO: port.IOPacket, Name: "vr0", Queues: 1},
+	{Attach: port.AttachTUN, IO: port.IOXDP, Name: "vr0", Queues: 1},
+	{Attach: port.AttachVeth, IO: port.IOPacket, Name: "vr0", Queues: 1},
+	{Attach: port.AttachVeth, IO: port.IOXDP, Name: "vr0", Queues: 1},
+	{Attach: port.AttachDirect, IO: port.IOPacket, Name: "vr0", Queues: 1},
+	{Attach: port.AttachDirect, IO: port.IOXDP, Name: "vr0", Queues: 1},
 }
 
 // OnEach runs a test on each of drivers.
@@ -95,7 +95,7 @@ func Start(t testing.TB, s *space.Space, c Config) *Node {
 			runtime.LockOSThread() // never given back: the thread stays in the namespace
 			err := netns.Set(s.Handle)
 			if err == nil {
-				err = port.PinThread(c.CPUs, 0)
+				err = port.WorkerThread(c.CPUs, 0)
 			}
 			if err == nil {
 				err = f()
@@ -103,8 +103,8 @@ func Start(t testing.TB, s *space.Space, c Config) *Node {
 			done <- err
 		}()
 	}
-	for _, w := range workers {
-		run(w.Run)
+	for _, f := range n.Ports.Threads(workers) {
+		run(f)
 	}
 	run(func() error {
 		return icmp.Listen(time.Second, func(b []byte) { n.Router.LearnPathMTU(b, time.Now()) }, func() {})

@@ -46,7 +46,7 @@ func newPodBox(t testing.TB, driver port.Options, options vrouter.Options, mtu i
 	for !may.IsSet(cpu) {
 		cpu++
 	}
-	if err := port.PinThread([]int{cpu}, 0); err != nil {
+	if err := port.WorkerThread([]int{cpu}, 0); err != nil {
 		t.Fatal(err)
 	}
 	n := &podBox{}

@@ -3,6 +3,7 @@ package port
 import (
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -45,6 +46,13 @@ type Options struct {
 	Name   string // of vr0
 	// BusyPoll is how many microseconds AF_XDP sockets look for packets at the device; 0: interrupts bring them.
 	BusyPoll int
+	// Frames is how many packets each AF_XDP socket holds that wait for us, a power of two; 0: DefaultFrames.
+	Frames int
+	// Queues is how many queues vr0 and the underlay have, a worker each; 0: DefaultQueues.
+	Queues int
+	// Threads is how many threads a queue has: 2, one for each direction, or 1 for both; 0: DefaultThreads. AttachDirect
+	// has one for both.
+	Threads int
 	// Spin is how many microseconds a worker looks for packets before it sleeps, while they come that often; 0: it
 	// sleeps at once.
 	Spin int
@@ -53,6 +61,23 @@ type Options struct {
 // DefaultSpin is what Options.Spin is unless somebody says otherwise: longer than a packet takes from node to node and
 // back.
 const DefaultSpin = 200
+
+// maxQueues is the number of queues at most: as many as a TUN device can have, and the sockets of a fanout group.
+const maxQueues = 256
+
+// DefaultThreads is what Options.Threads is unless somebody says otherwise. On two processors two threads and the pods are in
+// each other's way, and one that is at work need not be woken: docs/ports.md has the figures.
+func DefaultThreads() int {
+	if runtime.NumCPU() <= 2 {
+		return 1
+	}
+	return 2
+}
+
+// DefaultQueues is what Options.Queues is unless somebody says otherwise: on a machine of eight processors or more as many
+// as leave half of them to the pods when the workers of both directions have all that they can use, up to eight, and one on
+// a smaller machine, where the processors are busy with what the pods do.
+func DefaultQueues() int { return min(max(runtime.NumCPU()/4, 1), 8) }
 
 // Check returns an error that names the option that is wrong, and what was expected.
 func (o Options) Check() error {
@@ -74,6 +99,15 @@ func (o Options) Check() error {
 	if o.BusyPoll > 0 && o.IO != IOXDP {
 		return fmt.Errorf("--busy-poll %d: it is for --io %s: expected that, or 0", o.BusyPoll, IOXDP)
 	}
+	if o.Frames != 0 && (o.Frames < minFrames || o.Frames > maxFrames || o.Frames&(o.Frames-1) != 0) {
+		return fmt.Errorf("--xdp-frames %d: expected a power of two from %d to %d", o.Frames, minFrames, maxFrames)
+	}
+	if o.Queues < 0 || o.Queues > maxQueues {
+		return fmt.Errorf("--queues %d: expected 1 to %d, or 0 for what suits the processors", o.Queues, maxQueues)
+	}
+	if o.Threads < 0 || o.Threads > 2 {
+		return fmt.Errorf("--threads-per-queue %d: expected 1 or 2, or 0 for what suits the processors", o.Threads)
+	}
 	if o.Spin < 0 || o.Spin > maxBusyPoll {
 		return fmt.Errorf("--spin %d: expected 0 to %d microseconds", o.Spin, maxBusyPoll)
 	}
@@ -90,8 +124,14 @@ type Ports struct {
 	Direct   *Direct // nil unless Attach is AttachDirect; it has the other two
 	Attach   string  // what AttachAuto became
 	IO       string
+	Queues   int    // of the device and of the underlay
 	Why      string // why it was chosen
+
+	joints []*joint // of each queue, where one thread has both directions
 }
+
+// xdp returns what concerns AF_XDP.
+func (o Options) xdp() XDPOptions { return XDPOptions{BusyPoll: o.BusyPoll, Frames: o.Frames} }
 
 // openers open the drivers; tests put others in.
 type openers struct {
@@ -102,17 +142,19 @@ type openers struct {
 // openersOf returns those of an attachment other than AttachTUNPlain.
 func openersOf(o Options) openers {
 	open := openers{
-		underlay: OpenOffloadUnderlay,
-		device:   func(name string) (Device, error) { return deviceOf(OpenOffloadTUN(name)) },
+		underlay: func() (*Underlay, error) { return openOffloadUnderlay(o.Queues, newRetag) },
+		device: func(name string) (Device, error) {
+			return deviceOf(newTUN(tunOptions{name: name, queues: o.Queues, offloads: true, steered: o.IO == IOXDP}).start())
+		},
 	}
 	if o.IO == IOXDP {
-		open.underlay = func() (*Underlay, error) { return OpenXDPUnderlay(o.BusyPoll) }
+		open.underlay = func() (*Underlay, error) { return openXDPUnderlay(o.Queues, o.xdp(), newRetag) }
 	}
 	switch {
 	case o.Attach == AttachVeth && o.IO == IOXDP:
-		open.device = func(name string) (Device, error) { return deviceOf(OpenXDPVeth(name, o.BusyPoll)) }
+		open.device = func(name string) (Device, error) { return deviceOf(openXDPVeth(name, o.Queues, o.xdp())) }
 	case o.Attach == AttachVeth:
-		open.device = func(name string) (Device, error) { return deviceOf(OpenVeth(name)) }
+		open.device = func(name string) (Device, error) { return deviceOf(openVeth(name, o.Queues, nil)) }
 	}
 	return open
 }
@@ -131,11 +173,24 @@ func deviceOf[D interface {
 // OpenPorts opens ports. before is called between the underlay, which can be refused without a trace, and the device,
 // which stays behind; its error ends the attempt.
 func OpenPorts(o Options, before func() error) (*Ports, error) {
-	p, err := openPorts(o, before, openersOf(o))
-	if err == nil {
-		p.spin(time.Duration(o.Spin) * time.Microsecond)
+	if o.Queues == 0 {
+		o.Queues = DefaultQueues()
 	}
-	return p, err
+	p, err := openPorts(o, before, openersOf(o))
+	if err != nil {
+		return nil, err
+	}
+	p.Queues = o.Queues
+	if o.Threads == 0 {
+		o.Threads = DefaultThreads()
+	}
+	if o.Threads == 1 && p.Direct == nil {
+		if err := p.join(); err != nil {
+			return nil, errors.Join(err, p.Close())
+		}
+	}
+	p.spin(time.Duration(o.Spin) * time.Microsecond)
+	return p, nil
 }
 
 func openPorts(o Options, before func() error, open openers) (*Ports, error) {
@@ -184,14 +239,15 @@ func openOffload(o Options, before func() error, open openers, why string) (*Por
 
 // openPlain opens the ports that need the least.
 func openPlain(o Options, before func() error, why string) (*Ports, error) {
-	underlay, err := OpenUnderlay()
+	queues := max(o.Queues, 1)
+	underlay, err := openUnderlay(queues)
 	if err != nil {
 		return nil, err
 	}
 	if err := before(); err != nil {
 		return nil, errors.Join(err, underlay.Close())
 	}
-	tun, err := OpenTUN(o.Name)
+	tun, err := newTUN(tunOptions{name: o.Name, queues: queues}).start()
 	if err != nil {
 		return nil, errors.Join(err, underlay.Close())
 	}
@@ -220,16 +276,27 @@ func openAuto(o Options, before func() error, open openers) (*Ports, error) {
 // spin says how long to look for packets before sleeping.
 func (p *Ports) spin(longest time.Duration) {
 	if p.Direct != nil {
-		p.Direct.spinner.longest = longest
+		for _, q := range p.Direct.all() {
+			q.spinner.longest = longest
+		}
 		return
 	}
 	p.Device.spin(longest)
 	p.Underlay.spin(longest)
+	for _, j := range p.joints {
+		j.longest = longest
+	}
 }
 
 // String describes the ports for people: what was chosen, and why.
 func (p *Ports) String() string {
 	text := fmt.Sprintf("%s by %s, %s (%s), offloads %s; underlay %s", p.Device.Name(), p.Attach, p.IO, p.Why, p.Device.Offloads(), p.Underlay)
+	if p.Queues > 1 {
+		text += fmt.Sprintf("; %d queues", p.Queues)
+	}
+	if p.joints != nil {
+		text += "; one thread for both directions"
+	}
 	if p.Direct != nil {
 		text += "; " + p.Direct.String()
 	}
@@ -249,6 +316,9 @@ func (p *Ports) Stop() {
 	}
 	p.Device.Stop()
 	p.Underlay.Stop()
+	for _, j := range p.joints {
+		j.stop()
+	}
 }
 
 // Close frees the ports. The device stays.
@@ -256,7 +326,11 @@ func (p *Ports) Close() error {
 	if p.Direct != nil {
 		return p.Direct.Close()
 	}
-	return errors.Join(p.Device.Close(), p.Underlay.Close())
+	errs := []error{p.Device.Close(), p.Underlay.Close()}
+	for _, j := range p.joints {
+		errs = append(errs, j.close())
+	}
+	return errors.Join(errs...)
 }
 
 // Workers gives router the workers of these ports, and tells the ports what they need to know of it. It comes before the
@@ -265,10 +339,18 @@ func (p *Ports) Workers(router *vrouter.Router) []*vrouter.Worker {
 	if p.Direct != nil {
 		router.OnPods(p.Direct.SetPods)
 		router.OnRoutes(p.Direct.SetRoutes)
-		return []*vrouter.Worker{router.NewSwitch(p.Direct, p.Direct.Rewritten()...)}
+		var queues []vrouter.SwitchPort
+		for _, q := range p.Direct.all() {
+			queues = append(queues, q)
+		}
+		return router.NewSwitches(queues, p.Direct.Rewritten()...)
 	}
-	return []*vrouter.Worker{
-		router.NewWorker(vrouter.Encap, p.Device, p.Underlay),
-		router.NewWorker(vrouter.Decap, p.Underlay, p.Device),
+	var workers []*vrouter.Worker
+	device, underlay := p.Device.queues(), p.Underlay.queues()
+	for i := range device {
+		workers = append(workers,
+			router.NewWorker(vrouter.Encap, device[i], underlay[i]),
+			router.NewWorker(vrouter.Decap, underlay[i], device[i]))
 	}
+	return workers
 }

@@ -64,12 +64,14 @@ func TestOptions(t *testing.T) {
 		t.Error(err)
 	}
 	for want, change := range map[string]func(*port.Options){
-		`--attach "tap": expected one of auto`:    func(o *port.Options) { o.Attach = "tap" },
-		`--io "dpdk": expected one of packet`:     func(o *port.Options) { o.IO = "dpdk" },
-		`--io xdp: not with --attach tun-plain`:   func(o *port.Options) { o.Attach, o.IO = port.AttachTUNPlain, port.IOXDP },
-		`--tun "a/b": expected an interface name`: func(o *port.Options) { o.Name = "a/b" },
-		`--busy-poll -1: expected 0 to 1000000`:   func(o *port.Options) { o.BusyPoll, o.IO = -1, port.IOXDP },
-		`--busy-poll 10: it is for --io xdp`:      func(o *port.Options) { o.BusyPoll = 10 },
+		`--attach "tap": expected one of auto`:                         func(o *port.Options) { o.Attach = "tap" },
+		`--io "dpdk": expected one of packet`:                          func(o *port.Options) { o.IO = "dpdk" },
+		`--io xdp: not with --attach tun-plain`:                        func(o *port.Options) { o.Attach, o.IO = port.AttachTUNPlain, port.IOXDP },
+		`--tun "a/b": expected an interface name`:                      func(o *port.Options) { o.Name = "a/b" },
+		`--busy-poll -1: expected 0 to 1000000`:                        func(o *port.Options) { o.BusyPoll, o.IO = -1, port.IOXDP },
+		`--xdp-frames 3000: expected a power of two from 128 to 65536`: func(o *port.Options) { o.Frames = 3000 },
+		`--xdp-frames 64: expected a power of two`:                     func(o *port.Options) { o.Frames = 64 },
+		`--busy-poll 10: it is for --io xdp`:                           func(o *port.Options) { o.BusyPoll = 10 },
 	} {
 		o := good
 		change(&o)

@@ -15,17 +15,36 @@ import (
 // bypass is a way past the kernel's stack, beside the AF_PACKET socket of a port: an XDP program on its interface, and
 // AF_XDP sockets, one for each of the queues the interface receives by. It can be opened, moved and closed while the
 // port receives and sends; a nil bypass has nothing and takes nothing.
+//
+// A port of several queues has a bypass for each, among which the sockets are shared out in turn. The first opens and
+// closes for all.
 type bypass struct {
-	space    *namespace
-	busyPoll int
-	epoll    int // readable when something has come, to the AF_PACKET socket or to the others
+	space   *namespace // the first's
+	options XDPOptions // the first's
+	epoll   int        // readable when something has come, to the AF_PACKET socket or to the others
+	more    []*bypass  // of the first: the others
 
 	// Opening and closing, which the port does one at a time.
-	current atomic.Pointer[bypassSockets]
-	before  atomic.Uint64 // dropped by sockets that are closed
+	opened  atomic.Pointer[bypassSockets] // of the first: all that there are
+	before  atomic.Uint64                 // dropped by sockets that are closed
+	current atomic.Pointer[bypassSockets] // this queue's
 
 	// What Recv and Send are using at this moment.
 	receiving, sending atomic.Pointer[bypassSockets]
+}
+
+// XDPOptions say how AF_XDP sockets are to be.
+type XDPOptions struct {
+	BusyPoll int // how many microseconds a system call may look for packets at the device; 0: interrupts bring them
+	Frames   int // how many packets a socket holds that wait for us, a power of two; 0: DefaultFrames
+}
+
+// frames returns how many there are to be.
+func (o XDPOptions) frames() int {
+	if o.Frames == 0 {
+		return DefaultFrames
+	}
+	return o.Frames
 }
 
 // bypassPlace is where a bypass is.
@@ -49,20 +68,33 @@ type bypassSockets struct {
 	next    int // Recv's: the socket to look at next
 }
 
-// newBypass tells at start whether the kernel has what is needed. busyPoll is as in xskOptions.
-func newBypass(busyPoll int) (_ *bypass, err error) {
+// newBypass tells at start whether the kernel has what is needed.
+func newBypass(queues int, o XDPOptions) (_ *bypass, err error) {
 	if err := probeXDP(); err != nil {
 		return nil, err
 	}
-	b := &bypass{busyPoll: busyPoll}
+	b := &bypass{options: o, epoll: -1}
+	for range queues - 1 {
+		b.more = append(b.more, &bypass{epoll: -1})
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, b.close())
+		}
+	}()
 	if b.space, err = thisNamespace(); err != nil {
 		return nil, err
 	}
-	if b.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
-		return nil, errors.Join(err, b.space.close())
+	for _, q := range b.all() {
+		if q.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
+			return nil, err
+		}
 	}
 	return b, nil
 }
+
+// all returns the queues' bypasses, this one first.
+func (b *bypass) all() []*bypass { return append([]*bypass{b}, b.more...) }
 
 // probeXDP asks the kernel for an AF_XDP socket and a program, and gives both back.
 func probeXDP() error {
@@ -92,7 +124,7 @@ func (b *bypass) watch(fd int) error {
 
 // open moves the bypass to another place, or leaves it where it is when it is there already. match is for newXDP.
 func (b *bypass) open(at bypassPlace, match asm.Instructions) error {
-	if s := b.current.Load(); s != nil && s.place == at && b.intact() {
+	if s := b.opened.Load(); s != nil && s.place == at && b.intact() {
 		return nil
 	}
 	b.shut()
@@ -101,9 +133,21 @@ func (b *bypass) open(at bypassPlace, match asm.Instructions) error {
 		if err != nil {
 			return fmt.Errorf("%s: %w", at.name, err)
 		}
-		b.current.Store(s)
+		b.opened.Store(s)
+		for i, q := range b.all() {
+			q.current.Store(s.share(i, len(b.more)+1))
+		}
 		return nil
 	})
+}
+
+// share returns the part of queue i of so many.
+func (s *bypassSockets) share(i, of int) *bypassSockets {
+	part := &bypassSockets{place: s.place, program: s.program}
+	for ; i < len(s.list); i += of {
+		part.list = append(part.list, s.list[i])
+	}
+	return part
 }
 
 // inSpace runs f on a thread in the namespace that the bypass was made in.
@@ -137,11 +181,12 @@ func (b *bypass) openSockets(at bypassPlace, match asm.Instructions) (_ *bypassS
 		return nil, err
 	}
 	for queue := range at.queues {
-		x, err := openXSK(xskOptions{index: at.index, queue: queue, mtu: at.mtu, slots: xskSlots, busyPoll: b.busyPoll})
+		o := xskOptions{index: at.index, queue: queue, mtu: at.mtu, receive: b.options.frames(), send: sendFrames, busyPoll: b.options.BusyPoll}
+		x, err := openXSK(o)
 		// The kernel lets go of a queue some time after the socket that had it was closed.
 		for try := 0; errors.Is(err, unix.EBUSY) && try < busyTries; try++ {
 			_, _ = unix.Poll(nil, busyPause)
-			x, err = openXSK(xskOptions{index: at.index, queue: queue, mtu: at.mtu, slots: xskSlots, busyPoll: b.busyPoll})
+			x, err = openXSK(o)
 		}
 		if err != nil {
 			return nil, err
@@ -150,7 +195,7 @@ func (b *bypass) openSockets(at bypassPlace, match asm.Instructions) (_ *bypassS
 		if err := s.program.set(queue, x); err != nil {
 			return nil, err
 		}
-		if err := b.watch(x.fd); err != nil {
+		if err := b.all()[queue%(len(b.more)+1)].watch(x.fd); err != nil {
 			return nil, err
 		}
 	}
@@ -165,24 +210,27 @@ const (
 
 // intact reports whether the program still is where it was put.
 func (b *bypass) intact() bool {
-	s := b.current.Load()
+	s := b.opened.Load()
 	return s != nil && s.program.attached(s.place.index)
 }
 
 // generic reports whether the kernel runs the program behind the driver.
 func (b *bypass) generic() bool {
-	s := b.current.Load()
+	s := b.opened.Load()
 	return s != nil && !s.program.native
 }
 
 // shut closes the sockets once nobody uses them any more, and takes the program off.
 func (b *bypass) shut() {
-	s := b.current.Swap(nil)
+	s := b.opened.Swap(nil)
 	if s == nil {
 		return
 	}
-	for b.receiving.Load() == s || b.sending.Load() == s {
-		_, _ = unix.Poll(nil, 1)
+	for _, q := range b.all() {
+		part := q.current.Swap(nil)
+		for part != nil && (q.receiving.Load() == part || q.sending.Load() == part) {
+			_, _ = unix.Poll(nil, 1)
+		}
 	}
 	b.before.Add(s.dropped())
 	// What closing says does not matter: it is gone.
@@ -240,12 +288,12 @@ func (b *bypass) receive(batch []*vrouter.Packet) int {
 	return n
 }
 
-// hold returns the socket to send by on the interface index, nil where there is none. release follows.
+// hold returns the socket to send by on the interface index, nil where this queue has none. release follows.
 func (b *bypass) hold(index int) *xsk {
 	if b == nil {
 		return nil
 	}
-	if s := b.use(&b.sending); s != nil && s.place.index == index {
+	if s := b.use(&b.sending); s != nil && s.place.index == index && len(s.list) > 0 {
 		return s.list[0]
 	}
 	b.sending.Store(nil)
@@ -266,7 +314,7 @@ func (b *bypass) dropped() uint64 {
 		return 0
 	}
 	sum := b.before.Load()
-	if s := b.current.Load(); s != nil {
+	if s := b.opened.Load(); s != nil {
 		sum += s.dropped()
 	}
 	return sum
@@ -274,7 +322,7 @@ func (b *bypass) dropped() uint64 {
 
 // String describes for people how the interface is read.
 func (b *bypass) String() string {
-	s := b.current.Load()
+	s := b.opened.Load()
 	if s == nil {
 		return "not open"
 	}
@@ -289,7 +337,7 @@ func (b *bypass) String() string {
 	if s.place.queues > 1 {
 		text += fmt.Sprintf(", %d queues", s.place.queues)
 	}
-	if b.busyPoll > 0 {
+	if b.options.BusyPoll > 0 {
 		text += ", busy polling"
 	}
 	return text
@@ -297,5 +345,14 @@ func (b *bypass) String() string {
 
 func (b *bypass) close() error {
 	b.shut()
-	return errors.Join(unix.Close(b.epoll), b.space.close())
+	var errs []error
+	for _, q := range b.all() {
+		if q.epoll >= 0 {
+			errs = append(errs, unix.Close(q.epoll))
+		}
+	}
+	if b.space != nil {
+		errs = append(errs, b.space.close())
+	}
+	return errors.Join(errs...)
 }

@@ -63,13 +63,14 @@ func cpuList(set *unix.CPUSet) string {
 	return strings.Join(parts, ",")
 }
 
-// PinThread locks the calling goroutine to its thread, and that to the CPU that is the turn of number i. Without CPUs it
-// does nothing.
-func PinThread(cpus []int, i int) error {
+// WorkerThread locks the calling goroutine to its thread, and makes that one for worker number i: with short time slices,
+// and on the CPU whose turn it is, if there are CPUs.
+func WorkerThread(cpus []int, i int) error {
+	runtime.LockOSThread()
+	shortenSlice()
 	if len(cpus) == 0 {
 		return nil
 	}
-	runtime.LockOSThread()
 	var set unix.CPUSet
 	cpu := cpus[i%len(cpus)]
 	set.Set(cpu)

@@ -10,20 +10,27 @@ import (
 // when it is of a fanout group, here of one, that asks for it. AF_XDP leaves fragments to that socket. Where the kernel
 // refuses, fragments come one by one, and the ladder counts them.
 
-// joinDefrag makes the receiving socket a group of its own, if it is not one yet. That is possible only while it
-// receives, which it does not on an interface that is down: then the next idle moment tries again. The caller holds mu.
-func (u *Underlay) joinDefrag() {
-	if u.joined || u.index == 0 {
+// joinGroup makes the receiving sockets a group, as far as they are not one yet. That is possible only while they receive,
+// which they do not on an interface that is down: then the next idle moment tries again. Until then the first queue has
+// everything. The caller holds mu.
+func (u *Underlay) joinGroup() {
+	if u.index == 0 {
 		return
 	}
-	// By CPU, because to choose among one costs least so; the group's number is the kernel's choice. The group has a hook
-	// of its own for packets, which has to be told again that what we send is not wanted back.
-	const group = unix.PACKET_FANOUT_CPU | unix.PACKET_FANOUT_FLAG_DEFRAG | unix.PACKET_FANOUT_FLAG_UNIQUEID
-	for _, flags := range []int{group | unix.PACKET_FANOUT_FLAG_IGNORE_OUTGOING, group} { // the flag is of Linux 5.7
-		if unix.SetsockoptInt(u.recv, unix.SOL_PACKET, unix.PACKET_FANOUT, flags<<16) == nil {
-			u.joined = true
+	for _, q := range u.all() {
+		if q.joined {
+			continue
+		}
+		var err error
+		if q == u {
+			u.group, err = startFanout(u.recv, fanoutMode(len(u.more)+1)|unix.PACKET_FANOUT_FLAG_DEFRAG)
+		} else if err = u.group.join(q.recv); err == nil {
+			err = hearIPIP(q.recv)
+		}
+		if err != nil {
 			return
 		}
+		q.joined = true
 	}
 }
 
@@ -33,9 +40,12 @@ func (u *Underlay) renewReceiver() error {
 	if !u.joined {
 		return nil
 	}
-	fd, err := openReceiver()
+	fd, err := u.openReceiver()
 	if err != nil {
 		return err
+	}
+	if err := u.ring.prepare(fd); err != nil {
+		return errors.Join(err, unix.Close(fd))
 	}
 	u.lost.read(u.recv)
 	if err := errors.Join(unix.Dup3(fd, u.recv, unix.O_CLOEXEC), unix.Close(fd)); err != nil {

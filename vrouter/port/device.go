@@ -20,8 +20,11 @@ type Device interface {
 	SetMTU(mtu int) error
 	// Offloads describes for people what passes whole.
 	Offloads() string
-	// spin says how long to look for packets before sleeping. It comes before the first Recv.
+	// spin says how long to look for packets before sleeping, at any queue. It comes before the first Recv.
 	spin(longest time.Duration)
+	// queues returns a port for each queue that the device has. The first is the Device itself; to stop and to close it does
+	// so to all.
+	queues() []reader
 }
 
 // vr0 is what every port on vr0 has to do with the kernel's links.

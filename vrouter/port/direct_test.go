@@ -27,6 +27,7 @@ type directNode struct {
 	*node
 	index  int
 	io     string
+	queues int
 	direct *port.Direct
 	stop   func()
 }
@@ -35,8 +36,13 @@ type directNode struct {
 func newDirectNodes(t *testing.T, way string) (*directNode, *directNode) {
 	t.Helper()
 	sa, sb := newSpace(t), newSpace(t)
-	wire(t, sa, sb)
-	nodes := []*directNode{{node: &node{space: sa}, index: 1, io: way}, {node: &node{space: sb}, index: 2, io: way}}
+	wire(t, sa, sb, 1)
+	io, many, _ := strings.Cut(way, ", ")
+	queues := 1
+	if many != "" {
+		queues = directQueues
+	}
+	nodes := []*directNode{{node: &node{space: sa}, index: 1, io: io, queues: queues}, {node: &node{space: sb}, index: 2, io: io, queues: queues}}
 	for _, n := range nodes {
 		n.address = nodeAddress(n.index)
 		n.do(t, func() error {
@@ -52,40 +58,31 @@ func newDirectNodes(t *testing.T, way string) (*directNode, *directNode) {
 func (n *directNode) start(t *testing.T) {
 	t.Helper()
 	n.router = vrouter.New()
+	var ports *port.Ports
 	n.do(t, func() (err error) {
-		if n.io == port.IOXDP {
-			n.underlay, err = port.OpenXDPUnderlay(0)
-		} else {
-			n.underlay, err = port.OpenOffloadUnderlay()
-		}
+		ports, err = port.OpenPorts(port.Options{Attach: port.AttachDirect, IO: n.io, Name: "vr0", Queues: n.queues}, func() error { return nil })
 		if err != nil {
 			return err
 		}
-		if n.device, err = port.OpenOffloadTUN("vr0"); err != nil {
-			return errors.Join(err, n.underlay.Close())
-		}
-		if n.direct, err = port.OpenDirect(n.device, n.underlay, n.io); err != nil {
-			return errors.Join(err, n.device.Close(), n.underlay.Close())
-		}
+		n.device, n.underlay, n.direct = ports.Device, ports.Underlay, ports.Direct
 		return os.WriteFile("/proc/sys/net/ipv4/conf/vr0/rp_filter", []byte("0"), 0)
 	})
-	ports := &port.Ports{Device: n.device, Underlay: n.underlay, Direct: n.direct, Attach: port.AttachDirect}
-	n.router.OnConfig(func(c vrouter.Config) error {
-		return ports.Configure(c)
-	})
+	n.router.OnConfig(ports.Configure)
 	workers := ports.Workers(n.router)
-	if len(workers) != 1 {
+	if len(workers) != n.queues {
 		t.Fatalf("%d workers", len(workers))
 	}
 	done := make(chan error)
-	go func() {
-		runtime.LockOSThread() // never given back: the thread stays in the namespace
-		if err := netns.Set(n.handle); err != nil {
-			done <- err
-			return
-		}
-		done <- workers[0].Run()
-	}()
+	for _, w := range workers {
+		go func() {
+			runtime.LockOSThread() // never given back: the thread stays in the namespace
+			if err := netns.Set(n.handle); err != nil {
+				done <- err
+				return
+			}
+			done <- w.Run()
+		}()
+	}
 	stopped := false
 	n.stop = func() {
 		if stopped {
@@ -93,7 +90,11 @@ func (n *directNode) start(t *testing.T) {
 		}
 		stopped = true
 		ports.Stop()
-		if err := errors.Join(<-done, ports.Close()); err != nil {
+		var errs []error
+		for range workers {
+			errs = append(errs, <-done)
+		}
+		if err := errors.Join(append(errs, ports.Close())...); err != nil {
 			t.Error(err)
 		}
 	}
@@ -101,9 +102,12 @@ func (n *directNode) start(t *testing.T) {
 	n.configure(t, n.index)
 }
 
-// onEachIO runs a test for each way to read pods' interfaces.
+// directQueues is the number of queues of a way that has several.
+const directQueues = 3
+
+// onEachIO runs a test for each way to read pods' interfaces, with one queue and with several.
 func onEachIO(t *testing.T, f func(*testing.T, string)) {
-	for _, way := range []string{port.IOPacket, port.IOXDP} {
+	for _, way := range []string{port.IOPacket, port.IOXDP, port.IOPacket + ", queues", port.IOXDP + ", queues"} {
 		t.Run(way, func(t *testing.T) { f(t, way) })
 	}
 }

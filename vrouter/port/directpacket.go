@@ -22,6 +22,7 @@ type podLink struct {
 	address  unix.RawSockaddrLinklayer
 	programs []link.Link
 	lost     socketLosses
+	queue    int  // of the port, which reads it; that one alone sends by its AF_XDP socket
 	waits    bool // the sender has packets queued for its AF_XDP socket
 }
 
@@ -133,6 +134,7 @@ func (l *podLink) close() error {
 // used by one goroutine. It goes through the interface's queueing discipline, so that a limit which an operator has set
 // on it holds; the mark says to the programs there that it is ours.
 type podSender struct {
+	queue  int // of the port
 	writer packetWriter
 	queued []*podLink // whose AF_XDP socket has packets that wait
 }
@@ -154,11 +156,11 @@ func (s *podSender) open() (err error) {
 }
 
 // send puts the one packet of one into a queue. Superpackets go by AF_PACKET, whatever the interface has beside it:
-// AF_XDP knows none.
+// AF_XDP knows none; and so does what comes by another queue than the interface's own, all of a flow.
 func (s *podSender) send(l *podLink, one []*vrouter.Packet) {
 	p := one[0]
 	p.Sent, p.Drop = 0, vrouter.ReasonNotSet
-	if l.xsk != nil && p.Offload.Segmentation == vrouter.SegmentNone {
+	if l.xsk != nil && l.queue == s.queue && p.Offload.Segmentation == vrouter.SegmentNone {
 		l.xsk.send(p, l.ethernet[:])
 		if !l.waits {
 			l.waits = true

@@ -56,6 +56,7 @@ type directPods struct {
 	asked   map[neighbour]bool
 	stale   bool // devices and hosts have to be read anew
 	slots   []*podLink
+	frames  int                // of a pod's AF_XDP socket, see XDPOptions
 	taken   map[netip.Addr]int // slots
 	retired []retiredLink
 	trouble map[string]error // by interface: why it is left to the kernel
@@ -207,7 +208,9 @@ func (p *directPods) run() {
 		if n, err := unix.Poll(fds, directTend); n == 0 && err == nil {
 			p.direct.host.tend()
 			p.direct.underlay.tend()
-			p.direct.relisten()
+			for _, q := range p.direct.all() {
+				q.relisten()
+			}
 		}
 		_, _ = unix.Read(p.wake, buffer[:8])
 	}
@@ -402,6 +405,7 @@ func (p *directPods) acquire() (changed bool) {
 			p.trouble[pod.Interface] = err
 			continue
 		}
+		l.queue = p.direct.reads(slot).number
 		p.mu.Lock()
 		p.open[l] = true
 		p.mu.Unlock()
@@ -415,7 +419,7 @@ func (p *directPods) acquire() (changed bool) {
 // openLink opens an interface by AF_XDP where that was asked for and works, else by AF_PACKET.
 func (p *directPods) openLink(d device, slot int, mac net.HardwareAddr) (*podLink, error) {
 	if p.io == IOXDP {
-		l, err := openPodXSK(p.steering, d.index, slot, d.mtu, d.mac, mac)
+		l, err := openPodXSK(p.steering, d.index, slot, p.frames, d.mtu, d.mac, mac)
 		if err == nil {
 			return l, nil
 		}
@@ -462,12 +466,14 @@ func (p *directPods) publish() {
 		addresses[slot] = address
 	}
 	next := &directTable{generation: old.generation + 1, pods: vrouter.NewPods(addresses), links: append([]*podLink(nil), p.slots...)}
-	p.direct.next.Store(next)
-	p.direct.poke()
+	for _, q := range p.direct.all() {
+		q.next.Store(next)
+		q.poke()
+	}
 	for address, slot := range p.taken {
 		l := p.slots[slot]
 		if at := vrouter.FirstPodInterface + vrouter.Interface(slot); old.link(at) != l {
-			if err := p.direct.listen(l.readFD(), int32(at)); err != nil {
+			if err := p.direct.reads(slot).listen(l.readFD(), int32(at)); err != nil {
 				p.trouble[address.String()] = err
 			}
 			if err := p.steering.take(l.index, slot, true); err != nil {
@@ -481,6 +487,9 @@ func (p *directPods) publish() {
 // reap closes what Recv no longer uses.
 func (p *directPods) reap() {
 	taken := p.direct.taken.Load()
+	for _, q := range p.direct.more {
+		taken = min(taken, q.taken.Load())
+	}
 	kept := p.retired[:0]
 	for _, r := range p.retired {
 		if taken < r.generation {

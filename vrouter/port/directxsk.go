@@ -6,12 +6,9 @@ import (
 	"github.com/cilium/ebpf/link"
 )
 
-// podSlots is the number of frames of a pod's AF_XDP socket in each direction, four mebibytes a pod: what comes while another
-// process has our processor for some milliseconds has to fit.
-const podSlots = 1024
-
-// openPodXSK is openPodLink with AF_XDP, on the interface's first queue. slot is its own in steering.sockets.
-func openPodXSK(s *steering, index, slot, mtu int, own, pod []byte) (_ *podLink, err error) {
+// openPodXSK is openPodLink with AF_XDP, on the interface's first queue. slot is its own in steering.sockets,
+// frames is how many packets may wait for us.
+func openPodXSK(s *steering, index, slot, frames, mtu int, own, pod []byte) (_ *podLink, err error) {
 	l := newPodLink(index, own, pod)
 	defer func() {
 		if err != nil {
@@ -27,7 +24,7 @@ func openPodXSK(s *steering, index, slot, mtu int, own, pod []byte) (_ *podLink,
 		return nil, fmt.Errorf("attach the XDP program: %w", unwrapErrno(err))
 	}
 	l.programs = append(l.programs, at)
-	if l.xsk, err = openXSK(xskOptions{index: index, mtu: mtu, slots: podSlots}); err != nil {
+	if l.xsk, err = openXSK(xskOptions{index: index, mtu: mtu, receive: frames, send: podSendFrames}); err != nil {
 		return nil, err
 	}
 	if err := s.sockets.Put(uint32(slot), uint32(l.xsk.fd)); err != nil {

@@ -14,7 +14,7 @@ import (
 
 // OpenSplitUnderlay is OpenOffloadUnderlay where the kernel allows no BPF.
 func OpenSplitUnderlay() (*Underlay, error) {
-	return openOffloadUnderlay(func() (*retag, error) { return nil, explainBPF("load the BPF program", unix.EPERM) })
+	return openOffloadUnderlay(1, func() (*retag, error) { return nil, explainBPF("load the BPF program", unix.EPERM) })
 }
 
 // Resolved reports whether packets to the destination leave by AF_PACKET, and superpackets whole.
@@ -26,7 +26,7 @@ func (u *Underlay) Resolved(to netip.Addr) (frames, whole bool) {
 
 // OpenXDPSplitUnderlay is OpenXDPUnderlay where the kernel does not take superpackets whole.
 func OpenXDPSplitUnderlay() (*Underlay, error) {
-	return openXDPUnderlay(0, func() (*retag, error) { return nil, explainBPF("attach the BPF program", unix.EOPNOTSUPP) })
+	return openXDPUnderlay(1, XDPOptions{}, func() (*retag, error) { return nil, explainBPF("attach the BPF program", unix.EOPNOTSUPP) })
 }
 
 // OpenPortsWith is OpenPorts with other drivers for the offloads.
@@ -48,7 +48,7 @@ type XSK struct {
 }
 
 // OpenXSK opens a socket on the interface index for IP-in-IP to the address.
-func OpenXSK(index, mtu, slots int, mac net.HardwareAddr, address netip.Addr) (*XSK, error) {
+func OpenXSK(index, mtu, frames int, mac net.HardwareAddr, address netip.Addr) (*XSK, error) {
 	wait, err := newWaiter()
 	if err != nil {
 		return nil, err
@@ -59,7 +59,7 @@ func OpenXSK(index, mtu, slots int, mac net.HardwareAddr, address netip.Addr) (*
 	}
 	x := &XSK{program: program, waiter: wait}
 	if err = program.attach(index); err == nil {
-		x.socket, err = openXSK(xskOptions{index: index, mtu: mtu, slots: slots})
+		x.socket, err = openXSK(xskOptions{index: index, mtu: mtu, receive: frames, send: frames})
 	}
 	if err == nil {
 		err = program.set(0, x.socket)

@@ -234,7 +234,7 @@ func underlayRecovers(t *testing.T, d driver) {
 	if answered(conn, 10) {
 		t.Error("an answer over an interface that is gone")
 	}
-	wire(t, a.space, b.space)
+	wire(t, a.space, b.space, 1)
 	eventually(t, "answer over the new interface", func() bool { return answered(conn, 10) })
 }
 

@@ -2,6 +2,7 @@ package port
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 
 	"golang.org/x/sys/unix"
@@ -25,15 +26,12 @@ type frames struct {
 	splitter packet.Splitter
 }
 
-func newFrames(load func() (*retag, error)) (_ *frames, err error) {
-	f := &frames{}
-	if f.resolver, err = newResolver(load); err != nil {
-		return nil, err
-	}
+// newFrames opens the socket. The resolver is one for all queues of the underlay.
+func newFrames(r *resolver) (_ *frames, err error) {
+	f := &frames{resolver: r}
 	// Protocol 0: it receives nothing. No PACKET_QDISC_BYPASS: that would go past the program.
 	f.fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
-		_ = f.resolver.close()
 		return nil, explainSocket("packet socket for sending", err)
 	}
 	err = enlarge(f.fd, unix.SO_SNDBUFFORCE, unix.SO_SNDBUF)
@@ -46,8 +44,7 @@ func newFrames(load func() (*retag, error)) (_ *frames, err error) {
 		err = explainMark(unix.SetsockoptInt(f.fd, unix.SOL_SOCKET, unix.SO_MARK, retagMark))
 	}
 	if err != nil {
-		_ = f.close()
-		return nil, err
+		return nil, errors.Join(err, f.close())
 	}
 	return f, nil
 }
@@ -59,13 +56,7 @@ func explainMark(err error) error {
 	return &Missing{What: "mark of the packet socket", Err: err, Do: needPrivilege}
 }
 
-func (f *frames) close() error {
-	err := f.resolver.close()
-	if closeErr := unix.Close(f.fd); err == nil {
-		err = closeErr
-	}
-	return err
-}
+func (f *frames) close() error { return unix.Close(f.fd) }
 
 // whole puts one packet, headers and all, into the queue.
 func (f *frames) whole(u *Underlay, h *hop, one []*vrouter.Packet) {

@@ -18,7 +18,7 @@ import (
 // to the other node.
 func TestForgedPathMTUIsNotTheKernels(t *testing.T) {
 	a, b := newSpace(t), newSpace(t)
-	wire(t, a, b)
+	wire(t, a, b, 1)
 	var u *port.Underlay
 	a.do(t, func() (err error) {
 		u, err = port.OpenUnderlay()

@@ -93,11 +93,11 @@ func addRoute(link, prefix, source string) error {
 		Dst: &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), 32)}})
 }
 
-// wire connects the namespaces by a veth pair, eth0 on both sides.
-func wire(t *testing.T, a, b *space) {
+// wire connects the namespaces by a veth pair of so many queues, eth0 on both sides.
+func wire(t *testing.T, a, b *space, queues int) {
 	t.Helper()
 	a.do(t, func() error {
-		return netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "eth0", MTU: 1500},
+		return netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "eth0", MTU: 1500, NumTxQueues: queues, NumRxQueues: queues},
 			PeerName: "eth0", PeerNamespace: netlink.NsFd(b.handle)})
 	})
 	a.do(t, func() error { return addAddress("eth0", "198.18.0.1/24") })
@@ -135,11 +135,13 @@ func device[D port.Device](d D, err error) (port.Device, error) {
 	return d, nil
 }
 
-func openPlain(name string) (port.Device, error)   { return device(port.OpenTUN(name)) }
-func openTUN(name string) (port.Device, error)     { return device(port.OpenOffloadTUN(name)) }
-func openVeth(name string) (port.Device, error)    { return device(port.OpenVeth(name)) }
-func openXDPVeth(name string) (port.Device, error) { return device(port.OpenXDPVeth(name, 0)) }
-func openXDP() (*port.Underlay, error)             { return port.OpenXDPUnderlay(0) }
+func openPlain(name string) (port.Device, error) { return device(port.OpenTUN(name)) }
+func openTUN(name string) (port.Device, error)   { return device(port.OpenOffloadTUN(name)) }
+func openVeth(name string) (port.Device, error)  { return device(port.OpenVeth(name)) }
+func openXDPVeth(name string) (port.Device, error) {
+	return device(port.OpenXDPVeth(name, port.XDPOptions{}))
+}
+func openXDP() (*port.Underlay, error) { return port.OpenXDPUnderlay(port.XDPOptions{}) }
 
 // onEach runs a test on every driver.
 func onEach(t *testing.T, f func(*testing.T, driver)) {
@@ -157,6 +159,7 @@ type node struct {
 	super    atomic.Int64 // superpackets that arrived
 	address  netip.Addr
 	pod      netip.Addr
+	stop     func() // of a node with queues
 }
 
 // spy counts the superpackets that come out of a port.
@@ -249,7 +252,7 @@ func podBlock(index int) netip.Prefix {
 func newNodes(t *testing.T, d driver) (*node, *node) {
 	t.Helper()
 	sa, sb := newSpace(t), newSpace(t)
-	wire(t, sa, sb)
+	wire(t, sa, sb, 1)
 	a, b := newNode(t, sa, 1, d), newNode(t, sb, 2, d)
 	a.configure(t, 1)
 	b.configure(t, 2)

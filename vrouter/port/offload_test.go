@@ -136,7 +136,7 @@ var senders = []driver{plain, whole, split, tunXDP, tunSplit}
 // are right.
 func TestSameOnTheWire(t *testing.T) {
 	sa, sb := newSpace(t), newSpace(t)
-	wire(t, sa, sb)
+	wire(t, sa, sb, 1)
 	// The kernel has to finish checksums and split before the wire, as on a plain NIC.
 	sa.do(t, func() error { return errors.Join(ethtool(ethtoolSetTSO, 0), ethtool(ethtoolSetTxChecksum, 0)) })
 	sb.do(t, func() error { return ethtool(ethtoolSetGRO, 0) })
@@ -328,7 +328,7 @@ func TestRetagFollows(t *testing.T) {
 func TestOffloadAllocations(t *testing.T) {
 	for _, d := range drivers[1:] {
 		sa, sb := newSpace(t), newSpace(t)
-		wire(t, sa, sb)
+		wire(t, sa, sb, 1)
 		var underlay *port.Underlay
 		var tun port.Device
 		sa.do(t, func() (err error) {

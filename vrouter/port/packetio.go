@@ -33,15 +33,19 @@ const readBytes = 256 << 10
 // recv takes what waits at the socket fd, as many packets as batch holds, in front of each of which are link bytes of
 // link-layer header. It does not wait. The error says why there is nothing.
 func (r *packetReader) recv(fd, link int, batch []*vrouter.Packet) (int, error) {
+	return r.read(fd, link, batch[:min(len(batch), packetBatch, max(1, readBytes/max(1, r.mean)))])
+}
+
+// read is recv for a batch of packetBatch packets at most, however long they may be.
+func (r *packetReader) read(fd, link int, batch []*vrouter.Packet) (int, error) {
 	start := vrouter.Headroom - link - vnetHeader
-	want := min(len(batch), packetBatch, max(1, readBytes/max(1, r.mean)))
-	for i, p := range batch[:want] {
+	for i, p := range batch {
 		r.pieces[i].Base = &p.Buf[start]
 		r.pieces[i].SetLen(len(p.Buf) - start)
 		r.messages[i].header.Iov = &r.pieces[i]
 		r.messages[i].header.SetIovlen(1)
 	}
-	n, err := recvmmsg(fd, r.messages[:want])
+	n, err := recvmmsg(fd, r.messages[:len(batch)])
 	sum := 0
 	for i, p := range batch[:n] {
 		p.Off, p.Len = vrouter.Headroom, max(int(r.messages[i].length)-link-vnetHeader, 0)

@@ -30,9 +30,6 @@ func ProbeAll() []Probe {
 	}
 }
 
-// openPlain is openTUN, as openOffload is.
-func (t *TUN) openPlain(name string) (int, error) { return openTUN(name) }
-
 // probeTUN makes a device of a name of its own, which goes when it is closed.
 func probeTUN(open func(*TUN, string) (int, error)) error {
 	name := fmt.Sprintf("vrprobe%d", os.Getpid()%1e8)

@@ -1,6 +1,7 @@
 package port
 
 import (
+	"strconv"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -25,21 +26,43 @@ func socketMemory(fd int) (m [memInfoCount]uint32, ok bool) {
 	return m, errno == 0 && size >= (memInfoSendSize+1)*4
 }
 
-// Queues implements vrouter.QueuePort: how full the sockets' buffers are.
+// numbered is the name of what a port has for each of its queues: the first one's has no number.
+func numbered(name string, queue int) string {
+	if queue == 0 {
+		return name
+	}
+	return name + strconv.Itoa(queue)
+}
+
+// Queues implements vrouter.QueuePort: how full the sockets' buffers are. Each queue of the port tells of its own.
 func (u *Underlay) Queues() (all []vrouter.Queue) {
-	if m, ok := socketMemory(u.recv); ok {
-		all = append(all, vrouter.Queue{Name: "underlay_receive", Used: uint64(m[memInfoReceiveUsed]), Size: uint64(m[memInfoReceiveSize])})
+	if q, ok := u.ring.queue(numbered("underlay_receive", u.number), u.recv); ok {
+		all = append(all, q)
 	}
 	if m, ok := socketMemory(u.send); ok {
-		all = append(all, vrouter.Queue{Name: "underlay_send", Used: uint64(m[memInfoSendUsed]), Size: uint64(m[memInfoSendSize])})
+		all = append(all, vrouter.Queue{Name: numbered("underlay_send", u.number), Used: uint64(m[memInfoSendUsed]), Size: uint64(m[memInfoSendSize])})
+	}
+	return all
+}
+
+// Queues implements vrouter.QueuePort.
+func (v *Veth) Queues() (all []vrouter.Queue) {
+	if q, ok := v.ring.queue(numbered("vr0_receive", v.number), v.fd); ok {
+		all = append(all, q)
+	}
+	if m, ok := socketMemory(v.fd); ok {
+		all = append(all, vrouter.Queue{Name: numbered("vr0_send", v.number), Used: uint64(m[memInfoSendUsed]), Size: uint64(m[memInfoSendSize])})
 	}
 	return all
 }
 
 // Queues implements vrouter.QueuePort.
 func (d *Direct) Queues() []vrouter.Queue {
-	if q, ok := d.underlay.(vrouter.QueuePort); ok {
-		return q.Queues()
+	var all []vrouter.Queue
+	for _, p := range []reader{d.host, d.underlay} {
+		if q, ok := p.(vrouter.QueuePort); ok {
+			all = append(all, q.Queues()...)
+		}
 	}
-	return nil
+	return all
 }

@@ -18,7 +18,8 @@ type spinner struct {
 	began   time.Time     // of the present wait; the zero time: there is none
 }
 
-// again reports whether to look once more; after false the caller sleeps.
+// again reports whether to look once more; after false the caller sleeps. A look aside that lasts, because others have work
+// for this processor, ends the wait like any other: what has come meanwhile has come late.
 func (s *spinner) again() bool {
 	if s.longest == 0 {
 		return false
@@ -31,12 +32,8 @@ func (s *spinner) again() bool {
 		return false
 	}
 	_, _, _ = unix.Syscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
-	return time.Since(now) < crowded
+	return true
 }
-
-// crowded is how long a look aside lasts at least when others have work for this processor: then sleeping costs little,
-// because a processor that is at work need not be woken, and looking would be at their expense.
-const crowded = 20 * time.Microsecond
 
 // found ends a wait: there are packets.
 func (s *spinner) found() {

@@ -26,14 +26,19 @@ const (
 
 // TUN is a persistent TUN device. Opened by OpenTUN it has no offloads: the kernel hands every packet over finished and
 // within the MTU, and superpackets toward it are split here. Opened by OpenOffloadTUN it carries superpackets and
-// unfinished checksums in both directions. It implements vrouter.Port.
+// unfinished checksums in both directions. It implements vrouter.Port, of one queue of the device, see tunqueues.go.
 type TUN struct {
 	vr0
-	open   func(name string) (int, error)
-	vnet   int         // length of the virtio-net header in front of each packet: vnetHeader, or 0 without offloads
-	udp    atomic.Bool // the kernel splits UDP superpackets too
-	fd     int         // the number stays the same for the life of the port, see reopen
-	waiter *waiter
+	open    func(name string) (int, error)
+	held    int         // see holdDevice; -1: not the first queue
+	multi   bool        // the device is one of several queues
+	steered bool        // by a program
+	lead    *TUN        // the first queue; nil: this is it
+	more    []*TUN      // of the first queue: the others
+	vnet    int         // length of the virtio-net header in front of each packet: vnetHeader, or 0 without offloads
+	udp     atomic.Bool // the kernel splits UDP superpackets too
+	fd      int         // the number stays the same for the life of the port, see reopen
+	waiter  *waiter
 
 	// For Send only.
 	scratch []byte
@@ -46,42 +51,63 @@ type TUN struct {
 
 // OpenTUN creates the device name, or takes over the one that an earlier process left, and sets it up. It stays, with
 // its addresses and routes, when the port is closed or the process dies.
-func OpenTUN(name string) (*TUN, error) {
-	return (&TUN{vr0: vr0{name: name}, open: openTUN}).start()
-}
+func OpenTUN(name string) (*TUN, error) { return newTUN(tunOptions{name: name, queues: 1}).start() }
 
 // start opens the device of a TUN that knows how.
 func (t *TUN) start() (_ *TUN, err error) {
 	name := t.name
+	if t.held, err = holdDevice(name); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, t.Close())
+		}
+	}()
 	if err := removePair(name); err != nil {
 		return nil, err
 	}
-	fd, err := t.open(name)
-	if err != nil {
-		return nil, err
-	}
-	t.fd, t.scratch = fd, make([]byte, vrouter.BufferSize)
-	if t.emit = t.write; t.vnet > 0 {
-		t.emit = t.writeBehindHeader
-	}
-	if t.waiter, err = newWaiter(); err != nil {
-		return nil, errors.Join(fmt.Errorf("%s: %w", name, err), unix.Close(fd))
+	for _, q := range t.all() {
+		if err := q.attach(); err != nil {
+			return nil, err
+		}
 	}
 	if err = t.vr0.open(); err == nil {
 		err = t.setUp()
 	}
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("%s: %w", name, err), t.Close())
+		return nil, fmt.Errorf("%s: %w", name, err)
 	}
 	return t, nil
 }
 
-// openTUN attaches to the device and returns a descriptor that only we use: not blocking, closed on exec, and out of
+// attach opens one queue, and replaces a device that an earlier process left with one queue where several are wanted, or
+// the other way round: the kernel lets neither become the other.
+func (t *TUN) attach() (err error) {
+	t.fd, err = t.open(t.name)
+	if errors.Is(err, unix.EINVAL) && removeTUN(t.name) == nil {
+		t.fd, err = t.open(t.name)
+	}
+	if err != nil {
+		return err
+	}
+	t.scratch = make([]byte, vrouter.BufferSize)
+	if t.emit = t.write; t.vnet > 0 {
+		t.emit = t.writeBehindHeader
+	}
+	if t.waiter, err = newWaiter(); err != nil {
+		return fmt.Errorf("%s: %w", t.name, err)
+	}
+	return nil
+}
+
+// openPlain attaches to the device and returns a descriptor that only we use: not blocking, closed on exec, and out of
 // the Go runtime's poller, which would be woken by each packet.
-func openTUN(name string) (int, error) {
+func (t *TUN) openPlain(name string) (int, error) {
 	config := water.Config{DeviceType: water.TUN}
 	config.Name = name
 	config.Persist = true
+	config.MultiQueue = t.multi
 	device, err := water.New(config)
 	if err != nil {
 		return -1, explainTUN(name, err)
@@ -143,6 +169,9 @@ func (t *TUN) setUp() error {
 			return &Missing{What: "queue length of " + t.name, Err: unwrapErrno(err), Do: needPrivilege}
 		} else if err != nil {
 			return fmt.Errorf("set queue length: %w", err)
+		}
+		if err := t.steer(); err != nil {
+			return err
 		}
 		return t.prepare(link, t.vnet > 0)
 	})
@@ -215,7 +244,9 @@ func (t *TUN) reopen() {
 		}
 		return errors.Join(unix.Dup3(fd, t.fd, unix.O_CLOEXEC), unix.Close(fd))
 	})
-	t.retry(t.setUp)
+	if t.lead == nil {
+		t.retry(t.setUp)
+	}
 }
 
 func (t *TUN) retry(f func() error) {
@@ -274,13 +305,40 @@ func (t *TUN) write(b []byte) {
 }
 
 // spin implements Device.
-func (t *TUN) spin(longest time.Duration) { t.waiter.longest = longest }
+func (t *TUN) spin(longest time.Duration) {
+	for _, q := range t.all() {
+		q.waiter.longest = longest
+	}
+}
 
-// Stop implements vrouter.Port.
-func (t *TUN) Stop() { t.waiter.stop() }
+// Counters implements vrouter.Port. The device's are the first queue's to tell.
+func (t *TUN) Counters() []vrouter.Counter {
+	if t.lead != nil {
+		return nil
+	}
+	return t.vr0.Counters()
+}
 
-// Close implements vrouter.Port. The device stays.
+// Stop implements vrouter.Port, for all queues.
+func (t *TUN) Stop() {
+	for _, q := range t.all() {
+		q.waiter.stop()
+	}
+}
+
+// Close implements vrouter.Port, for all queues. The device stays.
 func (t *TUN) Close() error {
 	t.vr0.close()
-	return errors.Join(unix.Close(t.fd), t.waiter.close())
+	var errs []error
+	for _, q := range t.all() {
+		if q.waiter != nil {
+			errs = append(errs, q.waiter.close())
+		}
+		for _, fd := range []int{q.fd, q.held} {
+			if fd >= 0 {
+				errs = append(errs, unix.Close(fd))
+			}
+		}
+	}
+	return errors.Join(errs...)
 }

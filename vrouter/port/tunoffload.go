@@ -20,9 +20,7 @@ const (
 // OpenOffloadTUN is OpenTUN for a device with offloads: superpackets and unfinished checksums pass whole, each behind a
 // virtio-net header.
 func OpenOffloadTUN(name string) (*TUN, error) {
-	t := &TUN{vr0: vr0{name: name}, vnet: vnetHeader}
-	t.open = t.openOffload
-	return t.start()
+	return newTUN(tunOptions{name: name, queues: 1, offloads: true}).start()
 }
 
 // openOffload attaches to the device. It opens /dev/net/tun itself, because songgao/water knows no IFF_VNET_HDR.
@@ -40,7 +38,11 @@ func (t *TUN) openOffload(name string) (_ int, err error) {
 	if err != nil {
 		return -1, fmt.Errorf("TUN device %s: %w", name, err)
 	}
-	request.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
+	flags := uint16(unix.IFF_TUN | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
+	if t.multi {
+		flags |= unix.IFF_MULTI_QUEUE
+	}
+	request.SetUint16(flags)
 	if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, request); err != nil {
 		return -1, explainTUN(name, err)
 	}

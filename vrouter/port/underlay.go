@@ -36,12 +36,19 @@ const (
 // answer "protocol unreachable". Opened by OpenOffloadUnderlay it sends by AF_PACKET what it can, see frames.go, and
 // the rest by the raw socket. Opened by OpenXDPUnderlay it does the same, but receives and sends single packets by
 // AF_XDP. It implements vrouter.Port.
+//
+// Of several queues each is an Underlay with sockets of its own, of which the first has what is the port's as a whole. The
+// kernel shares out what comes among their AF_PACKET sockets by flow, and the sockets of AF_XDP are shared out in turn.
 type Underlay struct {
+	lead   *Underlay   // the first queue; nil: this is it
+	more   []*Underlay // of the first queue: the others
+	number int         // of the queue, from 0
+
 	frames *frames // nil: everything goes by the raw socket
 	bypass *bypass // nil: no AF_XDP
 
 	recv, send, guard int
-	reader            packetReader
+	ring              packetRing
 	waiter            *waiter // Recv's
 	drained           *waiter // Send's
 
@@ -51,7 +58,8 @@ type Underlay struct {
 	index  int          // of the interface that recv is bound to; 0: none
 	header atomic.Int32 // length of its link-layer header, in bytes
 	lost   socketLosses
-	joined bool // recv gets fragments put together, see defrag.go
+	group  fanout // of all queues' recv
+	joined bool   // recv is of the group, and gets fragments put together: see defrag.go
 
 	// For Send only.
 	to       unix.SockaddrInet4
@@ -61,63 +69,103 @@ type Underlay struct {
 
 // OpenOffloadUnderlay is OpenUnderlay for a port that carries superpackets and unfinished checksums on, whole where the
 // kernel lets a BPF program help.
-func OpenOffloadUnderlay() (*Underlay, error) { return openOffloadUnderlay(newRetag) }
+func OpenOffloadUnderlay() (*Underlay, error) { return openOffloadUnderlay(1, newRetag) }
 
-func openOffloadUnderlay(load func() (*retag, error)) (*Underlay, error) {
-	u, err := OpenUnderlay()
+func openOffloadUnderlay(queues int, load func() (*retag, error)) (*Underlay, error) {
+	u, err := openUnderlay(queues)
 	if err != nil {
 		return nil, err
 	}
-	if u.frames, err = newFrames(load); err != nil {
+	resolver, err := newResolver(load)
+	if err != nil {
 		return nil, errors.Join(err, u.Close())
+	}
+	for _, q := range u.all() {
+		if q.frames, err = newFrames(resolver); err != nil {
+			if q == u {
+				err = errors.Join(err, resolver.close())
+			}
+			return nil, errors.Join(err, u.Close())
+		}
 	}
 	return u, nil
 }
 
-// OpenXDPUnderlay is OpenOffloadUnderlay with AF_XDP, once SetNode has told whose packets to take. busyPoll is the
-// number of microseconds that a look for packets may last, 0: interrupts bring them.
-func OpenXDPUnderlay(busyPoll int) (*Underlay, error) { return openXDPUnderlay(busyPoll, newRetag) }
+// OpenXDPUnderlay is OpenOffloadUnderlay with AF_XDP, once SetNode has told whose packets to take.
+func OpenXDPUnderlay(o XDPOptions) (*Underlay, error) { return openXDPUnderlay(1, o, newRetag) }
 
-func openXDPUnderlay(busyPoll int, load func() (*retag, error)) (*Underlay, error) {
-	b, err := newBypass(busyPoll)
+func openXDPUnderlay(queues int, o XDPOptions, load func() (*retag, error)) (*Underlay, error) {
+	b, err := newBypass(queues, o)
 	if err != nil {
 		return nil, err
 	}
-	u, err := openOffloadUnderlay(load)
+	u, err := openOffloadUnderlay(queues, load)
 	if err != nil {
 		return nil, errors.Join(err, b.close())
 	}
-	u.bypass = b
-	if err := b.watch(u.recv); err != nil {
-		return nil, errors.Join(err, u.Close())
+	for i, q := range u.all() {
+		q.bypass = b.all()[i]
+	}
+	for _, q := range u.all() {
+		if err := q.bypass.watch(q.recv); err != nil {
+			return nil, errors.Join(err, u.Close())
+		}
 	}
 	return u, nil
 }
 
 // OpenUnderlay opens the sockets. The port receives nothing until SetInterface has named the interface.
-func OpenUnderlay() (_ *Underlay, err error) {
-	u := &Underlay{recv: -1, send: -1, guard: -1, scratch: make([]byte, vrouter.BufferSize)}
+func OpenUnderlay() (*Underlay, error) { return openUnderlay(1) }
+
+func openUnderlay(queues int) (_ *Underlay, err error) {
+	u := newUnderlay(nil, 0)
+	for i := range queues - 1 {
+		u.more = append(u.more, newUnderlay(u, i+1))
+	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, u.Close())
 		}
 	}()
-	if u.waiter, err = newWaiter(); err != nil {
-		return nil, err
-	}
-	if u.drained, err = newWaiter(); err != nil {
-		return nil, err
-	}
 	if err := u.openGuard(); err != nil {
 		return nil, explainSocket("raw socket for protocol 4", err)
 	}
-	if err := u.openSend(); err != nil {
-		return nil, explainSocket("raw socket for sending", err)
-	}
-	if err := u.openRecv(); err != nil {
-		return nil, explainSocket("packet socket for receiving", err)
+	for _, q := range u.all() {
+		if err := q.open(); err != nil {
+			return nil, err
+		}
 	}
 	return u, nil
+}
+
+func newUnderlay(lead *Underlay, number int) *Underlay {
+	return &Underlay{lead: lead, number: number, recv: -1, send: -1, guard: -1, scratch: make([]byte, vrouter.BufferSize)}
+}
+
+// all returns the queues, this one first.
+func (u *Underlay) all() []*Underlay { return append([]*Underlay{u}, u.more...) }
+
+// queues returns a port for each queue. The first is u itself; to stop and to close it does so to all.
+func (u *Underlay) queues() []reader { return readers(u.all()) }
+
+// open opens what each queue has.
+func (u *Underlay) open() (err error) {
+	if u.waiter, err = newWaiter(); err != nil {
+		return err
+	}
+	if u.drained, err = newWaiter(); err != nil {
+		return err
+	}
+	if err := u.openSend(); err != nil {
+		return explainSocket("raw socket for sending", err)
+	}
+	if u.recv, err = u.openReceiver(); err != nil {
+		return explainSocket("packet socket for receiving", err)
+	}
+	if err := u.ring.prepare(u.recv); err != nil {
+		return explainSocket("packet socket for receiving", err)
+	}
+	return nil
 }
 
 func (u *Underlay) openGuard() (err error) {
@@ -144,13 +192,9 @@ func (u *Underlay) openSend() (err error) {
 // networkOffset is SKF_NET_OFF of linux/filter.h, -0x100000: from here on offsets count from the IP header.
 const networkOffset = 0xfff00000
 
-func (u *Underlay) openRecv() (err error) {
-	u.recv, err = openReceiver()
-	return err
-}
-
-// openReceiver opens a socket that will receive IP-in-IP packets for this host, once it is bound.
-func openReceiver() (fd int, err error) {
+// openReceiver opens a socket that will receive IP-in-IP packets for this host, once it is bound, and unless it is the
+// first queue's once it is of the group.
+func (u *Underlay) openReceiver() (fd int, err error) {
 	// Protocol 0: deaf until it is bound, so that nothing of another interface slips in.
 	// SOCK_RAW, because PACKET_VNET_HDR is not for SOCK_DGRAM.
 	fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
@@ -168,17 +212,26 @@ func openReceiver() (fd int, err error) {
 	if err := unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_IGNORE_OUTGOING, 1); err != nil {
 		return -1, fmt.Errorf("PACKET_IGNORE_OUTGOING (Linux 4.20): %w", err)
 	}
-	if err := attach(fd,
+	hear := hearIPIP
+	if u.lead != nil {
+		hear = deafen
+	}
+	if err := hear(fd); err != nil {
+		return -1, err
+	}
+	return fd, enlarge(fd, unix.SO_RCVBUFFORCE, unix.SO_RCVBUF)
+}
+
+// hearIPIP lets a socket have IP-in-IP packets for this host, and nothing else.
+func hearIPIP(fd int) error {
+	return attach(fd,
 		bpf.LoadExtension{Num: bpf.ExtType},
 		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unix.PACKET_HOST, SkipTrue: 3},
 		bpf.LoadAbsolute{Off: networkOffset + 9, Size: 1},
 		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: protoIPIP, SkipTrue: 1},
 		bpf.RetConstant{Val: 0x40000},
 		bpf.RetConstant{Val: 0},
-	); err != nil {
-		return -1, err
-	}
-	return fd, enlarge(fd, unix.SO_RCVBUFFORCE, unix.SO_RCVBUF)
+	)
 }
 
 func attach(fd int, program ...bpf.Instruction) error {
@@ -279,29 +332,42 @@ func (u *Underlay) bind() error {
 	if u.frames != nil {
 		u.frames.resolver.setIndex(index)
 	}
-	if index == u.index && (index == 0 || boundTo(u.recv, index)) {
-		u.joinDefrag()
+	if index == u.index && (index == 0 || u.bound(index)) {
+		u.joinGroup()
 		return nil
 	}
 	if index == 0 {
 		u.index = 0 // gone; the kernel has unbound the socket
 		return nil
 	}
-	if err := u.renewReceiver(); err != nil {
-		return fmt.Errorf("underlay %s: %w", u.name, err)
-	}
-	address := &unix.SockaddrLinklayer{Protocol: htons(unix.ETH_P_IP), Ifindex: index}
-	if err := unix.Bind(u.recv, address); err != nil {
-		if errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENETDOWN) {
-			u.index = 0 // it went away in this moment
-			return nil
+	header := u.linkHeader(request)
+	for _, q := range u.all() {
+		if err := q.renewReceiver(); err != nil {
+			return fmt.Errorf("underlay %s: %w", u.name, err)
 		}
-		return fmt.Errorf("underlay %s: bind: %w", u.name, err)
+		q.header.Store(header)
+		address := &unix.SockaddrLinklayer{Protocol: htons(unix.ETH_P_IP), Ifindex: index}
+		if err := unix.Bind(q.recv, address); err != nil {
+			if errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENETDOWN) {
+				u.index = 0 // it went away in this moment
+				return nil
+			}
+			return fmt.Errorf("underlay %s: bind: %w", u.name, err)
+		}
 	}
 	u.index = index
-	u.header.Store(u.linkHeader(request))
-	u.joinDefrag()
+	u.joinGroup()
 	return nil
+}
+
+// bound reports whether all queues receive on the interface index.
+func (u *Underlay) bound(index int) bool {
+	for _, q := range u.all() {
+		if !boundTo(q.recv, index) {
+			return false
+		}
+	}
+	return true
 }
 
 // linkHeader returns the length of the link-layer header, in bytes, of the interface that request names.
@@ -324,6 +390,9 @@ func htons(v uint16) uint16 {
 
 // Name returns the interface's name, empty as long as there is none.
 func (u *Underlay) Name() string {
+	if u.lead != nil {
+		return u.lead.Name()
+	}
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	return u.name
@@ -381,6 +450,10 @@ func (u *Underlay) Recv(batch []*vrouter.Packet) (int, error) {
 
 // tend implements reader: it looks whether the interface is still the same.
 func (u *Underlay) tend() {
+	if u.lead != nil {
+		u.lead.tend()
+		return
+	}
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	// What fails now is tried again at the next idle moment.
@@ -403,7 +476,7 @@ func (u *Underlay) recvReady(batch []*vrouter.Packet) int {
 		}
 	}
 	// EAGAIN, or once ENETDOWN when the interface goes down or away: in both cases there is nothing more.
-	n, _ := u.reader.recv(u.recv, int(u.header.Load()), batch)
+	n, _ := u.ring.recv(u.recv, int(u.header.Load()), batch)
 	return n
 }
 
@@ -419,38 +492,56 @@ func (u *Underlay) Send(batch []*vrouter.Packet) {
 	u.frames.sendBatch(u, batch)
 }
 
-// Counters implements vrouter.Port.
+// Counters implements vrouter.Port. The first queue tells of all.
 func (u *Underlay) Counters() []vrouter.Counter {
-	lost := u.lost.read(u.recv) + u.bypass.dropped()
+	if u.lead != nil {
+		return nil
+	}
+	lost := u.bypass.dropped()
+	for _, q := range u.all() {
+		lost += q.lost.read(q.recv) + q.ring.short.Load()
+	}
 	return []vrouter.Counter{{Name: "kernel_underlay_rx_dropped", Packets: lost}} // we were too slow
 }
 
-// spin says how long to look for packets before sleeping; it comes before the first Recv.
-func (u *Underlay) spin(longest time.Duration) { u.waiter.longest = longest }
-
-// Stop implements vrouter.Port.
-func (u *Underlay) Stop() {
-	u.waiter.stop()
-	u.drained.stop()
+// spin says how long to look for packets before sleeping, at any queue; it comes before the first Recv.
+func (u *Underlay) spin(longest time.Duration) {
+	for _, q := range u.all() {
+		q.waiter.longest = longest
+	}
 }
 
-// Close implements vrouter.Port.
+// Stop implements vrouter.Port, for all queues.
+func (u *Underlay) Stop() {
+	for _, q := range u.all() {
+		q.waiter.stop()
+		q.drained.stop()
+	}
+}
+
+// Close implements vrouter.Port, for all queues.
 func (u *Underlay) Close() error {
 	var errs []error
 	if u.bypass != nil {
 		errs = append(errs, u.bypass.close())
 	}
 	if u.frames != nil {
-		errs = append(errs, u.frames.close())
+		errs = append(errs, u.frames.resolver.close())
 	}
-	for _, fd := range []int{u.recv, u.send, u.guard} {
-		if fd >= 0 {
-			errs = append(errs, unix.Close(fd))
+	for _, q := range u.all() {
+		q.ring.close()
+		if q.frames != nil {
+			errs = append(errs, q.frames.close())
 		}
-	}
-	for _, w := range []*waiter{u.waiter, u.drained} {
-		if w != nil {
-			errs = append(errs, w.close())
+		for _, fd := range []int{q.recv, q.send, q.guard} {
+			if fd >= 0 {
+				errs = append(errs, unix.Close(fd))
+			}
+		}
+		for _, w := range []*waiter{q.waiter, q.drained} {
+			if w != nil {
+				errs = append(errs, w.close())
+			}
 		}
 	}
 	return errors.Join(errs...)

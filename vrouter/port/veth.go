@@ -21,17 +21,24 @@ import (
 // The twin stands in the same namespace as vr0, so that the pair outlives the process without a namespace to be kept
 // for it. It is out of the host's way all the same: neither end does ARP, so the kernel addresses what it routes to vr0
 // to vr0's own MAC address, which is not the twin's, and drops it as another host's once we have a copy.
+//
+// Of several queues each is a Veth with a socket of its own, of which the first has what is the pair's as a whole.
 type Veth struct {
 	vr0
-	held    int // see holdDevice
-	fd      int // AF_PACKET, bound to the twin
+	lead    *Veth   // the first queue; nil: this is it
+	more    []*Veth // of the first queue: the others
+	number  int     // of the queue, from 0
+	held    int     // see holdDevice; -1: not the first queue
+	fd      int     // AF_PACKET, bound to the twin
 	waiter  *waiter
 	drained *waiter
 	bypass  *bypass // nil: no AF_XDP
 	at      atomic.Pointer[handOff]
 	lost    socketLosses
+	group   fanout // of all queues' fd; there is none where there is one queue
+	joined  bool   // fd is of the group
 
-	reader packetReader // Recv's
+	ring packetRing // Recv's
 
 	// For Send only.
 	writer packetWriter
@@ -47,19 +54,28 @@ type handOff struct {
 
 // OpenVeth creates the pair, or takes over the one that an earlier process left, and sets it up. A TUN device of that
 // name that nobody has open is replaced. The pair stays when the port is closed or the process dies.
-func OpenVeth(name string) (*Veth, error) { return openVeth(name, nil) }
+func OpenVeth(name string) (*Veth, error) { return openVeth(name, 1, nil) }
 
-// OpenXDPVeth is OpenVeth with AF_XDP. busyPoll is as in xskOptions.
-func OpenXDPVeth(name string, busyPoll int) (*Veth, error) {
-	b, err := newBypass(busyPoll)
+// OpenXDPVeth is OpenVeth with AF_XDP.
+func OpenXDPVeth(name string, o XDPOptions) (*Veth, error) { return openXDPVeth(name, 1, o) }
+
+func openXDPVeth(name string, queues int, o XDPOptions) (*Veth, error) {
+	b, err := newBypass(queues, o)
 	if err != nil {
 		return nil, err
 	}
-	return openVeth(name, b)
+	return openVeth(name, queues, b)
 }
 
-func openVeth(name string, b *bypass) (_ *Veth, err error) {
+func openVeth(name string, queues int, b *bypass) (_ *Veth, err error) {
 	v := &Veth{vr0: vr0{name: name}, held: -1, fd: -1, bypass: b}
+	for i := range queues - 1 {
+		q := &Veth{vr0: vr0{name: name}, lead: v, number: i + 1, held: -1, fd: -1}
+		if b != nil {
+			q.bypass = b.more[i]
+		}
+		v.more = append(v.more, q)
+	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, v.Close())
@@ -68,18 +84,8 @@ func openVeth(name string, b *bypass) (_ *Veth, err error) {
 	if v.held, err = holdDevice(name); err != nil {
 		return nil, err
 	}
-	if v.waiter, err = newWaiter(); err != nil {
-		return nil, err
-	}
-	if v.drained, err = newWaiter(); err != nil {
-		return nil, err
-	}
-	if v.fd, err = openTwinSocket(); err != nil {
-		return nil, explainSocket("packet socket for "+name, err)
-	}
-	v.writer.fd = v.fd
-	if v.bypass != nil {
-		if err := v.bypass.watch(v.fd); err != nil {
+	for _, q := range v.all() {
+		if err := q.open(); err != nil {
 			return nil, err
 		}
 	}
@@ -96,8 +102,36 @@ func openVeth(name string, b *bypass) (_ *Veth, err error) {
 	return v, v.build()
 }
 
-// openTwinSocket opens the AF_PACKET socket, deaf until it is bound.
-func openTwinSocket() (int, error) {
+// open opens what each queue has.
+func (v *Veth) open() (err error) {
+	if v.waiter, err = newWaiter(); err != nil {
+		return err
+	}
+	if v.drained, err = newWaiter(); err != nil {
+		return err
+	}
+	if v.fd, err = v.openTwinSocket(); err != nil {
+		return explainSocket("packet socket for "+v.name, err)
+	}
+	v.writer.fd = v.fd
+	if err := v.ring.prepare(v.fd); err != nil {
+		return fmt.Errorf("packet socket for %s: %w", v.name, err)
+	}
+	if v.bypass != nil {
+		return v.bypass.watch(v.fd)
+	}
+	return nil
+}
+
+// all returns the queues, this one first.
+func (v *Veth) all() []*Veth { return append([]*Veth{v}, v.more...) }
+
+// queues implements Device.
+func (v *Veth) queues() []reader { return readers(v.all()) }
+
+// openTwinSocket opens the AF_PACKET socket, deaf until it is bound, and unless it is the first queue's until it is of the
+// group.
+func (v *Veth) openTwinSocket() (int, error) {
 	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
 		return -1, err
@@ -116,21 +150,26 @@ func openTwinSocket() (int, error) {
 	if err := errors.Join(enlarge(fd, unix.SO_RCVBUFFORCE, unix.SO_RCVBUF), enlarge(fd, unix.SO_SNDBUFFORCE, unix.SO_SNDBUF)); err != nil {
 		return -1, errors.Join(err, unix.Close(fd))
 	}
+	if v.lead != nil {
+		if err := deafen(fd); err != nil {
+			return -1, errors.Join(err, unix.Close(fd))
+		}
+	}
 	return fd, nil
 }
 
 // build makes or finds the pair, sets both ends up, and binds to the twin. The caller holds linksMu.
 func (v *Veth) build() error {
-	host, twin, err := ensurePair(v.links, v.name)
+	host, twin, err := v.ensurePair()
 	if err != nil {
 		return err
 	}
 	for _, end := range []netlink.Link{host, twin} {
 		if err := v.links.LinkSetARPOff(end); err != nil {
-			return fmt.Errorf("%s: switch ARP off: %w", end.Attrs().Name, err)
+			return explainSocket("switch ARP off on "+end.Attrs().Name, err)
 		}
 		if err := v.prepare(end, end == host); err != nil {
-			return fmt.Errorf("%s: %w", end.Attrs().Name, err)
+			return explainSocket(end.Attrs().Name, err)
 		}
 	}
 	index := twin.Attrs().Index
@@ -143,8 +182,8 @@ func (v *Veth) build() error {
 			return err
 		}
 	}
-	if err := unix.Bind(v.fd, &unix.SockaddrLinklayer{Protocol: htons(unix.ETH_P_IP), Ifindex: index}); err != nil {
-		return fmt.Errorf("%s: bind: %w", twin.Attrs().Name, err)
+	if err := v.bind(index); err != nil {
+		return fmt.Errorf("%s: %w", twin.Attrs().Name, err)
 	}
 	at := &handOff{index: index}
 	copy(at.ethernet[:6], host.Attrs().HardwareAddr)
@@ -152,7 +191,59 @@ func (v *Veth) build() error {
 	binary.BigEndian.PutUint16(at.ethernet[12:], unix.ETH_P_IP)
 	at.address = unix.RawSockaddrLinklayer{Family: unix.AF_PACKET, Protocol: htons(unix.ETH_P_IP), Ifindex: int32(index), Halen: 6}
 	copy(at.address.Addr[:], host.Attrs().HardwareAddr)
-	v.at.Store(at)
+	for _, q := range v.all() {
+		q.at.Store(at)
+	}
+	return nil
+}
+
+// bind binds the queues' sockets to the twin. The first has everything until the others are of the group.
+func (v *Veth) bind(index int) error {
+	for _, q := range v.all() {
+		if err := q.renew(); err != nil {
+			return err
+		}
+		if err := unix.Bind(q.fd, &unix.SockaddrLinklayer{Protocol: htons(unix.ETH_P_IP), Ifindex: index}); err != nil {
+			return fmt.Errorf("bind: %w", err)
+		}
+	}
+	if len(v.more) == 0 {
+		return nil
+	}
+	var err error
+	if v.group, err = startFanout(v.fd, fanoutMode(len(v.more)+1)); err != nil {
+		return err
+	}
+	v.joined = true
+	for _, q := range v.more {
+		if err := errors.Join(v.group.join(q.fd), hearAll(q.fd)); err != nil {
+			return err
+		}
+		q.joined = true
+	}
+	return nil
+}
+
+// renew puts another socket in the place of one that is of a group, under its number: that one cannot be bound anew.
+func (v *Veth) renew() error {
+	if !v.joined {
+		return nil
+	}
+	fd, err := v.openTwinSocket()
+	if err != nil {
+		return err
+	}
+	if err := v.ring.prepare(fd); err != nil {
+		return errors.Join(err, unix.Close(fd))
+	}
+	v.lost.read(v.fd)
+	if err := errors.Join(unix.Dup3(fd, v.fd, unix.O_CLOEXEC), unix.Close(fd)); err != nil {
+		return err
+	}
+	v.joined = false
+	if v.bypass != nil {
+		return v.bypass.watch(v.fd) // the kernel watches sockets, not numbers
+	}
 	return nil
 }
 
@@ -162,7 +253,15 @@ func (v *Veth) openBypass(index int) error {
 	if mtu == 0 {
 		mtu = defaultMTU
 	}
-	return v.bypass.open(bypassPlace{name: twinName(v.name), index: index, mtu: mtu, queues: 1}, nil)
+	return v.bypass.open(bypassPlace{name: twinName(v.name), index: index, mtu: mtu, queues: receiveQueues(v.fd, twinName(v.name))}, nil)
+}
+
+// pairQueues returns how many queues the pair itself has to have: with AF_PACKET the group does without.
+func (v *Veth) pairQueues() int {
+	if v.bypass == nil {
+		return 1
+	}
+	return len(v.more) + 1
 }
 
 // defaultMTU is that of a new interface, in bytes.
@@ -230,7 +329,7 @@ func (v *Veth) recvReady(batch []*vrouter.Packet) int {
 			return n
 		}
 	}
-	n, err := v.reader.recv(v.fd, ethernetHeader, batch)
+	n, err := v.ring.recv(v.fd, ethernetHeader, batch)
 	if err == unix.ENETDOWN { // maybe the pair is gone
 		v.tend()
 	}
@@ -239,13 +338,27 @@ func (v *Veth) recvReady(batch []*vrouter.Packet) int {
 
 // tend implements reader: it looks whether the pair is still there.
 func (v *Veth) tend() {
+	if v.lead != nil {
+		v.lead.tend()
+		return
+	}
 	v.linksMu.Lock()
 	defer v.linksMu.Unlock()
-	if at := v.at.Load(); at != nil && boundTo(v.fd, at.index) && (v.bypass == nil || v.bypass.intact()) {
+	if at := v.at.Load(); at != nil && v.bound(at.index) && (v.bypass == nil || v.bypass.intact()) {
 		return
 	}
 	// What fails now is tried again at the next idle moment.
 	_ = v.build()
+}
+
+// bound reports whether all queues receive on the interface index, and each what the group leaves to it.
+func (v *Veth) bound(index int) bool {
+	for _, q := range v.all() {
+		if !boundTo(q.fd, index) || q.joined != (len(v.more) > 0) {
+			return false
+		}
+	}
+	return true
 }
 
 // Send implements vrouter.Port.
@@ -314,36 +427,51 @@ func (v *Veth) front(at *handOff, p *vrouter.Packet, o *vrouter.Offload, headers
 	v.writer.piece(p.Buf[start : p.Off+p.Len])
 }
 
-// Counters implements vrouter.Port. Those of vr0 start with the device, not with the process.
+// Counters implements vrouter.Port. Those of vr0 start with the device, not with the process. The first queue tells of all.
 func (v *Veth) Counters() []vrouter.Counter {
-	lost := v.lost.read(v.fd) + v.bypass.dropped()
+	if v.lead != nil {
+		return nil
+	}
+	lost := v.bypass.dropped()
+	for _, q := range v.all() {
+		lost += q.lost.read(q.fd) + q.ring.short.Load()
+	}
 	return append(v.vr0.Counters(), vrouter.Counter{Name: "kernel_vr0_queue_dropped", Packets: lost}) // we were too slow
 }
 
 // spin implements Device.
-func (v *Veth) spin(longest time.Duration) { v.waiter.longest = longest }
-
-// Stop implements vrouter.Port.
-func (v *Veth) Stop() {
-	v.waiter.stop()
-	v.drained.stop()
+func (v *Veth) spin(longest time.Duration) {
+	for _, q := range v.all() {
+		q.waiter.longest = longest
+	}
 }
 
-// Close implements vrouter.Port. The pair stays.
+// Stop implements vrouter.Port, for all queues.
+func (v *Veth) Stop() {
+	for _, q := range v.all() {
+		q.waiter.stop()
+		q.drained.stop()
+	}
+}
+
+// Close implements vrouter.Port, for all queues. The pair stays.
 func (v *Veth) Close() error {
 	var errs []error
 	if v.bypass != nil {
 		errs = append(errs, v.bypass.close())
 	}
 	v.vr0.close()
-	for _, fd := range []int{v.fd, v.held} {
-		if fd >= 0 {
-			errs = append(errs, unix.Close(fd))
+	for _, q := range v.all() {
+		q.ring.close()
+		for _, fd := range []int{q.fd, q.held} {
+			if fd >= 0 {
+				errs = append(errs, unix.Close(fd))
+			}
 		}
-	}
-	for _, w := range []*waiter{v.waiter, v.drained} {
-		if w != nil {
-			errs = append(errs, w.close())
+		for _, w := range []*waiter{q.waiter, q.drained} {
+			if w != nil {
+				errs = append(errs, w.close())
+			}
 		}
 	}
 	return errors.Join(errs...)

@@ -11,19 +11,20 @@ import (
 // twinName is the name of the other end of the pair whose end for the kernel has this name.
 func twinName(name string) string { return name[:min(len(name), 12)] + "-io" }
 
-// holdDevice makes this process the only one that has the pair, in the calling thread's namespace: nothing about a veth
-// itself would keep two vRouters apart. The hold ends with the descriptor, and with the process.
+// holdDevice makes this process the only one that has the device, in the calling thread's namespace: nothing about a veth
+// itself, nor about a TUN device of several queues, would keep two vRouters apart. The hold ends with the descriptor, and
+// with the process.
 func holdDevice(name string) (int, error) {
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return -1, fmt.Errorf("veth device %s: %w", name, err)
+		return -1, fmt.Errorf("device %s: %w", name, err)
 	}
 	if err := unix.Bind(fd, &unix.SockaddrUnix{Name: "@margay-vrouter/" + name}); err != nil {
 		_ = unix.Close(fd)
 		if errors.Is(err, unix.EADDRINUSE) {
 			err = unix.EBUSY
 		}
-		return -1, &Missing{What: "veth device " + name, Err: err, Do: "another process, maybe another vrouter, has it: stop that one, or choose another --tun"}
+		return -1, &Missing{What: "device " + name, Err: err, Do: "another process, maybe another vrouter, has it: stop that one, or choose another --tun"}
 	}
 	return fd, nil
 }
@@ -37,7 +38,8 @@ func isPair(links *netlink.Handle, link netlink.Link) bool {
 	return err == nil && twin.Type() == "veth" && twin.Attrs().ParentIndex == link.Attrs().Index
 }
 
-// removePair removes the device if it is a pair that a vRouter has left: the device is to be of another kind.
+// removePair removes the device if it is a pair that a vRouter has left: the device is to be of another kind. The caller
+// holds the device, and so do the others that remove one.
 func removePair(name string) error {
 	links, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
@@ -48,11 +50,6 @@ func removePair(name string) error {
 	if err != nil || !isPair(links, link) {
 		return nil // whatever it is, opening the device will tell
 	}
-	held, err := holdDevice(name)
-	if err != nil {
-		return err
-	}
-	defer unix.Close(held)
 	if err := links.LinkDel(link); err != nil {
 		return fmt.Errorf("remove the veth device %s of an earlier vrouter: %w", name, err)
 	}
@@ -61,7 +58,12 @@ func removePair(name string) error {
 
 // removeTUN removes the TUN device that a vRouter has left, which no process has open.
 func removeTUN(name string) error {
-	fd, err := (&TUN{}).openOffload(name)
+	t := &TUN{}
+	fd, err := t.openOffload(name)
+	if errors.Is(err, unix.EINVAL) {
+		t.multi = true
+		fd, err = t.openOffload(name)
+	}
 	if err != nil {
 		return err
 	}
@@ -71,12 +73,20 @@ func removeTUN(name string) error {
 	return unix.Close(fd) // with the last descriptor the device goes
 }
 
-// ensurePair returns both ends of the pair, the kernel's and ours, and makes it if it is not there.
-func ensurePair(links *netlink.Handle, name string) (host, twin netlink.Link, err error) {
+// ensurePair returns both ends of the pair, the kernel's and ours, and makes it if it is not there, or has fewer queues
+// than are wanted.
+func (v *Veth) ensurePair() (host, twin netlink.Link, err error) {
+	links, name, queues := v.links, v.name, v.pairQueues()
 	host, err = links.LinkByName(name)
+	if err == nil && isPair(links, host) && receiveQueues(v.fd, twinName(name)) < queues {
+		if err := links.LinkDel(host); err != nil {
+			return nil, nil, fmt.Errorf("remove the veth device %s of an earlier vrouter: %w", name, err)
+		}
+		host, err = links.LinkByName(name)
+	}
 	if errors.As(err, new(netlink.LinkNotFoundError)) {
 		attrs := netlink.NewLinkAttrs()
-		attrs.Name = name
+		attrs.Name, attrs.NumTxQueues, attrs.NumRxQueues = name, queues, queues
 		err = links.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: twinName(name)})
 		if err != nil {
 			return nil, nil, explainVeth(name, err)

@@ -28,7 +28,7 @@ func eth0() (*netlink.LinkAttrs, error) {
 func TestXSK(t *testing.T) {
 	const slots = 64
 	a, b := newSpace(t), newSpace(t)
-	wire(t, a, b)
+	wire(t, a, b, 1)
 	var x *port.XSK
 	var own, peer *netlink.LinkAttrs
 	b.do(t, func() (err error) {
@@ -132,7 +132,7 @@ func (s *space) raw(t *testing.T) (fd int) {
 // TestXSKRefused: what a socket cannot be opened for is named in one line, with what to do instead.
 func TestXSKRefused(t *testing.T) {
 	a, b := newSpace(t), newSpace(t)
-	wire(t, a, b)
+	wire(t, a, b, 1)
 	refused := func(what string, want error, open func(index int) error) {
 		t.Helper()
 		a.do(t, func() error {

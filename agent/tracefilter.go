@@ -1,0 +1,147 @@
+package agent
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"margay/agent/api"
+	"margay/agent/netfilter"
+	"margay/vrouter/packet"
+)
+
+// filters are the packet filters of one network namespace, the node's or a pod's, as a trace asks them.
+type filters struct {
+	rules *netfilter.Ruleset
+	pkt   netfilter.Packet
+	nl    *netlink.Handle
+}
+
+// loadFilters reads the filters of the calling thread's namespace. Margay's own table is left out: the rungs that are about
+// anti-spoofing and masquerade ask it by themselves.
+func loadFilters(nl *netlink.Handle, state api.ConnState) (*filters, error) {
+	rules, err := netfilter.Load("inet margay")
+	if err != nil {
+		return nil, err
+	}
+	f := &filters{rules: rules, nl: nl}
+	f.pkt.AddrType = f.kindOf
+	switch state {
+	case api.StateNew:
+		f.pkt.State = netfilter.StateNew
+	case api.StateEstablished:
+		f.pkt.State, f.pkt.Reply = netfilter.StateEstablished, true
+	}
+	return f, nil
+}
+
+// kindOf says what an address is to this namespace.
+func (f *filters) kindOf(a netip.Addr) (int, error) {
+	routes, err := f.nl.RouteGet(a.AsSlice())
+	if err != nil || len(routes) == 0 {
+		return 0, fmt.Errorf("no route to %s", a)
+	}
+	return routes[0].Type, nil
+}
+
+// link describes an interface to the rules; none for the empty name.
+func (f *filters) link(name string) netfilter.Link {
+	if name == "" {
+		return netfilter.Link{}
+	}
+	l, err := f.nl.LinkByName(name)
+	if err != nil {
+		return netfilter.Link{Name: name}
+	}
+	kinds := map[string]uint16{"loopback": unix.ARPHRD_LOOPBACK, "none": unix.ARPHRD_NONE}
+	kind, ok := kinds[l.Attrs().EncapType]
+	if !ok {
+		kind = unix.ARPHRD_ETHER
+	}
+	return netfilter.Link{Name: name, Index: l.Attrs().Index, Type: kind, Group: l.Attrs().Group}
+}
+
+// filtered carries the packet through the filters of a hook; by and place say whose they are, in and out are interfaces, where
+// there are any. It is false when the packet ends there.
+func (t *tracer) filtered(f *filters, by, place string, h netfilter.Hook, in, out string) bool {
+	f.pkt.In, f.pkt.Out = f.link(in), f.link(out)
+	f.pkt.IP = slices.Clone(t.pkt)
+	o := f.rules.Hook(h, &f.pkt)
+	name := fmt.Sprintf("packet filter, %s%s", h, place)
+	switch o.Verdict {
+	case netfilter.Drop:
+		t.drop(by, name, "filtered", "it is dropped by "+o.Where, o.Fix)
+		return false
+	case netfilter.CannotTell:
+		t.doubt(by, name, "filter", "it may be dropped by "+o.Where+", which depends on what a trace does not know ("+o.Why+")",
+			"find out with --probe, which sends a real packet")
+	default:
+		if n := f.rules.Chains(h); n > 0 {
+			t.pass(by, name, fmt.Sprintf("%d chains of other software let it pass", n))
+		}
+	}
+	t.pkt = packet.IPv4(f.pkt.IP)
+	switch {
+	case o.Destination.IsValid():
+		t.pass(by, "destination rewritten", fmt.Sprintf("to %s, by %s", o.Destination, o.Rewriter))
+	case o.Source.IsValid():
+		t.pass(by, "source rewritten", fmt.Sprintf("to %s, by %s", o.Source, o.Rewriter))
+	case o.Masqueraded:
+		if routes, err := f.nl.RouteGetWithOptions(t.pkt.Dst().AsSlice(), &netlink.RouteGetOptions{Oif: out}); err == nil && len(routes) > 0 {
+			if source, ok := netip.AddrFromSlice(routes[0].Src); ok {
+				t.pkt = withSource(t.pkt, source.Unmap())
+				t.pass(by, "source rewritten", fmt.Sprintf("to %s, by %s", source.Unmap(), o.Rewriter))
+			}
+		}
+	case o.Redirected:
+		t.pass(by, "destination rewritten", "to this host itself, by "+o.Rewriter)
+		t.redirected = true
+	}
+	return true
+}
+
+// nodeFilters are this node's own. They are read once for a trace; nil, with the trace ended, where they cannot be.
+func (t *tracer) nodeFilters() *filters {
+	if t.node != nil {
+		return t.node
+	}
+	f, err := loadFilters(t.kernel.nl, t.state)
+	if err != nil {
+		t.unknown("kernel", "packet filter", err)
+		return nil
+	}
+	t.node = f
+	return f
+}
+
+// nodeHook asks the node's filters at a hook.
+func (t *tracer) nodeHook(h netfilter.Hook, in, out string) bool {
+	f := t.nodeFilters()
+	return f != nil && t.filtered(f, "kernel", "", h, in, out)
+}
+
+// outerFilters are the filters that a packet of the vRouter's own meets. It leaves by a packet socket, which none but those at
+// the interface's egress see, or, until the next hop's hardware address is known, by a raw one, which all see.
+func (t *tracer) outerFilters(device string, resolved bool) bool {
+	if t.byXDP() {
+		return true
+	}
+	if !resolved {
+		return t.nodeHook(netfilter.Output, "", device) && t.nodeHook(netfilter.Postrouting, "", device) && t.nodeHook(netfilter.Egress, "", device)
+	}
+	f := t.nodeFilters()
+	if f == nil {
+		return false
+	}
+	f.pkt.In, f.pkt.Out, f.pkt.IP = netfilter.Link{}, f.link(device), slices.Clone(t.pkt)
+	for _, h := range []netfilter.Hook{netfilter.Output, netfilter.Postrouting} {
+		if o := f.rules.Hook(h, &f.pkt); o.Verdict != netfilter.Pass {
+			t.caveat("%s: %s would drop IP-in-IP: a packet socket gets past it, and the first packet after a neighbour has been lost does not", t.cfg.Node, o.Where)
+			break
+		}
+	}
+	return t.nodeHook(netfilter.Egress, "", device)
+}
