@@ -42,7 +42,7 @@ func (u *Underlay) Queues() (all []vrouter.Queue) {
 	if m, ok := socketMemory(u.send); ok {
 		all = append(all, vrouter.Queue{Name: numbered("underlay_send", u.number), Used: uint64(m[memInfoSendUsed]), Size: uint64(m[memInfoSendSize])})
 	}
-	return all
+	return append(all, u.bypass.queues("underlay_xdp", u.number)...)
 }
 
 // Queues implements vrouter.QueuePort.
@@ -53,7 +53,7 @@ func (v *Veth) Queues() (all []vrouter.Queue) {
 	if m, ok := socketMemory(v.fd); ok {
 		all = append(all, vrouter.Queue{Name: numbered("vr0_send", v.number), Used: uint64(m[memInfoSendUsed]), Size: uint64(m[memInfoSendSize])})
 	}
-	return all
+	return append(all, v.bypass.queues("vr0_xdp", v.number)...)
 }
 
 // Queues implements vrouter.QueuePort.
@@ -64,5 +64,5 @@ func (d *Direct) Queues() []vrouter.Queue {
 			all = append(all, q.Queues()...)
 		}
 	}
-	return all
+	return append(all, d.pods.queues()...)
 }
