@@ -207,6 +207,9 @@ func direct(t *testing.T, way string) {
 		bulk(t, to, p)
 	}
 	noDrops(t, a.router, b.router)
+	if named := a.queueNames(t); !named["pods_receive"] {
+		t.Errorf("queues %v", named)
+	}
 	for name, n := range map[string]*directNode{"forwarded_encap": a, "forwarded_decap": b, "forwarded_local": a} {
 		if got := n.counter(name); got < 100 {
 			t.Errorf("%v: %s: %d packets: expected more", n.address, name, got)
