@@ -69,7 +69,7 @@ fuzz: ## every fuzz target for FUZZTIME (30s)
 	@scripts/fuzz.sh $(FUZZTIME)
 
 .PHONY: interop-kernel
-interop-kernel: setup ## a real tunl0 as the other node: a Debian kernel in QEMU (about a minute; fetches 27 MB once)
+interop-kernel: setup ## a real tunl0 as the other node: a Debian kernel in QEMU (a minute and a half; fetches 27 MB once)
 	@scripts/interop-kernel.sh $(CURDIR)/bin/interop-kernel
 	go vet -tags interop ./test/interop/...
 	MARGAY_INTEROP_KERNEL=$(CURDIR)/bin/interop-kernel go test -tags interop -count=1 -v -timeout 5m ./test/interop
