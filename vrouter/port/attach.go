@@ -32,11 +32,13 @@ const (
 	IOPacket = "packet"
 	// IOXDP is AF_XDP: the least work for each packet, but on a veth the kernel splits superpackets on their way to us.
 	IOXDP = "xdp"
+	// IOTC is IOPacket for AttachDirect, with programs in the kernel that forward themselves what they know the way of.
+	IOTC = "tc"
 )
 
 var (
 	attachments = []string{AttachAuto, AttachTUN, AttachTUNPlain, AttachVeth, AttachDirect}
-	ios         = []string{IOPacket, IOXDP}
+	ios         = []string{IOPacket, IOXDP, IOTC}
 )
 
 // Options say what ports to open.
@@ -89,6 +91,9 @@ func (o Options) Check() error {
 	}
 	if o.IO == IOXDP && o.Attach == AttachTUNPlain {
 		return fmt.Errorf("--io %s: not with --attach %s, which has raw sockets: expected another attachment", o.IO, o.Attach)
+	}
+	if o.IO == IOTC && o.Attach != AttachDirect {
+		return fmt.Errorf("--io %s: not with --attach %s: expected --attach %s", o.IO, o.Attach, AttachDirect)
 	}
 	if n := len(o.Name); n == 0 || n > 15 || strings.ContainsAny(o.Name, "/% \t\n") {
 		return fmt.Errorf("--tun %q: expected an interface name of 1 to 15 characters", o.Name)
@@ -339,6 +344,7 @@ func (p *Ports) Workers(router *vrouter.Router) []*vrouter.Worker {
 	if p.Direct != nil {
 		router.OnPods(p.Direct.SetPods)
 		router.OnRoutes(p.Direct.SetRoutes)
+		p.Direct.follow(router)
 		var queues []vrouter.SwitchPort
 		for _, q := range p.Direct.all() {
 			queues = append(queues, q)

@@ -71,7 +71,7 @@ const (
 	wakeEvent = -1
 )
 
-// OpenDirect opens the port on top of the host's and the underlay's, which it takes over. io is IOPacket or IOXDP. Pods
+// OpenDirect opens the port on top of the host's and the underlay's, which it takes over. io is one of the IO constants. Pods
 // follow by SetPods.
 func OpenDirect(host Device, underlay *Underlay, io string) (*Direct, error) {
 	d, err := openDirect(host, underlay, io)
@@ -105,7 +105,7 @@ func openDirect(host Device, underlay *Underlay, io string) (_ *Direct, err erro
 			return nil, err
 		}
 	}
-	if d.pods, err = newDirectPods(d, io); err != nil {
+	if d.pods, err = newDirectPods(d, underlay, io); err != nil {
 		return nil, err
 	}
 	for _, q := range d.more {
@@ -272,13 +272,34 @@ func (d *Direct) Send(batch []*vrouter.Packet) {
 	}
 }
 
+// follow names the router, of which a shortcut has to know more than SetPods and SetRoutes tell.
+func (d *Direct) follow(r *vrouter.Router) {
+	if d.pods.plan != nil {
+		d.pods.plan.follow(r)
+	}
+}
+
+// Carried implements vrouter.Carrier.
+func (d *Direct) Carried() vrouter.Carried {
+	if d.lead != nil || d.pods.plan == nil { // the first queue tells of all
+		return vrouter.Carried{}
+	}
+	c, _ := d.pods.plan.carried()
+	return c
+}
+
 // Counters implements vrouter.Port: those of the host's and the underlay's, and the pods'. The first queue tells of all.
 func (d *Direct) Counters() []vrouter.Counter {
 	if d.lead != nil {
 		return nil
 	}
 	all := append(d.host.Counters(), d.underlay.Counters()...)
-	return append(all, vrouter.Counter{Name: "kernel_pods_rx_dropped", Packets: d.pods.dropped()}) // a socket's buffer was full
+	all = append(all, vrouter.Counter{Name: "kernel_pods_rx_dropped", Packets: d.pods.dropped()}) // a socket's buffer was full
+	if d.pods.plan != nil {
+		_, failed := d.pods.plan.carried()
+		all = append(all, vrouter.Counter{Name: "kernel_tc_dropped", Packets: failed.Packets}) // the kernel had no memory
+	}
+	return all
 }
 
 // Stop implements vrouter.Port, for all queues.

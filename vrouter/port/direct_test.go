@@ -107,7 +107,7 @@ const directQueues = 3
 
 // onEachIO runs a test for each way to read pods' interfaces, with one queue and with several.
 func onEachIO(t *testing.T, f func(*testing.T, string)) {
-	for _, way := range []string{port.IOPacket, port.IOXDP, port.IOPacket + ", queues", port.IOXDP + ", queues"} {
+	for _, way := range []string{port.IOPacket, port.IOXDP, port.IOPacket + ", queues", port.IOXDP + ", queues", port.IOTC, port.IOTC + ", queues"} {
 		t.Run(way, func(t *testing.T) { f(t, way) })
 	}
 }
@@ -166,7 +166,7 @@ func (n *directNode) tell(t *testing.T, pods ...*node) {
 // reads waits until the vRouter reads so many of so many pods.
 func (n *directNode) reads(t *testing.T, have, of int) {
 	t.Helper()
-	want := fmt.Sprintf("%d of %d pods read by %s", have, of, map[string]string{port.IOPacket: "AF_PACKET", port.IOXDP: "AF_XDP"}[n.io])
+	want := fmt.Sprintf("%d of %d pods %s", have, of, map[string]string{port.IOPacket: "read by AF_PACKET", port.IOXDP: "read by AF_XDP", port.IOTC: "by tc"}[n.io])
 	eventually(t, want, func() bool { return strings.Contains(n.direct.String(), want) })
 	if text := n.direct.String(); strings.Contains(text, "because") {
 		t.Fatal(text)
@@ -199,7 +199,7 @@ func direct(t *testing.T, way string) {
 		eventually(t, "first answer", func() bool { return answered(conn, 1) })
 		// Up to 1452 they are ours; the others are fragments, which are the kernel's.
 		for _, size := range []int{1, 18, 1451, 1452, 1453, 4000, 20000, 65000} {
-			if !answered(conn, size) {
+			if !answers(conn, size) {
 				t.Errorf("%v: no answer to a datagram of %d bytes", to.pod, size)
 			}
 		}
@@ -207,6 +207,9 @@ func direct(t *testing.T, way string) {
 		bulk(t, to, p)
 	}
 	noDrops(t, a.router, b.router)
+	if named := a.queueNames(t); !named["pods_receive"] {
+		t.Errorf("queues %v", named)
+	}
 	for name, n := range map[string]*directNode{"forwarded_encap": a, "forwarded_decap": b, "forwarded_local": a} {
 		if got := n.counter(name); got < 100 {
 			t.Errorf("%v: %s: %d packets: expected more", n.address, name, got)
@@ -216,7 +219,13 @@ func direct(t *testing.T, way string) {
 
 // TestDirectMerged is TestDirect's bulk for packets that arrive one by one, and merged by GRO.
 func TestDirectMerged(t *testing.T) {
-	a, b := newDirectNodes(t, port.IOPacket) // with AF_XDP the kernel merges nothing
+	for _, way := range []string{port.IOPacket, port.IOTC} { // with AF_XDP the kernel merges nothing
+		t.Run(way, func(t *testing.T) { directMerged(t, way) })
+	}
+}
+
+func directMerged(t *testing.T, way string) {
+	a, b := newDirectNodes(t, way)
 	p, r := a.addPod(t, 1), b.addPod(t, 1)
 	a.reads(t, 1, 1)
 	b.reads(t, 1, 1)
@@ -420,7 +429,7 @@ func (n *node) openStream(t *testing.T, service string, server *node) *stream {
 	defer listener.Close()
 	var conn net.Conn
 	n.do(t, func() (err error) {
-		conn, err = net.DialTimeout("tcp4", service, 5*time.Second)
+		conn, err = net.DialTimeout("tcp4", service, 60*time.Second)
 		return err
 	})
 	far, err := listener.Accept()
@@ -434,7 +443,7 @@ func (n *node) openStream(t *testing.T, service string, server *node) *stream {
 
 // echoed sends a mebibyte and waits for as much to come back.
 func (s *stream) echoed() error {
-	if err := s.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+	if err := s.SetDeadline(time.Now().Add(60 * time.Second)); err != nil {
 		return err
 	}
 	const total = 1 << 20
@@ -451,7 +460,7 @@ func (s *stream) echoed() error {
 
 // spoken waits for what the server says unasked.
 func (s *stream) spoken() error {
-	if err := s.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+	if err := s.SetDeadline(time.Now().Add(60 * time.Second)); err != nil {
 		return err
 	}
 	if _, err := s.server.Write([]byte("x")); err != nil {

@@ -22,8 +22,9 @@ type podLink struct {
 	address  unix.RawSockaddrLinklayer
 	programs []link.Link
 	lost     socketLosses
-	queue    int  // of the port, which reads it; that one alone sends by its AF_XDP socket
-	waits    bool // the sender has packets queued for its AF_XDP socket
+	queue    int    // of the port, which reads it; that one alone sends by its AF_XDP socket
+	waits    bool   // the sender has packets queued for its AF_XDP socket
+	way      uint32 // to the pod in the shortcut; directPods' own
 }
 
 // newPodLink returns an interface that has nothing open.
@@ -60,8 +61,8 @@ func openPodLink(s *steering, index int, own, pod []byte) (_ *podLink, err error
 	if l.programs, err = s.attach(index, true); err != nil {
 		return nil, err
 	}
-	// ETH_P_ALL, because that is heard before the programs at tc ingress run, and ETH_P_IP after.
-	if err := unix.Bind(l.fd, &unix.SockaddrLinklayer{Protocol: htons(unix.ETH_P_ALL), Ifindex: index}); err != nil {
+	// ETH_P_IP, because that is heard after the programs at tc ingress have run, and ETH_P_ALL before.
+	if err := unix.Bind(l.fd, &unix.SockaddrLinklayer{Protocol: htons(unix.ETH_P_IP), Ifindex: index}); err != nil {
 		return nil, fmt.Errorf("bind packet socket: %w", err)
 	}
 	return l, nil

@@ -56,13 +56,16 @@ func (v *Veth) Queues() (all []vrouter.Queue) {
 	return append(all, v.bypass.queues("vr0_xdp", v.number)...)
 }
 
-// Queues implements vrouter.QueuePort.
+// Queues implements vrouter.QueuePort. The pods' are the first queue's to tell.
 func (d *Direct) Queues() []vrouter.Queue {
 	var all []vrouter.Queue
 	for _, p := range []reader{d.host, d.underlay} {
 		if q, ok := p.(vrouter.QueuePort); ok {
 			all = append(all, q.Queues()...)
 		}
+	}
+	if d.lead != nil {
+		return all
 	}
 	return append(all, d.pods.queues()...)
 }

@@ -136,13 +136,7 @@ func TestQueuesKeepOrder(t *testing.T) {
 		wg.Wait()
 		noDrops(t, a.router, b.router)
 		for _, n := range []*node{a, b} {
-			named := make(map[string]bool)
-			for _, q := range n.router.Queues() {
-				if named[q.Name] {
-					t.Errorf("%v: two queues are named %s", n.address, q.Name)
-				}
-				named[q.Name] = true
-			}
+			named := n.queueNames(t)
 			if !named["underlay_receive"] || !named[fmt.Sprintf("underlay_receive%d", o.Queues-1)] && o.Queues > 1 {
 				t.Errorf("%v: queues %v", n.address, named)
 			}
@@ -159,6 +153,19 @@ func TestQueuesKeepOrder(t *testing.T) {
 	})
 }
 
+// queueNames returns the names of the queues that the router tells of, each of which there may be once.
+func (n *node) queueNames(t *testing.T) map[string]bool {
+	t.Helper()
+	named := make(map[string]bool)
+	for _, q := range n.router.Queues() {
+		if named[q.Name] {
+			t.Errorf("%v: two queues are named %s", n.address, q.Name)
+		}
+		named[q.Name] = true
+	}
+	return named
+}
+
 // inOrder sends rounds of numbered datagrams, and expects them back in order.
 func inOrder(conn *net.UDPConn, rounds, window int) error {
 	b := make([]byte, 100)
@@ -170,7 +177,7 @@ func inOrder(conn *net.UDPConn, rounds, window int) error {
 			}
 		}
 		for i := range window {
-			if err := conn.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+			if err := conn.SetReadDeadline(time.Now().Add(60 * time.Second)); err != nil {
 				return err
 			}
 			if _, err := conn.Read(b); err != nil {
@@ -260,7 +267,7 @@ func TestQueueOfFlow(t *testing.T) {
 			conn := a.dialUDP(t, server)
 			before := a.router.Batches()
 			for range 10 {
-				if !answered(conn, 50) {
+				if !answers(conn, 50) {
 					t.Fatal("no answer")
 				}
 			}

@@ -47,8 +47,8 @@ type options struct {
 // What is measured when nothing is named.
 var (
 	fullPaths = []string{"route", "vxlan", "vxlan+rps", "wireguard", "tun-plain", "tun", "tun+nobpf", "veth", "veth+xdp", "veth+nobpf",
-		"direct", "direct+xdp"}
-	shortPaths     = []string{"vxlan", "vxlan+rps", "tun", "tun+nobpf", "veth", "direct", "direct+xdp"}
+		"direct", "direct+xdp", "direct+tc"}
+	shortPaths     = []string{"vxlan", "vxlan+rps", "tun", "tun+nobpf", "veth", "direct", "direct+xdp", "direct+tc"}
 	shortScenarios = []string{"tcp1", "tcp1-off", "rr", "udp", "udp-lossless", suite.Loop, suite.Lookup, suite.Updates, suite.Load}
 )
 
