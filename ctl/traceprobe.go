@@ -21,6 +21,7 @@ const (
 	// One packet may be lost to a full queue, or to ARP: only several say that none arrives.
 	maxProbes = 4
 	probeWait = 700 * time.Millisecond // for each
+	quiet     = 100 * time.Millisecond // without a sighting, once enough has been seen
 )
 
 // probing is what became of a packet that was sent for real.
@@ -139,6 +140,14 @@ func (o *probing) run(ctx context.Context, f *fleet, pkt []byte, oneWay bool) {
 		}
 		o.Sent++
 	}
+	// The nodes tell one by one: what the others have seen of the last packet is on its way.
+	for {
+		select {
+		case <-o.news:
+		case <-time.After(quiet):
+			return
+		}
+	}
 }
 
 // wait gives one packet its time.
@@ -177,7 +186,7 @@ func (o *probing) saw(s api.Sighting) {
 	case s.What == api.SawProbe && at(o.target):
 		o.Arrived = true
 	case s.What == api.SawAnswer && at(o.source):
-		o.Answered = true
+		o.Arrived, o.Answered = true, true // whatever the watch there has still to tell
 	case s.What == api.SawError && at(o.source):
 		o.Told = fmt.Sprintf("%s by ICMP type %d code %d", s.From, s.Type, s.Code)
 		if s.MTU > 0 {

@@ -364,6 +364,7 @@ func TestCommandLine(t *testing.T) {
 	expectRefused(t, command("--attach", "tap"), "--attach")
 	expectRefused(t, command("--io", "dpdk"), "--io")
 	expectRefused(t, command("--attach", "tun-plain", "--io", "xdp"), "--io")
+	expectRefused(t, command("--attach", "tun", "--io", "tc"), "--attach direct")
 	expectRefused(t, command("--busy-poll", "5"), "--busy-poll")
 	expectRefused(t, command("--queues", "-1"), "--queues")
 	expectRefused(t, command("--threads-per-queue", "3"), "--threads-per-queue")

@@ -96,7 +96,7 @@ func (n *podBox) route(t testing.TB, in input) result {
 	return r
 }
 
-// arrive is route for what comes on the underlay, and is or would be for a pod.
+// arrive is route for what comes on the underlay, and is or would be for a pod. nil: nothing but the markers.
 func (n *podBox) arrive(t testing.TB, outer []byte, to netip.Addr) result {
 	t.Helper()
 	pod := n.of(to)
@@ -106,7 +106,9 @@ func (n *podBox) arrive(t testing.TB, outer []byte, to netip.Addr) result {
 		tunnel(n.mark(remoteHost, pod.address, 64, slow)),  // the kernel's
 		tunnel(n.mark(remoteHost, pod.address, 1, slow)),   // the kernel's errors
 	} {
-		n.peer.send(t, n.peerMAC, n.nodeMAC, b)
+		if b != nil {
+			n.peer.send(t, n.peerMAC, n.nodeMAC, b)
+		}
 	}
 	return result{out: n.atPeer(t, 1), back: untilMarks(t, pod.tap, 2)}
 }

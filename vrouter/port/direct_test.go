@@ -219,7 +219,13 @@ func direct(t *testing.T, way string) {
 
 // TestDirectMerged is TestDirect's bulk for packets that arrive one by one, and merged by GRO.
 func TestDirectMerged(t *testing.T) {
-	a, b := newDirectNodes(t, port.IOPacket) // with AF_XDP the kernel merges nothing
+	for _, way := range []string{port.IOPacket, port.IOTC} { // with AF_XDP the kernel merges nothing
+		t.Run(way, func(t *testing.T) { directMerged(t, way) })
+	}
+}
+
+func directMerged(t *testing.T, way string) {
+	a, b := newDirectNodes(t, way)
 	p, r := a.addPod(t, 1), b.addPod(t, 1)
 	a.reads(t, 1, 1)
 	b.reads(t, 1, 1)
