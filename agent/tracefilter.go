@@ -73,8 +73,11 @@ func (t *tracer) filtered(f *filters, by, place string, h netfilter.Hook, in, ou
 	name := fmt.Sprintf("packet filter, %s%s", h, place)
 	switch o.Verdict {
 	case netfilter.Drop:
-		t.drop(by, name, "filtered", "it is dropped by "+o.Where, o.Fix)
-		return false
+		if h != netfilter.Ingress || place != "" { // programs at tc come before a device's ingress filter, and before no other
+			t.drop(by, name, "filtered", "it is dropped by "+o.Where, o.Fix)
+			return false
+		}
+		return t.dropInStack(by, name, "filtered", "it is dropped by "+o.Where, o.Fix)
 	case netfilter.CannotTell:
 		t.doubt(by, name, "filter", "it may be dropped by "+o.Where+", which depends on what a trace does not know ("+o.Why+")",
 			"find out with --probe, which sends a real packet")

@@ -152,9 +152,11 @@ func (t *tracer) enterPod(device string, p *podSide) bool {
 	// A veth hands over no frame that is longer than its receiving end takes (is_skb_forwardable in the kernel's
 	// net/core/dev.c).
 	if length := t.pkt.TotalLen(); length > a.MTU+vlanHeader {
-		t.drop("pod", "the pod's MTU", "mtu", fmt.Sprintf("%d bytes do not fit the MTU %d of %s in the pod that it is for: they are dropped without a word", length, a.MTU, a.Name),
-			fmt.Sprintf("send at most %d bytes, or ip link set %s mtu, in the pod, as the host's side has it", a.MTU, a.Name))
-		return false
+		why := fmt.Sprintf("%d bytes do not fit the MTU %d of %s in the pod that it is for: they are dropped without a word", length, a.MTU, a.Name)
+		fix := fmt.Sprintf("send at most %d bytes, or ip link set %s mtu, in the pod, as the host's side has it", a.MTU, a.Name)
+		if !t.dropInStack("pod", "the pod's MTU", "mtu", why, fix) {
+			return false
+		}
 	}
 	f, err := loadFilters(p.nl, t.state)
 	if err != nil {

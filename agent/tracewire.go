@@ -83,3 +83,21 @@ func (t *tracer) byXDP() bool {
 	st, _ := t.plane.status()
 	return strings.Contains(st.Port, "xdp")
 }
+
+// byTC reports whether programs of the vRouter's may forward a packet to or from a pod before the kernel's stack sees it.
+// Which packets they take depends on what they have learnt by then, so what only the stack does is a doubt.
+func (t *tracer) byTC() bool {
+	st, _ := t.plane.status()
+	return strings.Contains(st.Port, " by tc")
+}
+
+// dropInStack ends the trace where the kernel's stack drops the packet, unless the packet may be spared the stack; then it
+// notes the doubt, and is true.
+func (t *tracer) dropInStack(by, name, reason, why, fix string) bool {
+	if !t.byTC() {
+		t.drop(by, name, reason, why, fix)
+		return false
+	}
+	t.doubt(by, name, reason, why+"; what is forwarded by BPF at tc does not come by there", fix+"; or find out with --probe")
+	return true
+}

@@ -87,6 +87,7 @@ type Bed struct {
 	closers  []func() error // in the order of their making
 	source   *child
 	sink     *child
+	overdue  uint64 // packets sent that the sink has not seen
 }
 
 // Build makes a bed. On an error nothing is left.

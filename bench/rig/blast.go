@@ -141,6 +141,11 @@ func (b *Bed) Blast(ctx context.Context, l Load) (Blast, error) {
 		CPU:      cpu,
 	}
 	out.CPU.Sent, out.CPU.Received = to.sent-from.sent, to.got-from.got
+	// What the last load left in a vRouter that gets no processor may come now.
+	allowed := out.Sent + b.overdue
+	b.overdue = allowed - min(out.Got, allowed)
+	got := out.Got
+	out.Got = min(out.Got, out.Sent)
 	if out.Sent > 0 {
 		out.Loss = 1 - float64(out.Got)/float64(out.Sent)
 	}
@@ -151,8 +156,8 @@ func (b *Bed) Blast(ctx context.Context, l Load) (Blast, error) {
 		return out, fmt.Errorf("sink ended: %s", b.sink.output.String())
 	default:
 	}
-	if out.Got > out.Sent {
-		return out, fmt.Errorf("%d packets of %d arrived: some came twice", out.Got, out.Sent)
+	if got > allowed {
+		return out, fmt.Errorf("%d packets of %d arrived: some came twice", got, allowed)
 	}
 	return out, nil
 }

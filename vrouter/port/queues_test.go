@@ -113,6 +113,13 @@ func TestQueuesKeepOrder(t *testing.T) {
 		server := newOrderedEcho(t, b)
 		first := a.dialUDP(t, server.address())
 		eventually(t, "first answer", func() bool { return answered(first, 1) })
+		// Until the other node's MAC address is known packets leave by the raw socket, for which the kernel chooses the
+		// device's queue anew: a flow that begins then may overtake itself once.
+		eventually(t, "neighbours", func() bool {
+			toB, _ := a.underlay.Resolved(b.address)
+			toA, _ := b.underlay.Resolved(a.address)
+			return toA && toB
+		})
 		const flows, rounds = 64, 20
 		conns := make([]*net.UDPConn, flows)
 		for i := range conns {
