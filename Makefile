@@ -34,7 +34,7 @@ test: setup build ## all tests: units, integration in network namespaces, a whol
 	@$(MAKE) --no-print-directory test-attachments
 
 # The rest of the matrix: what depends on how packets come and go, on every attachment and I/O but the default ones.
-ATTACHMENTS := tun-plain:packet tun:xdp veth:packet veth:xdp direct:packet direct:xdp
+ATTACHMENTS := tun-plain:packet tun:xdp veth:packet veth:xdp direct:packet direct:xdp direct:tc
 ATTACHTESTS := TestEveryPodReachesEveryPod|TestHostReachesRemotePodAndBack|TestUnderlayCarriesOnlyIPIP|TestMasquerade|TestDecapsulationIsNoOpenDoor|TestVRouterKilled
 
 .PHONY: test-attachments
@@ -69,7 +69,7 @@ fuzz: ## every fuzz target for FUZZTIME (30s)
 	@scripts/fuzz.sh $(FUZZTIME)
 
 .PHONY: interop-kernel
-interop-kernel: setup ## a real tunl0 as the other node: a Debian kernel in QEMU (about a minute; fetches 27 MB once)
+interop-kernel: setup ## a real tunl0 as the other node: a Debian kernel in QEMU (a minute and a half; fetches 27 MB once)
 	@scripts/interop-kernel.sh $(CURDIR)/bin/interop-kernel
 	go vet -tags interop ./test/interop/...
 	MARGAY_INTEROP_KERNEL=$(CURDIR)/bin/interop-kernel go test -tags interop -count=1 -v -timeout 5m ./test/interop

@@ -80,7 +80,8 @@ type Agent struct {
 	ready   bool
 	opened  bool // open has succeeded: what it sets is there for everybody
 
-	tunnelLost atomic.Bool // IPAM does not have the tunnel address as this node's any more
+	watches    atomic.Int32 // for probes, under way
+	tunnelLost atomic.Bool  // IPAM does not have the tunnel address as this node's any more
 }
 
 // Run is the agent's life: it returns nil after ctx is done and every session has been closed cleanly, and an error

@@ -70,6 +70,7 @@ func (a *Agent) handleDiagnostics(mux *http.ServeMux) {
 		a.reply(w, a.drops(r.Context(), since))
 	})
 	mux.HandleFunc("GET "+api.CapturePath, a.serveCapture)
+	a.handleProbe(mux)
 }
 
 func (a *Agent) reply(w http.ResponseWriter, v any) {

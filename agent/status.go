@@ -50,7 +50,7 @@ func (a *Agent) status() api.Status {
 	a.mu.Unlock()
 	if plane != nil {
 		vr, ok := plane.status()
-		st.VRouter = api.VRouter{Connected: ok, Version: vr.Version, Port: vr.Port, Routes: vr.Routes, Stale: vr.Stale}
+		st.VRouter = api.VRouter{Connected: ok, Version: vr.Version, Instance: vr.Instance, Port: vr.Port, Routes: vr.Routes, Stale: vr.Stale}
 		if ok {
 			st.VRouter.PathMTUs = pathMTUsOf(vr.PathMTUs, time.Now())
 		}

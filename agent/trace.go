@@ -12,6 +12,7 @@ import (
 
 	"margay/agent/api"
 	"margay/agent/netfilter"
+	"margay/bgp"
 	"margay/vrouter/packet"
 	"margay/vrouter/rpc"
 )
@@ -328,10 +329,10 @@ func (t *tracer) follow(traced rpc.Traced) bool {
 	for i, r := range traced.Rungs {
 		detail := r.Detail
 		if traced.Route.Prefix.IsValid() && strings.HasPrefix(r.Name, "route to") {
-			detail += t.origin(traced.Route.Prefix)
+			detail += t.origin(traced.Route.Prefix, outerOf(traced.Packet).Dst)
 		}
 		if traced.Back.Prefix.IsValid() && strings.HasPrefix(r.Name, "the way back") {
-			detail += t.origin(traced.Back.Prefix)
+			detail += t.origin(traced.Back.Prefix, outerOf(t.pkt).Src)
 		}
 		if !traced.Forwarded && i == len(traced.Rungs)-1 {
 			why, fix := t.explainDrop(traced)
@@ -478,15 +479,33 @@ func (t *tracer) underlayName() string {
 	return t.underlay.Interface
 }
 
-// origin says which peer a route has come from.
-func (t *tracer) origin(p netip.Prefix) string {
+// outerOf returns IP-in-IP's outer addresses; the zero value for another packet.
+func outerOf(b []byte) (outer struct{ Src, Dst netip.Addr }) {
+	if p, fault := packet.ParseIPv4(b); fault == packet.FaultNone && p.Protocol() == packet.ProtocolIPIP {
+		outer.Src, outer.Dst = p.Src(), p.Dst()
+	}
+	return outer
+}
+
+// origin says which peer a route has come from; of a route with several gateways, which the one has that the packet takes.
+func (t *tracer) origin(p netip.Prefix, gateway netip.Addr) string {
 	path, ok := t.speaker.Best()[p]
 	if !ok {
 		return ""
 	}
+	path = taken(path, gateway)
 	text := fmt.Sprintf(", by BGP from %s (AS %d) since %s", path.Peer, path.AS, path.Since.UTC().Format(time.RFC3339))
 	if path.Stale {
 		text += ", stale: the peer is restarting"
 	}
 	return text
+}
+
+// taken returns the one of several equally good paths that leads by a gateway, the best where none does.
+func taken(best bgp.Path, gateway netip.Addr) bgp.Path {
+	all := best.All()
+	if i := slices.IndexFunc(all, func(p bgp.Path) bool { return p.NextHop == gateway }); i >= 0 {
+		return all[i]
+	}
+	return best
 }

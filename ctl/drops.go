@@ -55,10 +55,28 @@ type dropsResult struct {
 	Errors map[string]string `json:"errors,omitempty"` // by node: what could not be asked
 }
 
+// kernelDrops is one line of --watch -o json about a counter of the kernel's: what it has counted since the last look.
+type kernelDrops struct {
+	Node    string    `json:"node"`
+	Time    time.Time `json:"time"` // of the look
+	By      string    `json:"by"`
+	Reason  string    `json:"reason"`
+	Packets uint64    `json:"packets"`
+}
+
+// unmissed are reasons that are shown only with --all: what pods without IPv6 send for it of their own accord.
+var unmissed = []string{"pod_ipv6_discovery"}
+
+// shows reports whether a reason is asked for.
+func (o *dropsOptions) shows(reason string) bool {
+	return reason == o.reason || o.reason == "" && (o.all || !slices.Contains(unmissed, reason))
+}
+
 type dropsOptions struct {
 	nodes  []string
 	pod    string
 	reason string
+	all    bool
 	watch  bool
 	every  time.Duration
 	output string
@@ -74,7 +92,9 @@ of the vRouter's it shows whose packets they were, and the last one of them; wha
 
 With --watch it goes on, and prints each dropped packet that is sampled (of each reason at most four a second, so that
 drops cost nothing), and each counter of the kernel's that has moved. -o json prints one document, or with --watch one
-line for each packet.
+line for each of these.
+
+IPv6 discovery and group reports of pods that have no IPv6, which are dropped and nobody misses, come only with --all.
 
 The exit status is 1 when a node could not be asked.`,
 		Example: `  margayctl drops
@@ -95,6 +115,7 @@ The exit status is 1 when a node could not be asked.`,
 	f.StringSliceVar(&o.nodes, "node", nil, "only these `nodes`")
 	f.StringVar(&o.pod, "pod", "", "only what this `pod` (or address) sent or was to get")
 	f.StringVar(&o.reason, "reason", "", "only this `reason`")
+	f.BoolVar(&o.all, "all", false, "also what nobody misses: IPv6 discovery of pods that have no IPv6")
 	f.BoolVar(&o.watch, "watch", false, "go on, and print what is dropped from now on")
 	f.DurationVar(&o.every, "interval", time.Second, "how often --watch asks")
 	addOutput(cmd, &o.output, "text", "text or json")
@@ -190,7 +211,7 @@ func (f *fleet) askDrops(ctx context.Context, nodes []string, since []uint64) []
 func (o *dropsOptions) rows(f *fleet, d api.Drops, only netip.Addr) []reasonDrops {
 	var rows []reasonDrops
 	for _, c := range d.Counters {
-		if o.reason != "" && c.Reason != o.reason {
+		if !o.shows(c.Reason) {
 			continue
 		}
 		row := reasonDrops{Node: d.Node, By: c.By, Reason: c.Reason, Packets: c.Packets, Bytes: c.Bytes}
@@ -385,7 +406,13 @@ func (o *dropsOptions) news(out io.Writer, f *fleet, d api.Drops, only netip.Add
 			continue
 		}
 		kernel[i][c.Reason] = c.Packets
-		if before == nil || c.Packets <= before[c.Reason] || o.output == "json" || only.IsValid() || o.reason != "" && c.Reason != o.reason {
+		if before == nil || c.Packets <= before[c.Reason] || only.IsValid() || !o.shows(c.Reason) {
+			continue
+		}
+		if o.output == "json" {
+			if err := json.NewEncoder(out).Encode(kernelDrops{d.Node, time.Now(), c.By, c.Reason, c.Packets - before[c.Reason]}); err != nil {
+				return err
+			}
 			continue
 		}
 		if _, err := fmt.Fprintf(out, "%s %s %s: %d more, by the kernel\n", time.Now().Format("15:04:05.000"), d.Node, c.Reason, c.Packets-before[c.Reason]); err != nil {

@@ -79,7 +79,7 @@ is. A lab that fails, or is interrupted, is removed again.`,
 	f.StringVar(&o.IPIPMode, "ipip-mode", "Always", "encapsulation between nodes: Always, CrossSubnet or Never")
 	f.IntVar(&o.BlockSize, "block-size", 26, "prefix length of the blocks that nodes get, 20 to 32")
 	f.StringVar(&o.Attach, "attach", "", "how packets come to the vrouters: tun, tun-plain, veth, direct or auto (default: the vrouter's)")
-	f.StringVar(&o.IO, "io", "", "how the vrouters read and write interfaces: packet or xdp (default: the vrouter's)")
+	f.StringVar(&o.IO, "io", "", "how the vrouters read and write interfaces: packet, xdp or (with direct) tc (default: the vrouter's)")
 	f.IntVar(&o.Queues, "queues", 0, fmt.Sprintf("how many queues the vrouters have, up to %d (default: the vrouter's)", lab.MaxQueues))
 	f.BoolVar(&o.NoNAT, "no-nat", false, "no masquerade for pods that leave the cluster (natOutgoing: false)")
 	f.StringVar(&o.BinDir, "bin-dir", "", "where vrouter, margay-agent and margay-cni are (default: beside margayctl)")

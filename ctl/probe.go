@@ -18,6 +18,7 @@ type probe struct {
 	size         int
 	df           bool
 	ttl, tos     uint8
+	mark         uint16 // tells a real packet from others; 0 for one that is not sent
 }
 
 func (p *probe) flags(cmd *cobra.Command) {
@@ -86,7 +87,7 @@ func (p *probe) build(src, dst netip.Addr, answer bool) []byte {
 	b := make([]byte, p.size)
 	b[0], b[1], b[8], b[9] = 0x45, p.tos, p.ttl, proto
 	binary.BigEndian.PutUint16(b[2:], uint16(p.size))
-	binary.BigEndian.PutUint16(b[4:], 1)
+	binary.BigEndian.PutUint16(b[4:], max(p.mark, 1))
 	if answer {
 		b[8] = answerTTL
 	}
@@ -107,11 +108,13 @@ func (p *probe) build(src, dst netip.Addr, answer bool) []byte {
 		if !answer {
 			up[0] = 8
 		}
+		binary.BigEndian.PutUint16(up[4:], p.mark)
 		checksumAt = 2
 	case packet.ProtocolUDP:
 		binary.BigEndian.PutUint16(up[4:], uint16(len(up)))
 		checksumAt = 6
 	case packet.ProtocolTCP:
+		binary.BigEndian.PutUint32(up[4:], uint32(p.mark)<<16)
 		up[12], up[13] = 5<<4, 0x02
 		if answer {
 			up[13] = 0x12

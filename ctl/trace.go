@@ -48,6 +48,7 @@ type traceResult struct {
 	Packet      string   `json:"packet"`
 	There       way      `json:"there"`
 	Back        *way     `json:"back,omitempty"`
+	Probe       *probing `json:"probe,omitempty"`
 	Notes       []string `json:"notes,omitempty"`
 }
 
@@ -55,6 +56,7 @@ func newTraceCommand() *cobra.Command {
 	var (
 		p      probe
 		oneWay bool
+		send   bool
 		output string
 	)
 	cmd := &cobra.Command{
@@ -69,10 +71,14 @@ SOURCE and DESTINATION are addresses, pods (NAME or NAMESPACE/NAME) or nodes; DE
 The first line is the verdict: that the packet arrives and the answer comes back, or where it ends, why, and what would
 mend it. The exit status is 0 only if it arrives; 1 if it does not; 2 if no trace could be made (a wrong argument, no
 datastore); 3 if it cannot be told: somebody could not be asked, or the packet leaves the cluster, where nobody can be.
-The first line says then what could not be told, and how to find out.`,
+The first line says then what could not be told, and how to find out.
+
+With --probe the packet is sent for real, out of the pod, and watched for on all nodes of its way and inside both pods. Then
+the verdict is what was seen, and what lies between the nodes is part of it.`,
 		Example: `  margayctl trace lab-node1-pod1 lab-node2-pod1
   margayctl trace 10.244.1.2 10.244.2.5 --proto tcp --dport 443
-  margayctl trace default/web-0 node2 --size 1500 --df -o json`,
+  margayctl trace default/web-0 node2 --size 1500 --df -o json
+  margayctl trace lab-node1-pod1 lab-node2-pod1 --size 1480 --df --probe`,
 		Args: func(cmd *cobra.Command, args []string) error {
 			return withStatus(exitNoTrace, cobra.ExactArgs(2)(cmd, args))
 		},
@@ -94,6 +100,9 @@ The first line says then what could not be told, and how to find out.`,
 			if err != nil {
 				return err
 			}
+			if send {
+				f.probe(ctx, r, &p, oneWay)
+			}
 			if output == "json" {
 				err = printJSON(cmd.OutOrStdout(), r)
 			} else {
@@ -108,6 +117,7 @@ The first line says then what could not be told, and how to find out.`,
 	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return withStatus(exitNoTrace, err) })
 	p.flags(cmd)
 	cmd.Flags().BoolVar(&oneWay, "one-way", false, "do not ask for the way back")
+	cmd.Flags().BoolVar(&send, "probe", false, "send the packet for real, and watch for it and its answer on every node of the way")
 	addOutput(cmd, &output, "text", "text or json")
 	return cmd
 }
@@ -355,11 +365,13 @@ func (r *traceResult) print(w io.Writer) error {
 	if err := r.There.print(w); err != nil {
 		return err
 	}
-	if r.Back == nil {
-		return nil
+	if r.Back != nil {
+		fmt.Fprintln(w, "\nback:")
+		if err := r.Back.print(w); err != nil {
+			return err
+		}
 	}
-	fmt.Fprintln(w, "\nback:")
-	return r.Back.print(w)
+	return r.Probe.print(w)
 }
 
 func (w *way) print(out io.Writer) error {

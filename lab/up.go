@@ -26,7 +26,7 @@ type Options struct {
 	IPIPMode  string // Always (also when empty), CrossSubnet or Never
 	BlockSize int    // prefix length; 0: 26
 	Attach    string // how packets come to the vrouters: tun, tun-plain, veth, direct, auto; empty: their default
-	IO        string // how they read and write interfaces: packet, xdp; empty: their default
+	IO        string // how they read and write interfaces: packet, xdp, tc; empty: their default
 	Queues    int    // how many queues they have, 0 to MaxQueues; 0: their default
 	NoNAT     bool   // pods leave the cluster with their own address
 	// BinDir holds vrouter, margay-agent and margay-cni; empty: where the running program lies.
@@ -43,7 +43,7 @@ const reachTimeout = 60 * time.Second
 // attachments and ios are the words that vrouter understands, and none, for its default.
 var (
 	attachments = []string{"", "tun", "tun-plain", "veth", "direct", "auto"}
-	ios         = []string{"", "packet", "xdp"}
+	ios         = []string{"", "packet", "xdp", "tc"}
 )
 
 // PoolName is the lab's address pool in the datastore.

@@ -4,7 +4,7 @@ set -euo pipefail
 
 declare -A package=(
   [ip]=iproute2 [nft]=nftables [tcpdump]=tcpdump [tshark]=tshark [ping]=iputils-ping [bird]=bird2 [iperf3]=iperf3
-  [jq]=jq [gcc]=gcc [iptables]=iptables
+  [jq]=jq [gcc]=gcc [zsh]=zsh [iptables]=iptables
 )
 
 PATH=$PATH:/usr/sbin:/sbin

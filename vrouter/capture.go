@@ -84,6 +84,7 @@ func (r *Router) StartCapture(o CaptureOptions) (*Capture, error) {
 	for _, w := range r.workers {
 		c.attach(w)
 	}
+	r.tellCaptures()
 	return c, nil
 }
 
@@ -105,6 +106,7 @@ func (c *Capture) Stop() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.captures = slices.DeleteFunc(slices.Clone(r.captures), func(o *Capture) bool { return o == c })
+	r.tellCaptures()
 	for _, t := range c.taps {
 		old := t.worker.taps.Load()
 		if old == nil {

@@ -88,6 +88,7 @@ func (r *Router) Counters() []Counter {
 		for _, p := range []Port{w.in, w.out, w.reply} {
 			if p != nil && !seen[p] {
 				seen[p] = true
+				countCarried(p, &forwarded)
 				kernel = append(kernel, p.Counters()...)
 			}
 		}

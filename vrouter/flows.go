@@ -3,6 +3,7 @@ package vrouter
 import (
 	"encoding/binary"
 	"net/netip"
+	"sync/atomic"
 
 	"margay/vrouter/packet"
 )
@@ -78,40 +79,93 @@ func (f flow) reverse() flow {
 const (
 	flowWays  = 4
 	flowShift = 64 - 14
+	flowLines = 1 << (64 - flowShift)
 )
 
-// flowSet is a set of flows of bounded size: what has not been seen for longest makes room. It is one worker's own.
+// flowSet is a set of flows of bounded size: what has not been seen for longest makes room. One worker writes it; others
+// may read it at any time, without waiting for each other.
 type flowSet struct {
-	lines [][flowWays]flow
-	some  bool // it is not empty
+	lines    [flowLines]flowLine
+	changing [flowLines]atomic.Uint32 // odd while the worker moves the flows of a line
+	some     atomic.Bool              // it is not empty
 }
 
-func newFlowSet() flowSet { return flowSet{lines: make([][flowWays]flow, 1<<(64-flowShift))} }
+type flowLine [flowWays]struct{ addresses, rest atomic.Uint64 }
 
-func (s *flowSet) line(f flow) *[flowWays]flow {
+func (l *flowLine) load(i int) flow { return flow{l[i].addresses.Load(), l[i].rest.Load()} }
+
+func (l *flowLine) store(i int, f flow) {
+	l[i].addresses.Store(f.addresses)
+	l[i].rest.Store(f.rest)
+}
+
+// has reports whether f is in the line, as far as nobody changes it.
+func (l *flowLine) has(f flow) bool {
+	for i := range l {
+		if l.load(i) == f {
+			return true
+		}
+	}
+	return false
+}
+
+func (f flow) line() int {
 	const multiplier = 0x9e3779b97f4a7c15 // 2^64 divided by the golden ratio
-	return &s.lines[(f.addresses^f.rest*multiplier)*multiplier>>flowShift]
+	return int((f.addresses ^ f.rest*multiplier) * multiplier >> flowShift)
 }
 
-// add puts f in.
+// add puts f in. It is for the set's worker.
 func (s *flowSet) add(f flow) {
-	s.some = true
-	line := s.line(f)
+	at := f.line()
+	line := &s.lines[at]
+	if line.load(0) == f {
+		return
+	}
 	last := 0
-	for last < flowWays-1 && line[last] != f {
+	for last < flowWays-1 && line.load(last) != f {
 		last++
 	}
-	copy(line[1:last+1], line[:last])
-	line[0] = f
+	s.changing[at].Add(1)
+	for ; last > 0; last-- {
+		line.store(last, line.load(last-1))
+	}
+	line.store(0, f)
+	s.changing[at].Add(1)
+	if !s.some.Load() {
+		s.some.Store(true)
+	}
 }
 
-// has reports whether f is in the set.
-func (s *flowSet) has(f flow) bool {
-	if !s.some {
+// has reports whether f is in the set. It is for the set's worker.
+func (s *flowSet) has(f flow) bool { return s.some.Load() && s.lines[f.line()].has(f) }
+
+// hasNow is has for everybody else.
+func (s *flowSet) hasNow(f flow) bool {
+	if !s.some.Load() {
 		return false
 	}
-	for _, g := range s.line(f) {
-		if g == f {
+	for at := f.line(); ; {
+		before := s.changing[at].Load()
+		has := s.lines[at].has(f)
+		if before%2 == 0 && s.changing[at].Load() == before {
+			return has
+		}
+	}
+}
+
+// flowSets are a worker's own set, and those of the workers beside it.
+type flowSets struct {
+	own    *flowSet
+	others []*flowSet
+}
+
+// has reports whether f is in any of the sets.
+func (s *flowSets) has(f flow) bool {
+	if s.own.has(f) {
+		return true
+	}
+	for _, o := range s.others {
+		if o.hasNow(f) {
 			return true
 		}
 	}

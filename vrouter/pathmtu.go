@@ -104,7 +104,7 @@ func (r *Router) LearnPathMTU(b []byte, now time.Time) (PathMTU, bool) {
 		next.paths = slices.Insert(next.paths, i, learned)
 	}
 	next.narrow()
-	r.state.Store(&next)
+	r.store(&next)
 	return learned.public(), true
 }
 
@@ -125,7 +125,7 @@ func (r *Router) ExpirePathMTU(now time.Time) bool {
 	}
 	next.paths = kept
 	next.narrow()
-	r.state.Store(&next)
+	r.store(&next)
 	return true
 }
 

@@ -117,11 +117,14 @@ type Router struct {
 	complete bool // see Status.Restored
 	apply    func(Config) error
 	routesTo func(set []Route, del []netip.Prefix)
-	workers  []*Worker
-	captures []*Capture
-	drops    dropLog
-	forgers  forgers
-	changed  chan struct{}
+	// For a port that forwards by itself: see shortcut.go.
+	termsTo    func()
+	capturesTo func(running bool)
+	workers    []*Worker
+	captures   []*Capture
+	drops      dropLog
+	forgers    forgers
+	changed    chan struct{}
 }
 
 // New returns a router that is not configured and has no routes: it drops everything.
@@ -221,7 +224,7 @@ func (r *Router) update(u Update) error {
 func (r *Router) publish(next *state) {
 	next.nodes = slices.SortedFunc(maps.Keys(r.nodes), netip.Addr.Compare)
 	next.narrow()
-	r.state.Store(next)
+	r.store(next)
 	select {
 	case r.changed <- struct{}{}:
 	default:

@@ -247,7 +247,7 @@ func (r *Router) newScratch(d Direction) *Worker {
 	w := &Worker{router: r, direction: d, out: &nowhere{}}
 	for _, real := range r.Workers() {
 		if real.switched != nil {
-			w.direction, w.switched, w.kernel = Transit, r.knownPods(), newFlowSet()
+			w.direction, w.switched, w.kernel = Transit, r.knownPods(), flowSets{own: new(flowSet)}
 		}
 		if real.reply != nil && real.direction == w.direction {
 			w.reply = w.out

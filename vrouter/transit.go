@@ -18,7 +18,7 @@ type transit struct {
 	pods *Pods
 	// kernel holds the flows of this node's pods to other nodes' that pass through the kernel, in the direction in which
 	// they come back: what conntrack has rewritten on the way out it has to see on the way in.
-	kernel *flowSet
+	kernel *flowSets
 }
 
 // hostParse is encapParse, and notes what has to come back to the kernel.
@@ -26,7 +26,7 @@ func (t *transit) hostParse(p *Packet) (packet.IPv4, Reason) {
 	inner, reason := t.encapParse(p)
 	if inner != nil && t.pods.find(inner.SrcU32()) != noInterface {
 		if f, ok := flowOf(inner); ok {
-			t.kernel.add(f.reverse())
+			t.kernel.own.add(f.reverse())
 		}
 	}
 	return inner, reason

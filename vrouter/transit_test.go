@@ -180,13 +180,49 @@ func TestTransitKernelFlows(t *testing.T) {
 	}
 }
 
+// TestFlowSetsTogether: while one worker moves flows about, another misses none that is there all the time.
+func TestFlowSetsTogether(t *testing.T) {
+	s := new(flowSet)
+	kept := flow{1, 1}
+	same := []flow{kept}
+	for i := uint64(2); len(same) < flowWays; i++ {
+		if f := (flow{i, 1}); f.line() == kept.line() {
+			same = append(same, f)
+		}
+	}
+	for _, f := range same {
+		s.add(f)
+	}
+	other := &flowSets{own: new(flowSet), others: []*flowSet{s}}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for i := range 20000 {
+			s.add(same[i%len(same)])
+		}
+	}()
+	for looks := 0; ; looks++ {
+		if !other.has(kept) {
+			t.Fatalf("look %d: a flow that stays was not seen", looks)
+		}
+		select {
+		case <-done:
+			if other.has(flow{7, 7}) {
+				t.Error("a flow that was never there was seen")
+			}
+			return
+		default:
+		}
+	}
+}
+
 // TestFlowSet: what is in it stays while at most four share a line, and the one that was not seen for longest goes first.
 func TestFlowSet(t *testing.T) {
-	s := newFlowSet()
-	line := s.line(flow{1, 1})
+	s := new(flowSet)
+	line := flow{1, 1}.line()
 	var same []flow
 	for i := uint64(1); len(same) < flowWays+1; i++ {
-		if f := (flow{i, 1}); s.line(f) == line {
+		if f := (flow{i, 1}); f.line() == line {
 			same = append(same, f)
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"runtime"
+	"slices"
 	"sync/atomic"
 
 	"margay/vrouter/fib"
@@ -21,7 +22,7 @@ type Worker struct {
 	direction Direction
 	in, out   Port
 	switched  SwitchPort // in and out of a Transit worker
-	kernel    flowSet    // see transit
+	kernel    flowSets   // see transit
 	packets   []*Packet
 	outgoing  []*Packet
 	asked     []asked
@@ -49,11 +50,24 @@ type asked struct {
 // NewSwitch returns a worker that carries packets among the interfaces of port. It is the only one that receives and
 // sends on it. rewritten are flows whose packets come back to the kernel, because it rewrites what it sends of them.
 func (r *Router) NewSwitch(port SwitchPort, rewritten ...Flow) *Worker {
-	w := &Worker{direction: Transit, in: port, out: port, switched: port, kernel: newFlowSet()}
-	for _, f := range rewritten {
-		w.kernel.add(f.word())
+	return r.NewSwitches([]SwitchPort{port}, rewritten...)[0]
+}
+
+// NewSwitches is NewSwitch for the queues of one port. Both directions of a flow may come by different ones.
+func (r *Router) NewSwitches(queues []SwitchPort, rewritten ...Flow) []*Worker {
+	sets := make([]*flowSet, len(queues))
+	for i := range sets {
+		sets[i] = new(flowSet)
 	}
-	return r.newWorker(w)
+	for _, f := range rewritten {
+		sets[0].add(f.word())
+	}
+	workers := make([]*Worker, len(queues))
+	for i, port := range queues {
+		others := slices.Delete(slices.Clone(sets), i, i+1)
+		workers[i] = r.newWorker(&Worker{direction: Transit, in: port, out: port, switched: port, kernel: flowSets{sets[i], others}})
+	}
+	return workers
 }
 
 // NewWorker returns a worker that receives from in, walks the ladder of direction and sends on out. Its counters are
@@ -115,13 +129,24 @@ func (w *Worker) Run() error {
 
 // turn is one Recv, the ladder for each packet, and one Send.
 func (w *Worker) turn() error {
-	for _, p := range w.packets {
-		p.Reset()
-	}
+	w.reset()
 	n, err := w.in.Recv(w.packets)
 	if err != nil {
 		return err
 	}
+	w.carry(n)
+	return nil
+}
+
+// reset empties the packets of the last turn.
+func (w *Worker) reset() {
+	for _, p := range w.packets {
+		p.Reset()
+	}
+}
+
+// carry is the rest of a turn that has received n packets.
+func (w *Worker) carry(n int) {
 	w.tallies.countBatch(n)
 	w.view = view{routes: w.router.table.Forwarding(), state: w.router.state.Load()}
 	taps := w.taps.Load()
@@ -133,7 +158,6 @@ func (w *Worker) turn() error {
 	if taps != nil {
 		taps.after(w.packets[:n])
 	}
-	return nil
 }
 
 // walk takes a batch up the worker's ladder.

@@ -41,7 +41,8 @@ type Status struct {
 type VRouter struct {
 	Connected bool   `json:"connected"`
 	Version   string `json:"version,omitempty"`
-	Port      string `json:"port,omitempty"` // what was chosen for attachment and I/O
+	Instance  string `json:"instance,omitempty"` // another one is another process
+	Port      string `json:"port,omitempty"`     // what was chosen for attachment and I/O
 	Routes    int    `json:"routes"`
 	Stale     int    `json:"stale"`
 	// PathMTUs are the ways to other nodes on which a router has told of a narrower link, sorted by node.

@@ -96,7 +96,7 @@ func (b *bed) arrives(t *testing.T, p []byte) bool {
 		}
 	}
 	buf, found := make([]byte, 4096), false
-	for limit := time.Now().Add(10 * time.Second); time.Now().Before(limit); {
+	for limit := time.Now().Add(60 * time.Second); time.Now().Before(limit); {
 		n, _, err := unix.Recvfrom(b.receive, buf, 0)
 		if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EINTR) {
 			continue

@@ -83,6 +83,9 @@ const trackerPriority = -200
 // maxDepth is how deep the kernel lets chains call each other.
 const maxDepth = 16
 
+// maxSteps bounds the rules that are evaluated at one hook: chains that call chains can be written to last for ever.
+const maxSteps = 1 << 20
+
 // walk is a packet's way through one base chain.
 type walk struct {
 	rs      *Ruleset
@@ -90,11 +93,13 @@ type walk struct {
 	base    *chain
 	out     *Outcome
 	accepts bool // some rule might have accepted it: nothing that follows is certain
+	steps   *int // left
 }
 
 // Hook walks the base chains of a hook in the kernel's order.
 func (rs *Ruleset) Hook(h Hook, p *Packet) Outcome {
 	var out Outcome
+	steps := maxSteps
 	for _, c := range rs.bases {
 		if c.hook != h || !c.sees(h, p) {
 			continue
@@ -102,7 +107,7 @@ func (rs *Ruleset) Hook(h Hook, p *Packet) Outcome {
 		if c.kind == "nat" && p.State != StateNew {
 			continue // only the first packet of a connection is asked about
 		}
-		w := &walk{rs: rs, p: p, base: c, out: &out}
+		w := &walk{rs: rs, p: p, base: c, out: &out, steps: &steps}
 		end := w.chain(c, 0, true)
 		if end == verdictReturn && c.drop {
 			fix := fmt.Sprintf("accept it in that chain, or let all pass: nft 'add chain %s %s %s { policy accept; }'", families[c.family], c.table, c.name)
@@ -170,6 +175,11 @@ func (w *walk) chain(c *chain, depth int, here bool) int {
 	}
 	for i := range c.rules {
 		r := &c.rules[i]
+		if *w.steps--; *w.steps < 0 {
+			w.refuse(false, c.String(), "make the rules simpler")
+			w.out.Why, w.accepts = "there are too many rules to follow", true
+			return verdictReturn
+		}
 		e := &evaluation{walk: w, chain: c, sure: true, certain: here && !w.accepts}
 		code, target := e.run(r.exprs)
 		if code == verdictContinue || code == verdictBreak {

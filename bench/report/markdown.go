@@ -60,16 +60,18 @@ func (r *Report) targets(p *printer) {
 	p.line("| what | ours | ratio to the better peer, or figure | ratio to the other | at least | aim | verdict |")
 	p.line("|---|---|---|---|---|---|---|")
 	missed, judged := 0, 0
+	var open []string
 	for _, t := range r.Targets {
+		if t.Verdict == NotMeasured {
+			open = append(open, fmt.Sprintf("%s (%s)", t.What, t.Remark))
+			continue
+		}
 		sign := "≥ "
 		if t.Lower {
 			sign = "≤ "
 		}
-		ours, value, other := t.Ours, "–", ""
-		if t.Value.N > 0 {
-			value = spread(t.Value) + " " + t.Unit
-			judged++
-		}
+		judged++
+		ours, value, other := t.Ours, spread(t.Value)+" "+t.Unit, ""
 		for i, peer := range t.Peers {
 			text := fmt.Sprintf("%s × %s (%s)", spread(peer.Ratio), peer.Peer, peer.Figure)
 			if i == 0 {
@@ -90,6 +92,14 @@ func (r *Report) targets(p *printer) {
 	p.line("")
 	if missed > 0 {
 		p.line("%d of the %d that were measured are missed. What holds them back is in docs/bench.md.", missed, judged)
+		p.line("")
+	}
+	if len(open) > 0 {
+		p.line("Not measured:")
+		p.line("")
+		for _, text := range open {
+			p.line("- %s", text)
+		}
 		p.line("")
 	}
 }
@@ -191,12 +201,16 @@ func (r *Report) rest(p *printer) {
 		}
 		p.line("")
 	}
-	if len(r.Limit) > 0 {
+	if len(r.Alone) > 0 {
 		p.line("## The generator")
 		p.line("")
-		for _, profile := range slices.Sorted(maps.Keys(r.Limit)) {
-			p.line("- %s: %s kpps with nothing in between; from %s on a rate is marked generator-bound", profile,
-				stat.Number(r.Limit[profile]/1e3), stat.Number(r.Limit[profile]/1e3/generatorBound))
+		for _, profile := range slices.Sorted(maps.Keys(r.Alone)) {
+			alone, by := r.Alone[profile], ""
+			if alone.Plain {
+				by = ", by AF_PACKET for want of AF_XDP"
+			}
+			p.line("- %s: %s kpps with nothing in between%s, with %s of a processor; the sink took %s. From %s kpps on a rate is marked generator-bound.",
+				profile, stat.Number(alone.Rate/1e3), by, stat.Number(alone.Generator), stat.Number(alone.Sink), stat.Number(alone.Rate/1e3/generatorBound))
 		}
 		p.line("")
 	}

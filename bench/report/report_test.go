@@ -20,7 +20,7 @@ import (
 // outcome is one in which every kind of verdict occurs.
 func outcome() *suite.Outcome {
 	o := &suite.Outcome{
-		Limit:    map[traffic.Profile]float64{traffic.Small: 700_000},
+		Alone:    map[traffic.Profile]suite.Alone{traffic.Small: {Rate: 700_000, Generator: 0.99, Sink: 0.25}},
 		Ports:    map[string]string{"direct+xdp": "in its own words"},
 		Failures: []suite.Failure{{Scenario: "rr", Path: "wireguard", Error: "a\nb"}, {Scenario: "tcp1", Path: "veth", Round: 2, Error: "broken"}},
 		Took:     map[string]time.Duration{"tcp1": 70 * time.Second},
@@ -85,11 +85,11 @@ func TestVerdicts(t *testing.T) {
 		"TSO and GSO off": {Ours: "direct", Value: one(1.2), Verdict: AimReached, Peers: []Comparison{vxlan("vxlan", one(1.2))}},
 		"NET_ADMIN and NET_RAW": {Ours: "tun+nobpf", Value: three(0.1, 0.1, 0.1), Verdict: Missed,
 			Peers: []Comparison{vxlan("vxlan", three(0.1, 0.1, 0.1)), vxlan("vxlan+rps", three(0.25, 1.0/9, 3.0/7))}},
-		"veth / kernel VXLAN":   {Ours: "veth", Value: one(1.35), Verdict: Missed, Peers: []Comparison{vxlan("vxlan", one(1.35))}},
-		"the same, direct":      {Ours: "direct+xdp", Value: one(0.45), Verdict: AimReached, Peers: []Comparison{vxlan("vxlan", one(0.45))}},
-		"rate of small UDP":     {Ours: "direct+xdp", Value: one(1.8), Verdict: Reached, Remark: "generator-bound", Peers: []Comparison{vxlan("vxlan+rps", one(1.8)), vxlan("vxlan", one(2.25))}},
-		"forwarding loop alone": {Ours: suite.LoopFull, Value: one(45), Verdict: Reached},
-		"allocations":           {Ours: suite.LoopFull, Value: one(1), Verdict: Missed},
+		"veth / kernel VXLAN":                  {Ours: "veth", Value: one(1.35), Verdict: Missed, Peers: []Comparison{vxlan("vxlan", one(1.35))}},
+		"packet, one node, direct with AF_XDP": {Ours: "direct+xdp", Value: one(0.45), Verdict: AimReached, Peers: []Comparison{vxlan("vxlan", one(0.45))}},
+		"rate of small UDP, one node, direct":  {Ours: "direct+xdp", Value: one(1.8), Verdict: Reached, Remark: "generator-bound", Peers: []Comparison{vxlan("vxlan+rps", one(1.8)), vxlan("vxlan", one(2.25))}},
+		"forwarding loop alone":                {Ours: suite.LoopFull, Value: one(45), Verdict: Reached},
+		"allocations":                          {Ours: suite.LoopFull, Value: one(1), Verdict: Missed},
 		"bart.Fast": {Ours: table.Ours, Value: stat.Summary{N: 2, Median: 25, Min: 20, Max: 30}, Verdict: Reached,
 			Peers: []Comparison{{Peer: table.Peer, Ratio: stat.Summary{N: 2, Median: 25, Min: 20, Max: 30}}}},
 		"request/response": {Verdict: NotMeasured},
@@ -174,7 +174,7 @@ func TestWrite(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []string{"3 of the 10 that were measured are missed", "## tcp1: ", "| vxlan+rps | 8.00 (7.00–9.00) |", "![TCP bulk, two nodes, 1 flow](tcp1.svg)",
-		"- direct+xdp: in its own words", "- small: 700 kpps", "630 generator-bound", "- rr, wireguard, the discarded round: a; b", "- tcp1, veth, round 2: broken", "- a note",
+		"- direct+xdp: in its own words", "- small: 700 kpps with nothing in between, with 0.990 of a processor; the sink took 0.250. From 467 kpps on", "630 generator-bound", "- rr, wireguard, the discarded round: a; b", "- tcp1, veth, round 2: broken", "- a note",
 		"| wireguard | not measured: a; b | |\n", "| veth | not measured: broken |", "0.900 × vxlan (20.0 Gbit/s) | 2.25 (1.00–3.86) × vxlan+rps (8.00 Gbit/s) |",
 		"tcp1 70 s."} {
 		if !strings.Contains(string(page), want) {

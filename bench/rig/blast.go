@@ -90,6 +90,7 @@ type Blast struct {
 	Bad       uint64  // packets received with a wrong checksum
 	Missed    uint64  // packets that the sink itself lost: the measurement is void
 	Verified  bool    // false: encrypted, or for another reason counted only
+	Plain     bool    // the generator has no AF_XDP and sent by AF_PACKET
 	CPU       CPU     // in the window
 }
 
@@ -136,6 +137,7 @@ func (b *Bed) Blast(ctx context.Context, l Load) (Blast, error) {
 		Bad:      after.bad - before.bad,
 		Missed:   after.missed - before.missed,
 		Verified: after.sealed == before.sealed,
+		Plain:    gen.Plain.Load() == 1,
 		CPU:      cpu,
 	}
 	out.CPU.Sent, out.CPU.Received = to.sent-from.sent, to.got-from.got

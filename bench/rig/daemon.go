@@ -125,7 +125,7 @@ func (b *Bed) vrouter(ctx context.Context, i int) error {
 	}
 	return d.await(ctx, "the pod's interface", func() error {
 		s, err := d.client.Status(ctx)
-		if err == nil && !strings.Contains(s.Port, fmt.Sprintf("%[1]d of %[1]d pods read", s.Pods)) {
+		if err == nil && !strings.Contains(s.Port, fmt.Sprintf("%[1]d of %[1]d pods ", s.Pods)) {
 			err = errors.New(s.Port)
 		}
 		return err

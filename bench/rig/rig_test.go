@@ -18,6 +18,7 @@ func TestParsePath(t *testing.T) {
 		"vxlan":           {Kind: KindVXLAN},
 		"vxlan+rps":       {Kind: KindVXLAN, RPS: true},
 		"direct+xdp":      {Kind: KindVRouter, Attach: "direct", IO: "xdp"},
+		"direct+tc":       {Kind: KindVRouter, Attach: "direct", IO: "tc"},
 		"veth+packet":     {Kind: KindVRouter, Attach: "veth", IO: "packet"},
 		"tun+nobpf":       {Kind: KindVRouter, Attach: "tun", NoBPF: true},
 		"tun@/tmp/a@b":    {Kind: KindVRouter, Attach: "tun", Binary: "/tmp/a@b"},

@@ -63,10 +63,18 @@ type Outcome struct {
 	Failures []Failure         `json:"failures,omitempty"`
 	Notes    []string          `json:"notes,omitempty"`
 	Ports    map[string]string `json:"ports"` // path to how its vRouter carries packets, in its own words
-	// Limit is what the generator reaches with nothing in between, in packets per second; by profile.
-	Limit map[traffic.Profile]float64 `json:"generator_limit"`
+	// Alone is what generator and sink do with nothing in between; by profile.
+	Alone map[traffic.Profile]Alone `json:"generator_alone,omitempty"`
 	// Took is how long each scenario took.
 	Took map[string]time.Duration `json:"took_ns"`
+}
+
+// Alone is what generator and sink do with nothing in between, in the round in which they reached most.
+type Alone struct {
+	Rate      float64 `json:"rate"`      // packets per second
+	Generator float64 `json:"generator"` // processors that its process kept busy, the kernel's work for each packet included
+	Sink      float64 `json:"sink"`
+	Plain     bool    `json:"plain,omitempty"` // without AF_XDP
 }
 
 // Run measures every scenario over every path that fits it. The rounds go through all paths, so that neighbours in time are
@@ -76,8 +84,8 @@ func Run(ctx context.Context, c Config) (*Outcome, error) {
 	r := &runner{Config: c, began: time.Now(), beds: make(map[bedKey]*rig.Bed), failed: make(map[bedKey]error)}
 	r.out.Ports, r.out.Took = make(map[string]string), make(map[string]time.Duration)
 	r.env = Env{Times: c.Times, Own: make(map[traffic.Profile]float64), OwnPaced: make(map[traffic.Profile]float64),
-		Limit: make(map[traffic.Profile]float64), Note: r.note}
-	r.out.Limit = r.env.Limit
+		Alone: make(map[traffic.Profile]Alone), Note: r.note}
+	r.out.Alone = r.env.Alone
 	r.plan()
 	err := r.run(ctx)
 	if errors.Is(err, context.Canceled) {

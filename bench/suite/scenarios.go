@@ -42,8 +42,8 @@ type Env struct {
 	Own map[traffic.Profile]float64
 	// OwnPaced is the same when the generator keeps a rate instead of sending as fast as it can.
 	OwnPaced map[traffic.Profile]float64
-	// Limit is what the generator reaches with nothing in between, in packets per second; by profile.
-	Limit map[traffic.Profile]float64
+	// Alone is what generator and sink do with nothing in between; by profile.
+	Alone map[traffic.Profile]Alone
 	// Measured is how many measurements had their CPU time looked at, Disturbed in how many of them others were busy.
 	Measured, Disturbed int
 	// Note keeps a remark for the report.
@@ -212,7 +212,10 @@ func (e *Env) wire(b *rig.Bed, r rig.Blast, profile traffic.Profile) {
 	if b.Path.Kind != rig.KindWire {
 		return
 	}
-	e.Limit[profile] = max(e.Limit[profile], r.Received)
+	if r.Received > e.Alone[profile].Rate {
+		e.Alone[profile] = Alone{Rate: r.Received, Generator: float64(r.CPU.Source) / float64(r.CPU.Wall),
+			Sink: float64(r.CPU.Sink) / float64(r.CPU.Wall), Plain: r.Plain}
+	}
 	e.keep(e.Own, r, profile)
 }
 

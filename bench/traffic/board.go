@@ -14,7 +14,9 @@ type Board struct {
 	Run  atomic.Uint32 // 1: send
 	Live atomic.Uint32 // 1: the process is ready
 	Rate atomic.Uint64 // packets per second, 0: as fast as it can
-	_    [48]byte
+	// Plain is 1 if the generator sends by AF_PACKET, because there is no AF_XDP.
+	Plain atomic.Uint32
+	_     [44]byte
 
 	Idle    atomic.Uint64 // how often the process, about every millisecond, has found nothing to do
 	Packets atomic.Uint64 // sent, or received whole

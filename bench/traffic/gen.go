@@ -20,7 +20,8 @@ type mmsghdr struct {
 	_      [4]byte
 }
 
-// Generator sends frames on a device, by sendmmsg on an AF_PACKET socket that goes past the queueing discipline.
+// Generator sends frames on a device, by sendmmsg on an AF_PACKET socket that goes past the queueing discipline. XSKGenerator does
+// the same for two thirds of the cost.
 type Generator struct {
 	fd       int
 	board    *Board

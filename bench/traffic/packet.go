@@ -129,6 +129,27 @@ const (
 	portWireGuard = 51820
 )
 
+// judgeMerged looks at a UDP superpacket, whose segments have size bytes of payload each: somebody on the way has merged packets of
+// one flow, whose checksums he had verified (WireGuard does, after decryption), and left that of the whole to whoever splits it.
+// It returns how many packets of the generator those are, and their bytes together; 0 if it is anything else.
+func judgeMerged(b []byte, size int) (packets, bytes int) {
+	const headers = 20 + 8
+	if len(b) <= headers || b[0] != 0x45 || b[9] != packet.ProtocolUDP || binary.BigEndian.Uint16(b[22:]) != Port || size <= 0 {
+		return 0, 0
+	}
+	n := int(binary.BigEndian.Uint16(b[2:]))
+	if n <= headers || n > len(b) || sum(b[:20], 0) != 0xffff {
+		return 0, 0
+	}
+	for i, v := range b[headers:n] {
+		if v != byte(i%size) {
+			return 0, 0
+		}
+	}
+	packets = (n - headers + size - 1) / size
+	return packets, n - headers + headers*packets
+}
+
 // judge looks at the IP packet of a frame, and into its tunnel; size is the length in bytes of the packet that was
 // generated, 0 where that cannot be told.
 func judge(b []byte) (v verdict, size int) {

@@ -132,6 +132,49 @@ func TestJudge(t *testing.T) {
 	}
 }
 
+// superpacket merges packets of the generator that are n times long, the last one with so many bytes of payload.
+func superpacket(tb testing.TB, n, last int) []byte {
+	tb.Helper()
+	b := generated(tb)
+	payload := slices.Clone(b[28:])
+	for range n - 2 {
+		b = append(b, payload...)
+	}
+	b = append(b, payload[:last]...)
+	binary.BigEndian.PutUint16(b[2:], uint16(len(b)))
+	binary.BigEndian.PutUint16(b[10:], 0)
+	binary.BigEndian.PutUint16(b[10:], ^sum(b[:20], 0))
+	return b
+}
+
+func TestJudgeMerged(t *testing.T) {
+	good := superpacket(t, 5, 18)
+	changed := func(at int) []byte {
+		b := slices.Clone(good)
+		b[at] ^= 1
+		return b
+	}
+	for name, c := range map[string]struct {
+		b             []byte
+		size          int
+		packets, want int
+	}{
+		"five":                 {good, 18, 5, 5 * 46},
+		"padded":               {append(slices.Clone(good), 0), 18, 5, 5 * 46},
+		"the last one shorter": {superpacket(t, 3, 4), 18, 3, 2*46 + 32},
+		"payload changed":      {changed(50), 18, 0, 0},
+		"address changed":      {changed(16), 18, 0, 0},
+		"another size":         {good, 17, 0, 0},
+		"no size":              {good, 0, 0, 0},
+		"cut short":            {good[:60], 18, 0, 0},
+		"nothing":              {nil, 18, 0, 0},
+	} {
+		if packets, bytes := judgeMerged(c.b, c.size); packets != c.packets || bytes != c.want {
+			t.Errorf("%s: %d packets, %d bytes: expected %d, %d", name, packets, bytes, c.packets, c.want)
+		}
+	}
+}
+
 // FuzzJudge: whatever arrives, nothing but a generated packet is whole, and nothing panics.
 func FuzzJudge(f *testing.F) {
 	plain := generated(f)
@@ -141,6 +184,9 @@ func FuzzJudge(f *testing.F) {
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if v, size := judge(b); (v == whole) != (size > 0) || size > len(b) {
 			t.Errorf("%x: verdict %d, %d bytes", b, v, size)
+		}
+		if packets, bytes := judgeMerged(b, 18); packets > len(b) || bytes > 29*len(b) {
+			t.Errorf("%x: %d packets merged, %d bytes", b, packets, bytes)
 		}
 	})
 }

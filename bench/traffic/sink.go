@@ -1,6 +1,7 @@
 package traffic
 
 import (
+	"encoding/binary"
 	"fmt"
 	"net"
 	"runtime"
@@ -17,6 +18,8 @@ const (
 	frameSize  = 1 << 11
 	// retire is after how many milliseconds the kernel hands over a block that is not full.
 	retire = 8
+	// vnetLen is the length of struct virtio_net_hdr in bytes.
+	vnetLen = 10
 )
 
 // Sink takes packets out of an AF_PACKET ring (TPACKET_V3) of a device.
@@ -46,6 +49,9 @@ func NewSink(device string, b *Board) (_ *Sink, err error) {
 	}
 	if err := unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_IGNORE_OUTGOING, 1); err != nil {
 		return nil, fmt.Errorf("PACKET_IGNORE_OUTGOING: %w", err)
+	}
+	if err := unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_VNET_HDR, 1); err != nil {
+		return nil, fmt.Errorf("PACKET_VNET_HDR: %w", err)
 	}
 	err = unix.SetsockoptTpacketReq3(fd, unix.SOL_PACKET, unix.PACKET_RX_RING, &unix.TpacketReq3{
 		Block_size: blockSize, Block_nr: blockCount, Frame_size: frameSize, Frame_nr: blockSize / frameSize * blockCount,
@@ -103,10 +109,21 @@ func (s *Sink) block(block []byte, offset, packets int) {
 	var bytes uint64
 	for range packets {
 		h := (*unix.Tpacket3Hdr)(unsafe.Pointer(&block[offset]))
-		start := offset + int(h.Net)
-		v, size := judge(block[start : offset+int(h.Mac)+int(h.Snaplen)])
-		counts[v]++
-		bytes += uint64(size)
+		ip := block[offset+int(h.Net) : offset+int(h.Mac)+int(h.Snaplen)]
+		// The virtio-net header is before the Ethernet header.
+		if vnet := block[offset+int(h.Mac)-vnetLen:]; vnet[1] == unix.VIRTIO_NET_HDR_GSO_UDP_L4 {
+			n, size := judgeMerged(ip, int(binary.NativeEndian.Uint16(vnet[4:])))
+			if n > 0 {
+				counts[whole] += uint64(n)
+			} else {
+				counts[bad]++
+			}
+			bytes += uint64(size)
+		} else {
+			v, size := judge(ip)
+			counts[v]++
+			bytes += uint64(size)
+		}
 		offset += int(h.Next_offset)
 	}
 	s.board.Packets.Add(counts[whole])

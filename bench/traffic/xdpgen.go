@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -31,6 +32,7 @@ const xdpBurst = 1 << 16
 // calls are long. Needs Linux 5.18.
 type XDPGenerator struct {
 	board   *Board
+	mu      sync.Mutex // held from looking at count to telling the board
 	program *ebpf.Program
 	frames  *ebpf.Map // by number: how much to cut off the longest frame, and the headers
 	count   *ebpf.Map // packets sent, at 0
@@ -92,7 +94,7 @@ func (g *XDPGenerator) Run() error {
 			if _, err := g.program.Run(&g.options); err != nil {
 				return 0, fmt.Errorf("run the XDP program: %w", err)
 			}
-			return uint64(packets), nil
+			return uint64(packets), g.tell() // before the board can say that the generator is at rest
 		})
 	}()
 	return <-failed
@@ -102,13 +104,23 @@ func (g *XDPGenerator) Run() error {
 // again, so that nobody else knows how many packets there were.
 func (g *XDPGenerator) watch() error {
 	for {
-		var sent uint64
-		if err := g.count.Lookup(uint32(0), &sent); err != nil {
-			return fmt.Errorf("BPF map: %w", err)
+		if err := g.tell(); err != nil {
+			return err
 		}
-		g.board.Packets.Store(sent)
 		sleep(500 * time.Microsecond)
 	}
+}
+
+// tell puts the program's count on the board.
+func (g *XDPGenerator) tell() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	var sent uint64
+	if err := g.count.Lookup(uint32(0), &sent); err != nil {
+		return fmt.Errorf("BPF map: %w", err)
+	}
+	g.board.Packets.Store(sent)
+	return nil
 }
 
 // redirect is the program: it makes a frame of the list, a random one, out of what it gets, which is the longest of them as sent

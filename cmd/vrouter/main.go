@@ -71,15 +71,17 @@ of the other kind that an earlier vrouter has left under the name is replaced.
 
 --io says how Ethernet interfaces are read and written, the underlay first of all:
 packet is AF_PACKET; xdp is AF_XDP, which takes the least time for small packets, and
-keeps the kernel from merging segments to superpackets.
+keeps the kernel from merging segments to superpackets. tc, for direct alone, is packet
+with programs in the kernel that forward themselves the plain packets whose way the
+vRouter knows: those never come to it.
 
---queues says how many queues vr0 and the underlay have. Each has a worker for each
-direction (direct: one for both), so that a direction can use as many processors. All
-packets of a flow come by the same queue, in order.
+--queues says how many queues vr0 and the underlay have, so that a direction can use as
+many processors. All packets of a flow come by the same queue, in order. Each has a
+thread for each direction, or one for both: --threads-per-queue (direct: one for both).
 
 It needs the capabilities NET_ADMIN and NET_RAW, and /dev/net/tun unless it is veth.
 With BPF as well, and Linux 6.6, superpackets leave whole; without, the vRouter splits
-them, and neither direct nor xdp can be had.`,
+them, and neither direct nor xdp nor tc can be had.`,
 		Example:       "  vrouter\n  vrouter --socket /run/margay/vrouter.sock --log-level debug",
 		Args:          cobra.NoArgs,
 		Version:       version.String(),
@@ -92,9 +94,10 @@ them, and neither direct nor xdp can be had.`,
 	cmd.SetVersionTemplate(version.Line("vrouter") + "\n")
 	f := cmd.Flags()
 	f.StringVar(&o.ports.Attach, "attach", port.AttachAuto, "how packets come and go: tun, tun-plain, veth, direct or auto")
-	f.StringVar(&o.ports.IO, "io", port.IOPacket, "how Ethernet interfaces are read and written: packet or xdp")
+	f.StringVar(&o.ports.IO, "io", port.IOPacket, "how Ethernet interfaces are read and written: packet, xdp or, with direct, tc")
 	f.StringVar(&o.ports.Name, "tun", "vr0", "name of the `device`; made if it is not there")
-	f.IntVar(&o.ports.Queues, "queues", 0, "how `many` queues vr0 and the underlay have, flows shared out among them, and each direction workers (default: 1 up to 7 CPUs, then a quarter of them, 8 at most)")
+	f.IntVar(&o.ports.Queues, "queues", 0, "how `many` queues vr0 and the underlay have, among which flows are shared out (default: 1 up to 7 CPUs, then a quarter of them, 8 at most)")
+	f.IntVar(&o.ports.Threads, "threads-per-queue", 0, "`1` for both directions together, or 2, one for each (default: 1 up to 2 CPUs)")
 	f.IntVar(&o.ports.BusyPoll, "busy-poll", 0, "how many `microseconds` AF_XDP sockets look for packets at the device; 0: interrupts bring them")
 	f.IntVar(&o.ports.Frames, "xdp-frames", port.DefaultFrames, "how many `packets` each AF_XDP socket holds that wait for the vRouter, a power of two; each takes 2 KiB of locked memory, or 4")
 	f.IntVar(&o.ports.Spin, "spin", port.DefaultSpin, "how many `microseconds` a worker looks for packets before it sleeps, while they come that often; 0: it sleeps at once")
@@ -187,12 +190,13 @@ func (o *options) run(ctx context.Context) (err error) {
 		sideErr = side.listen(router, log)
 		cancel()
 	})
-	workerErrs := make([]error, len(workers))
-	for i, w := range workers {
+	threads := ports.Threads(workers)
+	threadErrs := make([]error, len(threads))
+	for i, run := range threads {
 		wg.Go(func() {
 			defer cancel()
-			if workerErrs[i] = port.WorkerThread(cpus, i); workerErrs[i] == nil {
-				workerErrs[i] = w.Run()
+			if threadErrs[i] = port.WorkerThread(cpus, i); threadErrs[i] == nil {
+				threadErrs[i] = run()
 			}
 		})
 	}
@@ -205,7 +209,7 @@ func (o *options) run(ctx context.Context) (err error) {
 	side.stop()
 	wg.Wait()
 	log.Info("vrouter stops", "device left in place", ports.Device.Name())
-	return errors.Join(append(workerErrs, serveErr, sideErr)...)
+	return errors.Join(append(threadErrs, serveErr, sideErr)...)
 }
 
 func (o *options) logger() (*slog.Logger, error) {

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -152,9 +153,9 @@ func (d *daemon) dial(t *testing.T) *rpc.Client {
 
 func eventually(t *testing.T, what string, condition func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); !condition(); time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(60 * time.Second); !condition(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("%s: not within ten seconds", what)
+			t.Fatalf("%s: not within a minute", what)
 		}
 	}
 }
@@ -166,7 +167,7 @@ func (d *daemon) configure(t *testing.T, index byte) {
 	node := func(i byte) netip.Addr { return netip.AddrFrom4([4]byte{198, 18, 0, i}) }
 	block := func(i byte) netip.Prefix { return netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 244, i, 0}), 26) }
 	c := d.dial(t)
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 	defer cancel()
 	_, err := c.Begin(ctx)
 	if err == nil {
@@ -189,6 +190,8 @@ func TestDaemons(t *testing.T) {
 	for args, port := range map[string]string{
 		"--attach tun":  "vr0 by tun, packet (asked for), offloads checksum, TSO, USO; underlay eth0 (superpackets whole (AF_PACKET, TCX))",
 		"--attach auto": "vr0 by tun, packet (auto: this kernel has what it needs), offloads checksum, TSO, USO; underlay eth0 (superpackets whole (AF_PACKET, TCX))",
+		"--attach veth --threads-per-queue 1": "vr0 by veth, packet (asked for), offloads checksum, TSO, USO (AF_PACKET); underlay eth0 (superpackets whole (AF_PACKET, TCX)); " +
+			"one thread for both directions",
 		"--attach tun --queues 4": "vr0 by tun, packet (asked for), offloads checksum, TSO, USO; underlay eth0 (superpackets whole (AF_PACKET, TCX)); " +
 			"4 queues",
 		"--attach tun-plain": "vr0 by tun-plain, packet (asked for), offloads none; underlay eth0",
@@ -200,6 +203,9 @@ func TestDaemons(t *testing.T) {
 	} {
 		if !strings.Contains(args, "--queues") {
 			args += " --queues 1" // the default is the machine's
+		}
+		if !strings.Contains(args, "--threads") {
+			args += " --threads-per-queue 2" // likewise
 		}
 		t.Run(args, func(t *testing.T) { daemons(t, strings.Fields(args), port) })
 	}
@@ -302,6 +308,10 @@ func daemons(t *testing.T, args []string, port string) {
 			})
 			return gone
 		})
+		if i := slices.Index(args, "--queues"); signal == syscall.SIGKILL && args[i+1] == "4" { // and comes back with fewer
+			args, port = slices.Clone(args), strings.Replace(port, "4 queues", "2 queues", 1)
+			args[i+1] = "2"
+		}
 		running[b] = b.start(t, dirB, args...)
 		eventually(t, fmt.Sprintf("answer after %v and a restart", signal), answered)
 		s, err := running[b].dial(t).Status(t.Context())
@@ -354,8 +364,10 @@ func TestCommandLine(t *testing.T) {
 	expectRefused(t, command("--attach", "tap"), "--attach")
 	expectRefused(t, command("--io", "dpdk"), "--io")
 	expectRefused(t, command("--attach", "tun-plain", "--io", "xdp"), "--io")
+	expectRefused(t, command("--attach", "tun", "--io", "tc"), "--attach direct")
 	expectRefused(t, command("--busy-poll", "5"), "--busy-poll")
 	expectRefused(t, command("--queues", "-1"), "--queues")
+	expectRefused(t, command("--threads-per-queue", "3"), "--threads-per-queue")
 	expectRefused(t, command("--cpus", "0-"), "--cpus")
 	expectRefused(t, command("--cpus", "1023"), "may not use CPU 1023")
 }

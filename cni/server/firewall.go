@@ -20,6 +20,7 @@ const (
 	fwAllSet6    = "pools6"
 	fwSpoofed    = "spoofed"
 	fwIPv6       = "pod_ipv6"
+	fwDiscovery  = "pod_ipv6_discovery"
 	tunnelDevice = "vr0"
 	hostPrefix   = "cali"
 	ifNameSize   = 16
@@ -29,6 +30,8 @@ const (
 	fwPostChain  = "postrouting"
 	protocolIPv4 = 2  // NFPROTO_IPV4
 	protocolIPv6 = 10 // NFPROTO_IPV6
+
+	protocolICMPv6 = 58
 )
 
 // podKey is one element of the anti-spoofing set: this interface may send from this address.
@@ -217,7 +220,7 @@ func (f *firewall) write(replace bool) error {
 		c.AddChain(ch)
 		c.FlushChain(ch)
 	}
-	for _, name := range []string{fwSpoofed, fwIPv6} {
+	for _, name := range []string{fwSpoofed, fwIPv6, fwDiscovery} {
 		c.AddObj(&nftables.NamedObj{Table: f.table, Name: name, Type: nftables.ObjTypeCounter, Obj: &expr.Counter{}})
 	}
 	type content struct {
@@ -332,13 +335,15 @@ func countAndDrop(counter string) []expr.Any {
 //	prerouting:  iifname "cali*" jump from_pod
 //	from_pod:    meta nfproto ipv4 iifname . ip saddr @pod_addresses return
 //	             meta nfproto ipv6 iifname . ip6 saddr @pod_addresses6 return
+//	             meta nfproto ipv6 meta l4proto ipv6-icmp icmpv6 type 131-133 counter name "pod_ipv6_discovery" drop
+//	             … 135-136 and 143 likewise
 //	             meta nfproto ipv6 counter name "pod_ipv6" drop
 //	             counter name "spoofed" drop
 //	postrouting: ip saddr @nat_pools ip daddr != @pools oifname != "cali*" oifname != "vr0" masquerade
 //	             ip6 saddr @nat_pools6 ip6 daddr != @pools6 oifname != "cali*" oifname != "vr0" masquerade
 //
-// What pods send of IPv6 under another address is mostly their kernel's neighbour and router discovery under link-local
-// ones, of which nothing here needs any; it is counted apart.
+// What pods send of IPv6 under another address is mostly their kernel's: group reports, router solicitations and neighbour
+// discovery under link-local ones, of which nothing here needs any. That is counted apart, for who looks for drops to leave out.
 func (f *firewall) addRules() {
 	add := func(ch *nftables.Chain, parts ...[]expr.Any) {
 		var exprs []expr.Any
@@ -362,6 +367,11 @@ func (f *firewall) addRules() {
 			loadMeta(expr.MetaKeyOIFNAME), compare(expr.CmpOpNeq, []byte(hostPrefix)),
 			loadMeta(expr.MetaKeyOIFNAME), compare(expr.CmpOpNeq, ifName(tunnelDevice)),
 			&expr.Masq{}})
+	}
+	for _, types := range [][2]byte{{131, 133}, {135, 136}, {143, 143}} { // RFC 4861, 2710, 3810; no advertisements of routers
+		add(f.onPod, isProtocol(protocolIPv6), []expr.Any{loadMeta(expr.MetaKeyL4PROTO), compare(expr.CmpOpEq, []byte{protocolICMPv6}),
+			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Len: 1},
+			&expr.Range{Op: expr.CmpOpEq, Register: 1, FromData: types[:1], ToData: types[1:]}}, countAndDrop(fwDiscovery))
 	}
 	add(f.onPod, isProtocol(protocolIPv6), countAndDrop(fwIPv6))
 	add(f.onPod, countAndDrop(fwSpoofed))

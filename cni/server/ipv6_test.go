@@ -157,3 +157,19 @@ func TestAnnotations(t *testing.T) {
 	}
 	n.must("DEL", p, annotated("ipAddrs", "x")) // must not keep the pod from going
 }
+
+// TestDiscoveryIsCountedApart: what a pod without IPv6 sends of it by itself is no spoofing, and is not counted with what somebody
+// may look for.
+func TestDiscoveryIsCountedApart(t *testing.T) {
+	n := newNode(t)
+	n.start()
+	n.add(newPod(t, 0))
+	for limit := time.Now().Add(30 * time.Second); n.counter(fwDiscovery) == 0; time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(limit) {
+			t.Fatal("the pod's kernel has not asked for routers, neighbours or groups")
+		}
+	}
+	if got := n.counter(fwIPv6); got != 0 {
+		t.Errorf("%d of it are counted as other IPv6", got)
+	}
+}

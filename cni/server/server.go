@@ -297,7 +297,8 @@ func (s *Server) SetPools(nat, all []netip.Prefix) error {
 	return s.fw.setPools(nat, all)
 }
 
-// Counters returns the packets and bytes that the anti-spoofing rules dropped: "spoofed" and "pod_ipv6".
+// Counters returns the packets and bytes that the anti-spoofing rules dropped: "spoofed", "pod_ipv6", and
+// "pod_ipv6_discovery", which nobody misses.
 func (s *Server) Counters() ([]Counter, error) { return s.fw.counters() }
 
 // Attachments lists what is attached, in no order.

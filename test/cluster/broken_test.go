@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"encoding/json"
 	"net/netip"
 	"os"
 	"slices"
@@ -32,9 +33,13 @@ func (c broken) check(t *testing.T, from, to labPod) {
 	if direct && (c.kernel || c.anyMAC) || c.xdpPasses && os.Getenv("MARGAY_TEST_IO") == "xdp" {
 		c.code, c.passes, c.want = 0, true, []string{"arrives: "}
 	}
-	arrives := func() bool { _, code := trace(t, from.Name, to.Name); return code == 0 }
+	asks := []string{from.Name, to.Name}
+	if slices.Contains(c.args, "--probe") {
+		asks = append(asks, "--probe")
+	}
+	arrives := func() bool { _, code := trace(t, asks...); return code == 0 }
 	if !arrives() {
-		line, _ := trace(t, from.Name, to.Name)
+		line, _ := trace(t, asks...)
 		t.Fatalf("before anything was broken: %s", line)
 	}
 	args := c.args
@@ -192,6 +197,68 @@ func TestTraceKnowsPodsAndFilters(t *testing.T) {
 			want:   []string{"at " + n2.Name, "MTU of the receiving interface", "1490 bytes come from the other node, and the MTU of eth0 is 1400"}},
 	} {
 		t.Run(c.name, func(t *testing.T) { c.check(t, from, to) })
+	}
+}
+
+// TestTraceProbe sends real packets where nobody can be asked: into the network between the nodes, to filters that decide by
+// what only a packet shows, to programs.
+func TestTraceProbe(t *testing.T) {
+	n1, n2 := node(t, 1), node(t, 2)
+	from, to := n1.Pods[0], n2.Pods[0]
+	underlay := labName + "-underlay"
+	for _, args := range [][]string{
+		{from.Name, to.Name}, {from.Name, n1.Pods[1].Name}, {n1.Name, to.Name}, {from.Name, n2.Name},
+		{from.Name, to.Name, "--proto", "tcp"}, {from.Name, to.Name, "--proto", "udp"}, {from.Name, to.Name, "--proto", "253"},
+		{from.Name, to.Name, "--size", "1480", "--df"}, {from.Name, to.Name, "--size", "3000"}, {from.Name, to.Name, "--one-way"},
+	} {
+		if line, code := trace(t, append(args, "--probe")...); code != 0 || !strings.Contains(line, "real packet") {
+			t.Errorf("%v: %d, %s", args, code, line)
+		}
+	}
+	for _, c := range []broken{
+		{name: "a filter between the nodes", code: 1, args: []string{from.Name, to.Name, "--probe"},
+			break_: func() {
+				in(t, underlay, "nft", "table bridge foreign { chain c { type filter hook forward priority 0; ip protocol 4 drop; }; }")
+			},
+			mend: func() { in(t, underlay, "nft", "delete table bridge foreign") },
+			want: []string{"does not arrive", "none did: the last was seen at " + n1.Name}},
+		{name: "an MTU between the nodes", code: 1, size: 1470, args: []string{from.Name, to.Name, "--size", "1470", "--df", "--probe"},
+			break_: func() { in(t, underlay, "ip", "link", "set", "n2", "mtu", "1400") },
+			mend:   func() { in(t, underlay, "ip", "link", "set", "n2", "mtu", "1500") },
+			want:   []string{"does not arrive", "none did: the last was seen at " + n1.Name}},
+		{name: "a filter that depends on what nobody knows", code: 0, passes: true, args: []string{from.Name, to.Name, "--probe"},
+			break_: func() {
+				in(t, n1.Netns, "nft", "table inet foreign { chain c { type filter hook forward priority 0; limit rate over 1000/second drop; }; }")
+			},
+			mend: func() { in(t, n1.Netns, "nft", "delete table inet foreign") },
+			want: []string{"arrives: ", "a real packet was answered"}},
+		{name: "what the trace explains", code: 1, args: []string{from.Name, to.Name, "--probe"},
+			break_: func() {
+				in(t, to.Netns, "nft", "table inet foreign { chain c { type filter hook input priority 0; ip protocol icmp drop; }; }")
+			},
+			mend: func() { in(t, to.Netns, "nft", "delete table inet foreign") },
+			want: []string{"does not arrive", "at " + n2.Name, "packet filter, input in the pod"}},
+	} {
+		t.Run(c.name, func(t *testing.T) { c.check(t, from, to) })
+	}
+	var v struct {
+		Verdict string
+		Probe   struct {
+			Sent              int
+			Arrived, Answered bool
+			Sightings         []struct{ Node, What, Pod, Interface string }
+		}
+	}
+	out := in(t, n1.Netns, "margayctl", "trace", from.Name, to.Name, "--probe", "-o", "json")
+	if err := json.Unmarshal([]byte(out), &v); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	answered := false
+	for _, s := range v.Probe.Sightings {
+		answered = answered || s.Node == n1.Name && s.What == "answer" && s.Pod == ip(t, from.Address).String()
+	}
+	if v.Verdict != "arrives" || v.Probe.Sent < 1 || !v.Probe.Arrived || !v.Probe.Answered || !answered {
+		t.Errorf("%s", out)
 	}
 }
 

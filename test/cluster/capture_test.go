@@ -86,13 +86,21 @@ func (p *tap) read(fd int) {
 	defer unix.Close(fd)
 	buf := make([]byte, 65536)
 	for {
+		patience := 50 // milliseconds
 		select {
 		case <-p.stop:
-			return
+			patience = 0 // what is in the queue was on the wire
 		default:
 		}
 		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-		if n, err := unix.Poll(fds, 50); n == 0 || errors.Is(err, unix.EINTR) {
+		n, err := unix.Poll(fds, patience)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if n == 0 && patience == 0 {
+			return
+		}
+		if n == 0 {
 			continue
 		}
 		n, from, err := unix.Recvfrom(fd, buf, 0)
@@ -115,6 +123,7 @@ func (p *tap) read(fd int) {
 
 func addr4(b []byte) netip.Addr { return netip.AddrFrom4([4]byte(b[:4])) }
 
+// close ends the capture; what was on the wire until now is in it.
 func (p *tap) close() {
 	select {
 	case <-p.stop:

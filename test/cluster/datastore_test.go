@@ -25,8 +25,9 @@ func openStore(t *testing.T) *datastore.Store {
 	return s
 }
 
-// inClear returns the packets between pods that a tap has seen outside the tunnel.
+// inClear ends a capture and returns how many packets between pods it has seen outside the tunnel.
 func inClear(tap *tap) (n int) {
+	tap.close()
 	pool := netip.MustParsePrefix("10.244.0.0/16")
 	return tap.count(func(s seen) bool { return s.proto != 4 && (pool.Contains(s.src) || pool.Contains(s.dst)) })
 }

@@ -194,6 +194,24 @@ func TestDropsWatch(t *testing.T) {
 	w.interrupt(t)
 }
 
+// TestDropsWatchJSON has the kernel's counters in its lines, too.
+func TestDropsWatchJSON(t *testing.T) {
+	n1, n2 := node(t, 1), node(t, 2)
+	pod := n1.Pods[0]
+	w := start(t, "watching", "drops", "--watch", "-o", "json", "--interval", "200ms", "--reason", "spoofed")
+	in(t, pod.Netns, "ip", "address", "add", "10.99.0.2/32", "dev", "lo")
+	t.Cleanup(func() { in(t, pod.Netns, "ip", "address", "del", "10.99.0.2/32", "dev", "lo") })
+	_, _ = tryIn(pod.Netns, "ping", "-n", "-c", "2", "-i", "0.2", "-W", "1", "-I", "10.99.0.2", ip(t, n2.Pods[0].Address).String())
+	by := `"by":"kernel","reason":"spoofed","packets":`
+	if strings.HasPrefix(os.Getenv("MARGAY_TEST_ATTACH"), "direct") {
+		by = `"reason":"spoofed"` // the vRouter refuses it there, and gives a sample
+	}
+	if l := w.line(t, by); !strings.Contains(l, `"node":"`+n1.Name+`"`) || !json.Valid([]byte(l)) {
+		t.Errorf("%s", l)
+	}
+	w.interrupt(t)
+}
+
 // TestCapture captures one pod's packets into a file, live, and reads what tshark makes of it.
 func TestCapture(t *testing.T) {
 	n1, n2 := node(t, 1), node(t, 2)

@@ -1,14 +1,18 @@
 package cluster
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
+
+	"margay/vrouter/rpc"
 )
 
 // kill ends a process of the lab without notice and returns when it is gone.
@@ -31,8 +35,11 @@ type nodeStatus struct {
 	Ready         bool
 	Reason        string
 	TunnelAddress netip.Addr
-	VRouter       struct{ Stale int }
-	BGP           []struct{ Address, State string }
+	VRouter       struct {
+		Stale    int
+		Instance string
+	}
+	BGP []struct{ Address, State string }
 }
 
 func agentStatus(t *testing.T, n labNode) (st nodeStatus, err error) {
@@ -58,8 +65,8 @@ func settled(t *testing.T, n labNode) {
 	t.Helper()
 	until(t, n.Name+" to settle", func() bool {
 		st, err := agentStatus(t, n)
-		if err != nil || !st.Ready || st.VRouter.Stale != 0 {
-			return false
+		if err != nil || !st.Ready || st.VRouter.Stale != 0 || st.VRouter.Instance != vrouterInstance(t, n) {
+			return false // or the agent does not know yet that the vRouter is another one
 		}
 		for _, p := range st.BGP {
 			if p.State != "Established" {
@@ -68,6 +75,23 @@ func settled(t *testing.T, n labNode) {
 		}
 		return true
 	})
+}
+
+// vrouterInstance names the vRouter's process; "" while none answers.
+func vrouterInstance(t *testing.T, n labNode) string {
+	t.Helper()
+	c, err := rpc.Dial(filepath.Join(runDir(n), "vrouter.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	st, err := c.Status(ctx)
+	if err != nil {
+		return ""
+	}
+	return st.Instance
 }
 
 // agentAway is how long the killed agent stays away: a restarted pod with an image to pull.

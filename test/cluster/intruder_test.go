@@ -95,6 +95,9 @@ func TestDecapsulationIsNoOpenDoor(t *testing.T) {
 			})
 		})
 	}
+	for _, p := range []*tap{vr0, inside, eth0} {
+		p.close()
+	}
 	ours := func(s seen) bool { return s.proto == 17 && !s.outgoing }
 	if n := vr0.count(ours); n != 0 {
 		t.Errorf("%d injected packets came out of vr0", n)
@@ -106,6 +109,7 @@ func TestDecapsulationIsNoOpenDoor(t *testing.T) {
 		t.Errorf("%d injected packets were forwarded", n)
 	}
 	t.Run("what is right gets in", func(t *testing.T) {
+		inside := tapOn(t, n1.Pods[0].Netns, "eth0")
 		inject(t, n2.Netns, target, count, ipip(a2, target, pod2, pod1))
 		until(t, "the packets to reach the pod", func() bool {
 			return inside.count(func(s seen) bool { return s.proto == 17 && s.src == pod2 && s.dst == pod1 }) >= count

@@ -319,7 +319,7 @@ func routes(t *testing.T, n labNode) map[string]string {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	entries, _, err := c.Routes(ctx)
 	if err != nil {

@@ -9,7 +9,6 @@ import (
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	"margay/datastore"
 )
@@ -42,7 +41,7 @@ func free(t *testing.T, n labNode) string {
 // forgetNode takes a Node out of the datastore as somebody with etcdctl would: margayctl delete releases its addresses, too.
 func forgetNode(t *testing.T, name string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	s, err := datastore.Open(ctx, datastore.Config{Endpoints: status(t).Etcd})
 	if err != nil {

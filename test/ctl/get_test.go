@@ -224,7 +224,7 @@ func TestCompletion(t *testing.T) {
 	if out, err := run(t, "", "__complete", "patch", "bgpp"); err != nil || !strings.Contains(out, "bgppeers\n") {
 		t.Errorf("kinds: %s, %v", out, err)
 	}
-	for shell, check := range map[string][]string{"bash": {"bash", "-n"}, "zsh": nil, "fish": nil} {
+	for shell, check := range map[string][]string{"bash": {"bash", "-n"}, "zsh": {"zsh", "-n"}, "fish": nil} {
 		out, err := run(t, "", "completion", shell)
 		if err != nil || !strings.Contains(out, "margayctl") {
 			t.Errorf("%s: %v", shell, err)

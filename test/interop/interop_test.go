@@ -14,21 +14,19 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"testing"
 	"time"
 
-	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"margay/test/node"
 	"margay/test/space"
 	"margay/vrouter"
 	"margay/vrouter/port"
 )
 
-// The node is ours, the peer the machine with the real tunl0. The guest knows the addresses too.
+// The node is our side, the peer the machine with the real tunl0. The guest knows the addresses too.
 var (
 	nodeAddress = netip.MustParseAddr("198.18.0.1")
 	peerAddress = netip.MustParseAddr("198.18.0.2")
@@ -37,84 +35,48 @@ var (
 	peerPod     = netip.MustParseAddr("10.244.2.5")
 )
 
-// node is our side.
-type node struct {
-	*space.Space
-	router *vrouter.Router
-	wire   *wire
+// side is ours: a node with two pods.
+type side struct {
+	*node.Node
+	pods map[netip.Addr]*space.Space
+	wire *wire
 }
 
-func newNode(t *testing.T, dir string, driver port.Options) *node {
+func newSide(t *testing.T, dir string, driver port.Options) *side {
 	t.Helper()
-	n := &node{Space: space.New(t), router: vrouter.New()}
-	var ports *port.Ports
-	var reply *port.Reply
-	n.Do(t, func() (err error) {
-		if n.wire, err = newWire(t, dir); err != nil {
-			return err
-		}
-		if reply, err = port.OpenReply(); err != nil {
-			return err
-		}
-		if ports, err = port.OpenPorts(driver, func() error { return nil }); err != nil {
-			return err
-		}
-		return errors.Join(space.Address("lo", pod.String()+"/32"), space.Address("lo", fragPod.String()+"/32"),
-			space.Sysctls(map[string]string{"ipv4/conf/vr0/rp_filter": "0", "ipv4/conf/all/rp_filter": "0"}))
+	s := space.New(t)
+	n := &side{pods: map[netip.Addr]*space.Space{}}
+	s.Do(t, space.BeRouter)
+	s.Do(t, func() (err error) {
+		n.wire, err = newWire(t, dir)
+		return err
 	})
-	n.Do(t, func() error {
-		l, err := netlink.LinkByName("vr0")
-		if err != nil {
-			return err
-		}
-		return netlink.RouteReplace(&netlink.Route{LinkIndex: l.Attrs().Index, Src: pod.AsSlice(),
-			Dst: &net.IPNet{IP: net.IPv4(10, 244, 2, 0).To4(), Mask: net.CIDRMask(26, 32)}})
-	})
-	n.router.OnConfig(ports.Configure)
-	workers := ports.Workers(n.router)
-	workers[0].SetReply(reply)
 	pfx := netip.MustParsePrefix
-	if err := n.router.Update(vrouter.Update{
-		Config:   &vrouter.Config{NodeAddress: nodeAddress, Underlay: "eth0", MTU: 1480},
-		AddNodes: []netip.Addr{peerAddress},
-		Set: []vrouter.Route{
-			{Prefix: pfx("10.244.1.0/26"), NextHop: vrouter.NextHop{Kind: vrouter.KindLocal}},
-			{Prefix: pfx("10.244.2.0/26"), NextHop: vrouter.NextHop{Kind: vrouter.KindTunnel, Gateway: peerAddress}},
+	n.Node = node.Start(t, s, node.Config{
+		Driver:  driver,
+		Options: vrouter.Options{ICMPRate: vrouter.DefaultICMPRate},
+		Update: vrouter.Update{
+			Config:   &vrouter.Config{NodeAddress: nodeAddress, Underlay: "eth0", MTU: 1480},
+			AddNodes: []netip.Addr{peerAddress},
+			Set: []vrouter.Route{
+				{Prefix: pfx("10.244.1.0/26"), NextHop: vrouter.NextHop{Kind: vrouter.KindLocal}},
+				{Prefix: pfx("10.244.2.0/26"), NextHop: vrouter.NextHop{Kind: vrouter.KindTunnel, Gateway: peerAddress}},
+			},
 		},
-	}); err != nil {
-		t.Fatal(err)
-	}
-	done := make(chan error)
-	for _, w := range workers {
-		go func() {
-			runtime.LockOSThread() // never given back: the thread stays in the namespace
-			if err := netns.Set(n.Handle); err != nil {
-				done <- err
-				return
-			}
-			done <- w.Run()
-		}()
-	}
-	t.Cleanup(func() {
-		ports.Stop()
-		for range workers {
-			if err := <-done; err != nil {
-				t.Error(err)
-			}
-		}
-		if err := errors.Join(ports.Close(), reply.Close()); err != nil {
-			t.Error(err)
-		}
+		Routes: func() error { return space.Route("10.244.2.0/26", "vr0") },
 	})
+	for _, a := range []netip.Addr{pod, fragPod} {
+		n.pods[a] = n.AddPod(t, node.Pod{Address: a, MTU: 1480})
+	}
 	return n
 }
 
 // dialUDP returns a socket of one of our pods to the echo on the machine, which reports the type of service of what
 // comes.
-func (n *node) dialUDP(t *testing.T, from netip.Addr) *net.UDPConn {
+func (n *side) dialUDP(t *testing.T, from netip.Addr) *net.UDPConn {
 	t.Helper()
 	var conn *net.UDPConn
-	n.Do(t, func() (err error) {
+	n.pods[from].Do(t, func() (err error) {
 		conn, err = net.DialUDP("udp4", &net.UDPAddr{IP: from.AsSlice()}, &net.UDPAddr{IP: peerPod.AsSlice(), Port: 7})
 		if err == nil {
 			err = setsockopt(conn, unix.IP_RECVTOS, 1)
@@ -165,14 +127,7 @@ func echo(conn *net.UDPConn, size int) (there, back byte, err error) {
 
 // TestKernel runs the same against each driver; the machine is started for each.
 func TestKernel(t *testing.T) {
-	for _, driver := range []port.Options{
-		{Attach: port.AttachTUNPlain, IO: port.IOPacket, Name: "vr0", Queues: 1},
-		{Attach: port.AttachTUN, IO: port.IOPacket, Name: "vr0", Queues: 1},
-		{Attach: port.AttachVeth, IO: port.IOPacket, Name: "vr0", Queues: 1},
-		{Attach: port.AttachVeth, IO: port.IOXDP, Name: "vr0", Queues: 1},
-	} {
-		t.Run(driver.Attach+","+driver.IO, func(t *testing.T) { withKernel(t, driver) })
-	}
+	node.OnEach(t, node.Drivers, withKernel)
 }
 
 func withKernel(t *testing.T, driver port.Options) {
@@ -181,14 +136,14 @@ func withKernel(t *testing.T, driver port.Options) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	n := newNode(t, dir, driver)
+	n := newSide(t, dir, driver)
 	startMachine(t, dir)
 	conn := n.dialUDP(t, pod)
 	for deadline := time.Now().Add(60 * time.Second); ; {
 		if _, _, err := echo(conn, 1); err == nil {
 			break
 		} else if time.Now().After(deadline) {
-			t.Fatalf("the machine does not answer: %v; %v", err, counters(n))
+			t.Fatalf("the machine does not answer: %v; %v", err, n.Counters())
 		}
 	}
 	t.Run("ping", func(t *testing.T) { ping(t, n) })
@@ -197,26 +152,15 @@ func withKernel(t *testing.T, driver port.Options) {
 	t.Run("ECN and DSCP", func(t *testing.T) { marks(t, n, conn) })
 	t.Run("fragments of the outer packet", func(t *testing.T) { outerFragments(t, n) })
 	t.Run("decoded", func(t *testing.T) { decoded(t, n) })
-	for name, packets := range counters(n) {
+	for name, packets := range n.Counters() {
 		if strings.HasPrefix(name, "drop_") && name != "drop_ecn_illegal" {
 			t.Errorf("%s: %d", name, packets)
 		}
 	}
 }
 
-// counters are those that are not zero.
-func counters(n *node) map[string]uint64 {
-	all := map[string]uint64{}
-	for _, c := range n.router.Counters() {
-		if c.Packets > 0 {
-			all[c.Name] = c.Packets
-		}
-	}
-	return all
-}
-
-func ping(t *testing.T, n *node) {
-	n.Do(t, func() error {
+func ping(t *testing.T, n *side) {
+	n.pods[pod].Do(t, func() error {
 		for _, size := range []string{"0", "56", "1452", "1453", "8000"} {
 			out, err := exec.Command("ping", "-n", "-c", "3", "-i", "0.05", "-W", "3", "-M", "dont", "-s", size, peerPod.String()).CombinedOutput()
 			if err != nil || !strings.Contains(string(out), " 0% packet loss") {
@@ -228,7 +172,7 @@ func ping(t *testing.T, n *node) {
 }
 
 // everySize goes by single bytes about the boundaries: one packet, the tunnel's MTU, two fragments.
-func everySize(t *testing.T, n *node, conn *net.UDPConn) {
+func everySize(t *testing.T, n *side, conn *net.UDPConn) {
 	if err := setsockopt(conn, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DONT); err != nil {
 		t.Fatal(err)
 	}
@@ -256,13 +200,13 @@ func everySize(t *testing.T, n *node, conn *net.UDPConn) {
 }
 
 // bulk sends TCP there and back and compares it.
-func bulk(t *testing.T, n *node) {
+func bulk(t *testing.T, n *side) {
 	want := make([]byte, 8<<20)
 	if _, err := rand.Read(want); err != nil {
 		t.Fatal(err)
 	}
 	var conn *net.TCPConn
-	n.Do(t, func() (err error) {
+	n.pods[pod].Do(t, func() (err error) {
 		conn, err = net.DialTCP("tcp4", &net.TCPAddr{IP: pod.AsSlice()}, &net.TCPAddr{IP: peerPod.AsSlice(), Port: 7})
 		return err
 	})
@@ -288,7 +232,7 @@ func bulk(t *testing.T, n *node) {
 
 // marks sends with every ECN codepoint, and lets the wire mark congestion on the outer header, one way and the other:
 // RFC 6040, figure 4.
-func marks(t *testing.T, n *node, conn *net.UDPConn) {
+func marks(t *testing.T, n *side, conn *net.UDPConn) {
 	defer n.wire.bent(nil)
 	if err := setsockopt(conn, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DONT); err != nil {
 		t.Fatal(err)
@@ -325,15 +269,15 @@ func marks(t *testing.T, n *node, conn *net.UDPConn) {
 	if err := setsockopt(conn, unix.IP_TOS, 0); err != nil {
 		t.Fatal(err)
 	}
-	before := counters(n)["drop_ecn_illegal"]
+	before := n.Counters()["drop_ecn_illegal"]
 	n.wire.bent(func(to bool, frame []byte) bool {
 		if !to {
 			markCE(frame)
 		}
 		return true
 	})
-	if _, _, err := echo(conn, 100); !errors.Is(err, os.ErrDeadlineExceeded) || counters(n)["drop_ecn_illegal"] != before+1 {
-		t.Errorf("a mark on what is not ECN-capable: %v, counted %d", err, counters(n)["drop_ecn_illegal"]-before)
+	if _, _, err := echo(conn, 100); !errors.Is(err, os.ErrDeadlineExceeded) || n.Counters()["drop_ecn_illegal"] != before+1 {
+		t.Errorf("a mark on what is not ECN-capable: %v, counted %d", err, n.Counters()["drop_ecn_illegal"]-before)
 	}
 }
 
@@ -357,20 +301,20 @@ func markCE(frame []byte) {
 
 // outerFragments: the machine's other tunnel cuts the outer packets to pieces, which the node's kernel puts together
 // again for us.
-func outerFragments(t *testing.T, n *node) {
+func outerFragments(t *testing.T, n *side) {
 	conn := n.dialUDP(t, fragPod)
 	if err := setsockopt(conn, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DONT); err != nil {
 		t.Fatal(err)
 	}
 	for _, size := range []int{100, 1451, 1452, 2000, 4000, 8000} {
 		if _, _, err := echo(conn, size); err != nil {
-			t.Errorf("%d bytes: %v; %v", size, err, counters(n))
+			t.Errorf("%d bytes: %v; %v", size, err, n.Counters())
 		}
 	}
 }
 
 // decoded has tshark look at everything that went over the wire.
-func decoded(t *testing.T, n *node) {
+func decoded(t *testing.T, n *side) {
 	file := filepath.Join(t.TempDir(), "wire.pcap")
 	n.wire.mu.Lock()
 	err := os.WriteFile(file, n.wire.pcap.Bytes(), 0o644)

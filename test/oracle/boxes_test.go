@@ -5,14 +5,13 @@ import (
 	"errors"
 	"net"
 	"net/netip"
-	"runtime"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
 
+	"margay/test/node"
 	"margay/test/space"
 	"margay/vrouter"
 	"margay/vrouter/port"
@@ -54,14 +53,15 @@ type result struct {
 // to be read then.
 type kernelBox struct{ in, out *tun }
 
-func newKernelBox(t testing.TB) *kernelBox {
+// newKernelBox makes one; podMTU is that of the pods' side.
+func newKernelBox(t testing.TB, podMTU int) *kernelBox {
 	t.Helper()
 	k := &kernelBox{}
 	space.New(t).Do(t, func() (err error) {
 		if err := space.BeRouter(); err != nil {
 			return err
 		}
-		if k.in, err = openTUN("in0", 9000, queueLength); err != nil {
+		if k.in, err = openTUN("in0", podMTU, queueLength); err != nil {
 			return err
 		}
 		if k.out, err = openTUN("out0", wayMTU, queueLength); err != nil {
@@ -87,8 +87,7 @@ func (k *kernelBox) route(t testing.TB, d direction, b []byte) result {
 
 // nodeBox is a node with a vRouter, and another node beside it that only looks on.
 type nodeBox struct {
-	here     *space.Space
-	router   *vrouter.Router
+	*node.Node
 	in       *tun
 	peer     *tap
 	peerMAC  net.HardwareAddr
@@ -97,84 +96,50 @@ type nodeBox struct {
 	injected [2]uint64
 }
 
-// newNodeBox starts the vRouter with a driver in a namespace.
+// newNodeBox starts the vRouter with a driver in a namespace. Its pods are behind the TUN device in0.
 func newNodeBox(t testing.TB, driver port.Options, options vrouter.Options) *nodeBox {
 	t.Helper()
-	here, there := space.New(t), space.New(t)
-	n := &nodeBox{here: here, router: vrouter.New()}
-	here.Do(t, func() error {
-		return errors.Join(space.BeRouter(), netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "eth0", MTU: 1500},
-			PeerName: "eth0", PeerNamespace: netlink.NsFd(there.Handle)}), space.Address("eth0", nodeAddress.String()+"/24"))
-	})
-	there.Do(t, func() (err error) {
-		// No address: this node's kernel answers nothing.
-		l, err := netlink.LinkByName("eth0")
-		if err != nil {
+	n := &nodeBox{}
+	n.open(t, node.Config{Driver: driver, Options: options, Update: update(), Routes: func() (err error) {
+		if n.in, err = openTUN("in0", wideWorld.mtu, queueLength); err != nil {
 			return err
 		}
-		n.peerMAC = l.Attrs().HardwareAddr
-		if err := netlink.LinkSetUp(l); err != nil {
+		return errors.Join(space.Address("in0", routerIn+"/32"), space.Address("vr0", routerOut+"/32"),
+			space.Route(podsPrefix, "in0"), space.Route(poolPrefix, "vr0"))
+	}})
+	t.Cleanup(func() { n.in.close(t) })
+	return n
+}
+
+// open makes both nodes.
+func (n *nodeBox) open(t testing.TB, c node.Config) {
+	t.Helper()
+	here, there := space.New(t), space.New(t)
+	here.Do(t, space.BeRouter)
+	// The other node has no address: its kernel answers nothing.
+	node.Cable(t, here, there, "eth0", "eth0", 1500, nodeAddress.String()+"/24", "")
+	there.Do(t, func() (err error) {
+		if n.peerMAC, err = macOf("eth0"); err != nil {
 			return err
 		}
 		n.peer, err = openTap("eth0")
 		return err
 	})
-	var ports *port.Ports
-	var reply *port.Reply
 	here.Do(t, func() (err error) {
-		l, err := netlink.LinkByName("eth0")
-		if err != nil {
+		if n.nodeMAC, err = macOf("eth0"); err != nil {
 			return err
 		}
-		n.nodeMAC = l.Attrs().HardwareAddr
-		if err := space.Neighbour("eth0", peerAddress, n.peerMAC); err != nil {
-			return err
-		}
-		if n.in, err = openTUN("in0", 9000, queueLength); err != nil {
-			return err
-		}
-		if reply, err = port.OpenReply(); err != nil {
-			return err
-		}
-		if ports, err = port.OpenPorts(driver, func() error { return nil }); err != nil {
-			return err
-		}
-		return errors.Join(space.Address("in0", routerIn+"/32"), space.Address("vr0", routerOut+"/32"), space.Sysctls(map[string]string{"ipv4/conf/vr0/rp_filter": "0"}),
-			space.Route(podsPrefix, "in0"), space.Route(poolPrefix, "vr0"))
+		return space.Neighbour("eth0", peerAddress, n.peerMAC)
 	})
-	n.router.OnConfig(ports.Configure)
-	if err := n.router.SetOptions(options); err != nil {
-		t.Fatal(err)
+	n.Node = node.Start(t, here, c)
+}
+
+func macOf(link string) (net.HardwareAddr, error) {
+	l, err := netlink.LinkByName(link)
+	if err != nil {
+		return nil, err
 	}
-	workers := ports.Workers(n.router)
-	workers[0].SetReply(reply)
-	if err := n.router.Update(update()); err != nil {
-		t.Fatal(err)
-	}
-	done := make(chan error)
-	for _, w := range workers {
-		go func() {
-			runtime.LockOSThread() // never given back: the thread stays in the namespace
-			if err := netns.Set(here.Handle); err != nil {
-				done <- err
-				return
-			}
-			done <- w.Run()
-		}()
-	}
-	t.Cleanup(func() {
-		ports.Stop()
-		for range workers {
-			if err := <-done; err != nil {
-				t.Error(err)
-			}
-		}
-		if err := errors.Join(ports.Close(), reply.Close()); err != nil {
-			t.Error(err)
-		}
-		n.in.close(t)
-	})
-	return n
+	return l.Attrs().HardwareAddr, nil
 }
 
 // update is what an agent would tell.
@@ -246,7 +211,7 @@ func (n *nodeBox) marker(src, dst netip.Addr) []byte {
 	return build(spec{src: src, dst: dst, ttl: 64, protocol: 17, payload: payload})
 }
 
-const markPort = 7
+const markPort = 4
 
 func isMarker(b []byte) bool {
 	return len(b) == 32 && b[9] == 17 && b[21] == markPort && b[23] == markPort
@@ -288,17 +253,17 @@ type books struct {
 func (n *nodeBox) books(t testing.TB) books {
 	t.Helper()
 	b := books{counters: map[string]uint64{}}
-	for _, c := range n.router.Counters() {
+	for _, c := range n.Router.Counters() {
 		b.counters[c.Name] = c.Packets
 		switch {
 		case strings.HasPrefix(c.Name, "kernel_"):
 			b.kernel += c.Packets
-		case isOutcome(c.Name):
+		case node.IsOutcome(c.Name):
 			b.accounted += c.Packets
 		}
 	}
 	b.accounted += b.counters["split"] - b.counters["pieces"]
-	n.here.Do(t, func() error {
+	n.Do(t, func() error {
 		l, err := netlink.LinkByName("vr0")
 		if err == nil {
 			b.given = l.Attrs().Statistics.TxPackets + n.injected[inward]
@@ -320,9 +285,4 @@ func (n *nodeBox) balance(t testing.TB) {
 	if b.given != b.accounted || b.kernel != 0 || b.counters["drop_not_set"] != 0 || b.counters["forwarded_encap"] == 0 {
 		t.Errorf("the vRouter was given %d packets, and accounts for %d; the kernel lost %d: %v", b.given, b.accounted, b.kernel, b.counters)
 	}
-}
-
-// isOutcome reports whether a counter is of those of which every packet is in exactly one.
-func isOutcome(counter string) bool {
-	return strings.HasPrefix(counter, "drop_") || strings.HasPrefix(counter, "forwarded_")
 }

@@ -7,6 +7,7 @@ import (
 
 	"pgregory.net/rapid"
 
+	"margay/test/node"
 	"margay/vrouter"
 )
 
@@ -115,7 +116,7 @@ func mayBeKernels(in input) bool {
 // TestMemory compares what the vRouter of `direct` does by itself with what a kernel does, in the order of ten thousand
 // packets, and looks that it leaves to the kernel what is the kernel's, untouched.
 func TestMemory(t *testing.T) {
-	oracle, memory := newKernelBox(t), newMemoryBox(t, nodeOptions())
+	oracle, memory := newKernelBox(t, wideWorld.mtu), newMemoryBox(t, nodeOptions())
 	var itself, kernels int
 	check := func(in input) string {
 		got := memory.route(t, in.direction, in.bytes)
@@ -144,7 +145,7 @@ func TestMemory(t *testing.T) {
 	}
 	rapid.Check(t, func(r *rapid.T) {
 		for i := range batch {
-			in := draw(r)
+			in := wideWorld.draw(r)
 			if d := check(in); d != "" {
 				r.Fatalf("packet %d: % x\n%s", i, head(in.bytes), d)
 			}
@@ -156,7 +157,7 @@ func TestMemory(t *testing.T) {
 	}
 	var accounted uint64
 	for _, c := range memory.router.Counters() {
-		if isOutcome(c.Name) {
+		if node.IsOutcome(c.Name) {
 			accounted += c.Packets
 		}
 		switch c.Name {

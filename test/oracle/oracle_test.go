@@ -8,30 +8,13 @@ import (
 
 	"pgregory.net/rapid"
 
+	"margay/test/node"
 	"margay/vrouter"
 	"margay/vrouter/port"
 )
 
 // batch is how many packets one run of a property sends; rapid runs it a hundred times.
 const batch = 110
-
-// drivers are all that there are; with `direct` the pods of these tests have no interfaces of their own, so that the
-// kernel routes to vr0 there too.
-var drivers = []port.Options{
-	{Attach: port.AttachTUNPlain, IO: port.IOPacket, Name: "vr0", Queues: 1},
-	{Attach: port.AttachTUN, IO: port.IOPacket, Name: "vr0", Queues: 1},
-	{Attach: port.AttachTUN, IO: port.IOXDP, Name: "vr0", Queues: 1},
-	{Attach: port.AttachVeth, IO: port.IOPacket, Name: "vr0", Queues: 1},
-	{Attach: port.AttachVeth, IO: port.IOXDP, Name: "vr0", Queues: 1},
-	{Attach: port.AttachDirect, IO: port.IOPacket, Name: "vr0", Queues: 1},
-	{Attach: port.AttachDirect, IO: port.IOXDP, Name: "vr0", Queues: 1},
-}
-
-func onEach(t *testing.T, f func(*testing.T, port.Options)) {
-	for _, d := range drivers {
-		t.Run(d.Attach+","+d.IO, func(t *testing.T) { f(t, d) })
-	}
-}
 
 func nodeOptions() vrouter.Options {
 	// Without these two the vRouter does what no kernel does, see docs/router.md.
@@ -40,27 +23,27 @@ func nodeOptions() vrouter.Options {
 
 // TestTable gives both routers the packets that somebody has thought of.
 func TestTable(t *testing.T) {
-	onEach(t, func(t *testing.T, driver port.Options) {
-		oracle, node := newKernelBox(t), newNodeBox(t, driver, nodeOptions())
+	node.OnEach(t, node.Drivers, func(t *testing.T, driver port.Options) {
+		oracle, box := newKernelBox(t, wideWorld.mtu), newNodeBox(t, driver, nodeOptions())
 		for _, c := range table() {
-			if d := difference(oracle.route(t, c.direction, c.bytes), node.route(t, c.direction, c.bytes)); d != "" {
+			if d := difference(oracle.route(t, c.direction, c.bytes), box.route(t, c.direction, c.bytes)); d != "" {
 				t.Errorf("%s: % x\n%s", c.name, head(c.bytes), d)
 			}
 		}
-		node.balance(t)
+		box.balance(t)
 	})
 }
 
 // TestRandom gives both routers more than ten thousand packets that nobody has thought of.
 func TestRandom(t *testing.T) {
-	onEach(t, func(t *testing.T, driver port.Options) {
-		oracle, node := newKernelBox(t), newNodeBox(t, driver, nodeOptions())
+	node.OnEach(t, node.Drivers, func(t *testing.T, driver port.Options) {
+		oracle, box := newKernelBox(t, wideWorld.mtu), newNodeBox(t, driver, nodeOptions())
 		sent, routed, answered := 0, 0, 0
 		rapid.Check(t, func(r *rapid.T) {
 			for i := range batch {
-				in := draw(r)
+				in := wideWorld.draw(r)
 				want := oracle.route(t, in.direction, in.bytes)
-				if d := difference(want, node.route(t, in.direction, in.bytes)); d != "" {
+				if d := difference(want, box.route(t, in.direction, in.bytes)); d != "" {
 					r.Fatalf("packet %d: % x\n%s", i, head(in.bytes), d)
 				}
 				sent++
@@ -72,7 +55,7 @@ func TestRandom(t *testing.T) {
 		if sent < 10_000 || routed < sent/5 || answered < sent/10 {
 			t.Errorf("%d packets, %d and %d came of them: expected more", sent, routed, answered)
 		}
-		node.balance(t)
+		box.balance(t)
 	})
 }
 

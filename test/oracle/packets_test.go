@@ -81,16 +81,29 @@ func payloadOf(n int) []byte {
 	return b
 }
 
-// input is a packet on its way.
+// input is a packet on its way from a pod, or to it.
 type input struct {
 	direction direction
 	bytes     []byte
+	pod       netip.Addr
 }
+
+// world is what the generator may use.
+type world struct {
+	// nextPod returns another pod each time, if there are enough: the kernel limits the errors to each by a rate that no
+	// setting of a namespace takes away. It is not drawn: to use one pod again and again is what shrinking would end with.
+	nextPod func() netip.Addr
+	// neighbour is a pod that others send to; the zero Addr: none, and senders with any source and to any destination
+	// besides.
+	neighbour netip.Addr
+	mtu       int // of the pods' interfaces
+}
+
+// wideWorld has all pods behind one interface, in0.
+var wideWorld = world{nextPod: nextPod, mtu: 9000}
 
 var pods uint16
 
-// nextPod returns another pod each time, for the kernel limits the errors to each by a rate that no setting of a
-// namespace takes away. It is not drawn: to use one pod again and again is what shrinking would end with.
 func nextPod() netip.Addr {
 	if pods++; pods >= 0xff00 {
 		pods = 1
@@ -112,7 +125,7 @@ var options = rapid.OneOf(
 )
 
 // draw makes one input.
-func draw(t *rapid.T) input {
+func (w world) draw(t *rapid.T) input {
 	d := rapid.SampledFrom([]direction{outward, outward, inward}).Draw(t, "direction")
 	s := spec{
 		tos:      rapid.Byte().Draw(t, "tos"),
@@ -122,33 +135,42 @@ func draw(t *rapid.T) input {
 		protocol: rapid.OneOf(rapid.SampledFrom([]byte{1, 6, 17, 17, 4, 41, 47}), rapid.Byte()).Draw(t, "protocol"),
 	}
 	if d == outward {
-		s.src, s.dst = nextPod(), remoteHost
-		s.payload = payloadOf(sizes.Draw(t, "size"))
-		switch rapid.IntRange(0, 9).Draw(t, "kind of address") {
-		case 0:
+		s.src, s.dst = w.nextPod(), remoteHost
+		s.payload = payloadOf(min(sizes.Draw(t, "size"), w.mtu-120)) // 60 of header, and padding
+		kind := rapid.IntRange(0, 9).Draw(t, "kind of address")
+		switch {
+		case w.neighbour.IsValid():
+			if s.dst = w.neighbour; kind > 2 {
+				s.dst = remoteHost
+			}
+		case kind == 0:
 			s.dst = netip.AddrFrom4([4]byte(rapid.SliceOfN(rapid.Byte(), 4, 4).Draw(t, "destination")))
 			if first := s.dst.AsSlice()[0]; first == 10 || first == 198 {
 				s.dst = remoteHost // what both have routes for is drawn elsewhere
 			}
 			// Which of two errors is told is each router's choice, see docs/router.md.
 			s.ttl, s.payload, s.options = 64, s.payload[:min(len(s.payload), 1000)], nil
-		case 1:
+		case kind == 1:
 			s.dst = rapid.SampledFrom([]netip.Addr{nowhere, holeHost}).Draw(t, "nowhere")
 			s.ttl, s.payload = 64, s.payload[:min(len(s.payload), 1000)]
-		case 2:
+		case kind == 2:
 			s.src = netip.AddrFrom4([4]byte(rapid.SliceOfN(rapid.Byte(), 4, 4).Draw(t, "source")))
 		}
 	} else {
-		s.src, s.dst = remoteHost, nextPod()
+		s.src, s.dst = remoteHost, w.nextPod()
 		s.payload = payloadOf(min(sizes.Draw(t, "size"), 1300))
 	}
 	if s.protocol == 1 && len(s.payload) > 0 {
 		s.payload[0] = rapid.Byte().Draw(t, "ICMP type")
 	}
-	if s.dst == remoteHost || d == inward {
+	if s.dst == remoteHost || d == inward || s.dst == w.neighbour {
 		if rapid.IntRange(0, 7).Draw(t, "with options") == 0 {
 			s.options = options.Draw(t, "options")
 		}
+	}
+	pod := s.src
+	if d == inward {
+		pod = s.dst
 	}
 	b := build(s)
 	switch rapid.IntRange(0, 11).Draw(t, "fuzz") {
@@ -162,5 +184,5 @@ func draw(t *rapid.T) input {
 	case 3: // padded
 		b = append(b, payloadOf(rapid.IntRange(1, 46).Draw(t, "padding"))...)
 	}
-	return input{d, b}
+	return input{d, b, pod}
 }

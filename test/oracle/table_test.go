@@ -28,7 +28,11 @@ func table() []testCase {
 		if s.payload == nil {
 			s.payload = payloadOf(40)
 		}
-		all = append(all, testCase{name, input{d, build(s)}})
+		pod := s.src
+		if d == inward {
+			pod = s.dst
+		}
+		all = append(all, testCase{name, input{d, build(s), pod}})
 	}
 	// Every case that counts errors has a sender of its own: the kernel limits them for each.
 	pod := func(n byte) netip.Addr { return netip.AddrFrom4([4]byte{10, 245, 254, n}) }

@@ -32,11 +32,13 @@ const (
 	IOPacket = "packet"
 	// IOXDP is AF_XDP: the least work for each packet, but on a veth the kernel splits superpackets on their way to us.
 	IOXDP = "xdp"
+	// IOTC is IOPacket for AttachDirect, with programs in the kernel that forward themselves what they know the way of.
+	IOTC = "tc"
 )
 
 var (
 	attachments = []string{AttachAuto, AttachTUN, AttachTUNPlain, AttachVeth, AttachDirect}
-	ios         = []string{IOPacket, IOXDP}
+	ios         = []string{IOPacket, IOXDP, IOTC}
 )
 
 // Options say what ports to open.
@@ -50,6 +52,9 @@ type Options struct {
 	Frames int
 	// Queues is how many queues vr0 and the underlay have, a worker each; 0: DefaultQueues.
 	Queues int
+	// Threads is how many threads a queue has: 2, one for each direction, or 1 for both; 0: DefaultThreads. AttachDirect
+	// has one for both.
+	Threads int
 	// Spin is how many microseconds a worker looks for packets before it sleeps, while they come that often; 0: it
 	// sleeps at once.
 	Spin int
@@ -61,6 +66,15 @@ const DefaultSpin = 200
 
 // maxQueues is the number of queues at most: as many as a TUN device can have, and the sockets of a fanout group.
 const maxQueues = 256
+
+// DefaultThreads is what Options.Threads is unless somebody says otherwise. On two processors two threads and the pods are in
+// each other's way, and one that is at work need not be woken: docs/ports.md has the figures.
+func DefaultThreads() int {
+	if runtime.NumCPU() <= 2 {
+		return 1
+	}
+	return 2
+}
 
 // DefaultQueues is what Options.Queues is unless somebody says otherwise: on a machine of eight processors or more as many
 // as leave half of them to the pods when the workers of both directions have all that they can use, up to eight, and one on
@@ -78,6 +92,9 @@ func (o Options) Check() error {
 	if o.IO == IOXDP && o.Attach == AttachTUNPlain {
 		return fmt.Errorf("--io %s: not with --attach %s, which has raw sockets: expected another attachment", o.IO, o.Attach)
 	}
+	if o.IO == IOTC && o.Attach != AttachDirect {
+		return fmt.Errorf("--io %s: not with --attach %s: expected --attach %s", o.IO, o.Attach, AttachDirect)
+	}
 	if n := len(o.Name); n == 0 || n > 15 || strings.ContainsAny(o.Name, "/% \t\n") {
 		return fmt.Errorf("--tun %q: expected an interface name of 1 to 15 characters", o.Name)
 	}
@@ -92,6 +109,9 @@ func (o Options) Check() error {
 	}
 	if o.Queues < 0 || o.Queues > maxQueues {
 		return fmt.Errorf("--queues %d: expected 1 to %d, or 0 for what suits the processors", o.Queues, maxQueues)
+	}
+	if o.Threads < 0 || o.Threads > 2 {
+		return fmt.Errorf("--threads-per-queue %d: expected 1 or 2, or 0 for what suits the processors", o.Threads)
 	}
 	if o.Spin < 0 || o.Spin > maxBusyPoll {
 		return fmt.Errorf("--spin %d: expected 0 to %d microseconds", o.Spin, maxBusyPoll)
@@ -111,6 +131,8 @@ type Ports struct {
 	IO       string
 	Queues   int    // of the device and of the underlay
 	Why      string // why it was chosen
+
+	joints []*joint // of each queue, where one thread has both directions
 }
 
 // xdp returns what concerns AF_XDP.
@@ -159,15 +181,21 @@ func OpenPorts(o Options, before func() error) (*Ports, error) {
 	if o.Queues == 0 {
 		o.Queues = DefaultQueues()
 	}
-	if o.Attach == AttachDirect {
-		o.Queues = 1
-	}
 	p, err := openPorts(o, before, openersOf(o))
-	if err == nil {
-		p.Queues = o.Queues
-		p.spin(time.Duration(o.Spin) * time.Microsecond)
+	if err != nil {
+		return nil, err
 	}
-	return p, err
+	p.Queues = o.Queues
+	if o.Threads == 0 {
+		o.Threads = DefaultThreads()
+	}
+	if o.Threads == 1 && p.Direct == nil {
+		if err := p.join(); err != nil {
+			return nil, errors.Join(err, p.Close())
+		}
+	}
+	p.spin(time.Duration(o.Spin) * time.Microsecond)
+	return p, nil
 }
 
 func openPorts(o Options, before func() error, open openers) (*Ports, error) {
@@ -253,11 +281,16 @@ func openAuto(o Options, before func() error, open openers) (*Ports, error) {
 // spin says how long to look for packets before sleeping.
 func (p *Ports) spin(longest time.Duration) {
 	if p.Direct != nil {
-		p.Direct.spinner.longest = longest
+		for _, q := range p.Direct.all() {
+			q.spinner.longest = longest
+		}
 		return
 	}
 	p.Device.spin(longest)
 	p.Underlay.spin(longest)
+	for _, j := range p.joints {
+		j.longest = longest
+	}
 }
 
 // String describes the ports for people: what was chosen, and why.
@@ -265,6 +298,9 @@ func (p *Ports) String() string {
 	text := fmt.Sprintf("%s by %s, %s (%s), offloads %s; underlay %s", p.Device.Name(), p.Attach, p.IO, p.Why, p.Device.Offloads(), p.Underlay)
 	if p.Queues > 1 {
 		text += fmt.Sprintf("; %d queues", p.Queues)
+	}
+	if p.joints != nil {
+		text += "; one thread for both directions"
 	}
 	if p.Direct != nil {
 		text += "; " + p.Direct.String()
@@ -285,6 +321,9 @@ func (p *Ports) Stop() {
 	}
 	p.Device.Stop()
 	p.Underlay.Stop()
+	for _, j := range p.joints {
+		j.stop()
+	}
 }
 
 // Close frees the ports. The device stays.
@@ -292,7 +331,11 @@ func (p *Ports) Close() error {
 	if p.Direct != nil {
 		return p.Direct.Close()
 	}
-	return errors.Join(p.Device.Close(), p.Underlay.Close())
+	errs := []error{p.Device.Close(), p.Underlay.Close()}
+	for _, j := range p.joints {
+		errs = append(errs, j.close())
+	}
+	return errors.Join(errs...)
 }
 
 // Workers gives router the workers of these ports, and tells the ports what they need to know of it. It comes before the
@@ -301,7 +344,12 @@ func (p *Ports) Workers(router *vrouter.Router) []*vrouter.Worker {
 	if p.Direct != nil {
 		router.OnPods(p.Direct.SetPods)
 		router.OnRoutes(p.Direct.SetRoutes)
-		return []*vrouter.Worker{router.NewSwitch(p.Direct, p.Direct.Rewritten()...)}
+		p.Direct.follow(router)
+		var queues []vrouter.SwitchPort
+		for _, q := range p.Direct.all() {
+			queues = append(queues, q)
+		}
+		return router.NewSwitches(queues, p.Direct.Rewritten()...)
 	}
 	var workers []*vrouter.Worker
 	device, underlay := p.Device.queues(), p.Underlay.queues()

@@ -182,12 +182,8 @@ func (b *bypass) openSockets(at bypassPlace, match asm.Instructions) (_ *bypassS
 	}
 	for queue := range at.queues {
 		o := xskOptions{index: at.index, queue: queue, mtu: at.mtu, receive: b.options.frames(), send: sendFrames, busyPoll: b.options.BusyPoll}
-		x, err := openXSK(o)
-		// The kernel lets go of a queue some time after the socket that had it was closed.
-		for try := 0; errors.Is(err, unix.EBUSY) && try < busyTries; try++ {
-			_, _ = unix.Poll(nil, busyPause)
-			x, err = openXSK(o)
-		}
+		var x *xsk
+		err := whileBusy(func() (err error) { x, err = openXSK(o); return err })
 		if err != nil {
 			return nil, err
 		}
@@ -200,6 +196,16 @@ func (b *bypass) openSockets(at bypassPlace, match asm.Instructions) (_ *bypassS
 		}
 	}
 	return s, nil
+}
+
+// whileBusy opens an AF_XDP socket. The kernel lets go of a queue some time after the socket that had it was closed.
+func whileBusy(open func() error) error {
+	err := open()
+	for try := 0; errors.Is(err, unix.EBUSY) && try < busyTries; try++ {
+		_, _ = unix.Poll(nil, busyPause)
+		err = open()
+	}
+	return err
 }
 
 // How often, and after how many milliseconds, a queue that is not free yet is asked for again.

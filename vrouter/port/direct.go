@@ -25,9 +25,16 @@ type reader interface {
 // interface. What the kernel is to handle, of what pods send, never comes here: see steering. It implements
 // vrouter.SwitchPort.
 //
+// Of several queues each is a Direct of its own, on one queue of the host's port and one of the underlay's, and among them the
+// pods' interfaces are shared out in turn. The first has what is the port's as a whole.
+//
 // Pods come and go by way of a directPods, which has a goroutine of its own. It hands over whole tables; the goroutine of
 // Recv takes the next one when it comes by, so that numbers of interfaces mean the same from Recv to Send.
 type Direct struct {
+	lead   *Direct   // the first queue; nil: this is it
+	more   []*Direct // of the first queue: the others
+	number int       // of the queue, from 0
+
 	host     reader
 	underlay reader
 	pods     *directPods
@@ -64,7 +71,7 @@ const (
 	wakeEvent = -1
 )
 
-// OpenDirect opens the port on top of the host's and the underlay's, which it takes over. io is IOPacket or IOXDP. Pods
+// OpenDirect opens the port on top of the host's and the underlay's, which it takes over. io is one of the IO constants. Pods
 // follow by SetPods.
 func OpenDirect(host Device, underlay *Underlay, io string) (*Direct, error) {
 	d, err := openDirect(host, underlay, io)
@@ -74,32 +81,58 @@ func OpenDirect(host Device, underlay *Underlay, io string) (*Direct, error) {
 	return d, err
 }
 
-func openDirect(host, underlay reader, io string) (_ *Direct, err error) {
-	d := &Direct{host: host, underlay: underlay, epoll: -1, wake: -1, table: &directTable{pods: vrouter.NewPods(nil)}}
-	d.sender.writer.fd = -1
-	d.next.Store(d.table)
+func openDirect(host Device, underlay *Underlay, io string) (_ *Direct, err error) {
+	none := &directTable{pods: vrouter.NewPods(nil)}
+	var d *Direct
+	below := underlay.queues()
+	for i, above := range host.queues() {
+		q := &Direct{lead: d, number: i, host: above, underlay: below[i], epoll: -1, wake: -1, table: none}
+		q.sender.writer.fd, q.sender.queue = -1, i
+		q.next.Store(none)
+		if i == 0 {
+			d = q
+		} else {
+			d.more = append(d.more, q)
+		}
+	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, d.free())
 		}
 	}()
-	if d.wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+	for _, q := range d.all() {
+		if err := q.open(); err != nil {
+			return nil, err
+		}
+	}
+	if d.pods, err = newDirectPods(d, underlay, io); err != nil {
 		return nil, err
 	}
-	if d.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
-		return nil, err
-	}
-	if err := d.listen(d.wake, wakeEvent); err != nil {
-		return nil, err
-	}
-	d.relisten()
-	if err := d.sender.open(); err != nil {
-		return nil, err
-	}
-	if d.pods, err = newDirectPods(d, io); err != nil {
-		return nil, err
+	for _, q := range d.more {
+		q.pods = d.pods
 	}
 	return d, nil
+}
+
+// all returns the queues, this one first.
+func (d *Direct) all() []*Direct { return append([]*Direct{d}, d.more...) }
+
+// reads returns the queue that reads the pod's interface at a place in the table, and sends by it if it is read by AF_XDP.
+func (d *Direct) reads(slot int) *Direct { return d.all()[slot%(len(d.more)+1)] }
+
+// open opens what each queue has.
+func (d *Direct) open() (err error) {
+	if d.wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+		return err
+	}
+	if d.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
+		return err
+	}
+	if err := d.listen(d.wake, wakeEvent); err != nil {
+		return err
+	}
+	d.relisten()
+	return d.sender.open()
 }
 
 // listen makes Recv look at fd, under the number event.
@@ -242,21 +275,47 @@ func (d *Direct) Send(batch []*vrouter.Packet) {
 	}
 }
 
-// Counters implements vrouter.Port: those of the host's and the underlay's, and the pods'.
-func (d *Direct) Counters() []vrouter.Counter {
-	all := append(d.host.Counters(), d.underlay.Counters()...)
-	return append(all, vrouter.Counter{Name: "kernel_pods_rx_dropped", Packets: d.pods.dropped()}) // a socket's buffer was full
+// follow names the router, of which a shortcut has to know more than SetPods and SetRoutes tell.
+func (d *Direct) follow(r *vrouter.Router) {
+	if d.pods.plan != nil {
+		d.pods.plan.follow(r)
+	}
 }
 
-// Stop implements vrouter.Port.
+// Carried implements vrouter.Carrier.
+func (d *Direct) Carried() vrouter.Carried {
+	if d.lead != nil || d.pods.plan == nil { // the first queue tells of all
+		return vrouter.Carried{}
+	}
+	c, _ := d.pods.plan.carried()
+	return c
+}
+
+// Counters implements vrouter.Port: those of the host's and the underlay's, and the pods'. The first queue tells of all.
+func (d *Direct) Counters() []vrouter.Counter {
+	if d.lead != nil {
+		return nil
+	}
+	all := append(d.host.Counters(), d.underlay.Counters()...)
+	all = append(all, vrouter.Counter{Name: "kernel_pods_rx_dropped", Packets: d.pods.dropped()}) // a socket's buffer was full
+	if d.pods.plan != nil {
+		_, failed := d.pods.plan.carried()
+		all = append(all, vrouter.Counter{Name: "kernel_tc_dropped", Packets: failed.Packets}) // the kernel had no memory
+	}
+	return all
+}
+
+// Stop implements vrouter.Port, for all queues.
 func (d *Direct) Stop() {
-	d.stopped.Store(true)
-	d.poke()
+	for _, q := range d.all() {
+		q.stopped.Store(true)
+		q.poke()
+	}
 	d.host.Stop()
 	d.underlay.Stop()
 }
 
-// Close implements vrouter.Port. It closes the host's and the underlay's ports too.
+// Close implements vrouter.Port, for all queues. It closes the host's and the underlay's ports too.
 func (d *Direct) Close() error { return errors.Join(d.free(), d.host.Close(), d.underlay.Close()) }
 
 func (d *Direct) free() error {
@@ -264,9 +323,11 @@ func (d *Direct) free() error {
 	if d.pods != nil {
 		errs = append(errs, d.pods.close())
 	}
-	for _, fd := range []int{d.epoll, d.wake, d.sender.writer.fd} {
-		if fd >= 0 {
-			errs = append(errs, unix.Close(fd))
+	for _, q := range d.all() {
+		for _, fd := range []int{q.epoll, q.wake, q.sender.writer.fd} {
+			if fd >= 0 {
+				errs = append(errs, unix.Close(fd))
+			}
 		}
 	}
 	return errors.Join(errs...)

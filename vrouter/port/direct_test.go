@@ -27,6 +27,7 @@ type directNode struct {
 	*node
 	index  int
 	io     string
+	queues int
 	direct *port.Direct
 	stop   func()
 }
@@ -36,7 +37,12 @@ func newDirectNodes(t *testing.T, way string) (*directNode, *directNode) {
 	t.Helper()
 	sa, sb := newSpace(t), newSpace(t)
 	wire(t, sa, sb, 1)
-	nodes := []*directNode{{node: &node{space: sa}, index: 1, io: way}, {node: &node{space: sb}, index: 2, io: way}}
+	io, many, _ := strings.Cut(way, ", ")
+	queues := 1
+	if many != "" {
+		queues = directQueues
+	}
+	nodes := []*directNode{{node: &node{space: sa}, index: 1, io: io, queues: queues}, {node: &node{space: sb}, index: 2, io: io, queues: queues}}
 	for _, n := range nodes {
 		n.address = nodeAddress(n.index)
 		n.do(t, func() error {
@@ -52,40 +58,31 @@ func newDirectNodes(t *testing.T, way string) (*directNode, *directNode) {
 func (n *directNode) start(t *testing.T) {
 	t.Helper()
 	n.router = vrouter.New()
+	var ports *port.Ports
 	n.do(t, func() (err error) {
-		if n.io == port.IOXDP {
-			n.underlay, err = port.OpenXDPUnderlay(port.XDPOptions{})
-		} else {
-			n.underlay, err = port.OpenOffloadUnderlay()
-		}
+		ports, err = port.OpenPorts(port.Options{Attach: port.AttachDirect, IO: n.io, Name: "vr0", Queues: n.queues}, func() error { return nil })
 		if err != nil {
 			return err
 		}
-		if n.device, err = port.OpenOffloadTUN("vr0"); err != nil {
-			return errors.Join(err, n.underlay.Close())
-		}
-		if n.direct, err = port.OpenDirect(n.device, n.underlay, n.io); err != nil {
-			return errors.Join(err, n.device.Close(), n.underlay.Close())
-		}
+		n.device, n.underlay, n.direct = ports.Device, ports.Underlay, ports.Direct
 		return os.WriteFile("/proc/sys/net/ipv4/conf/vr0/rp_filter", []byte("0"), 0)
 	})
-	ports := &port.Ports{Device: n.device, Underlay: n.underlay, Direct: n.direct, Attach: port.AttachDirect}
-	n.router.OnConfig(func(c vrouter.Config) error {
-		return ports.Configure(c)
-	})
+	n.router.OnConfig(ports.Configure)
 	workers := ports.Workers(n.router)
-	if len(workers) != 1 {
+	if len(workers) != n.queues {
 		t.Fatalf("%d workers", len(workers))
 	}
 	done := make(chan error)
-	go func() {
-		runtime.LockOSThread() // never given back: the thread stays in the namespace
-		if err := netns.Set(n.handle); err != nil {
-			done <- err
-			return
-		}
-		done <- workers[0].Run()
-	}()
+	for _, w := range workers {
+		go func() {
+			runtime.LockOSThread() // never given back: the thread stays in the namespace
+			if err := netns.Set(n.handle); err != nil {
+				done <- err
+				return
+			}
+			done <- w.Run()
+		}()
+	}
 	stopped := false
 	n.stop = func() {
 		if stopped {
@@ -93,7 +90,11 @@ func (n *directNode) start(t *testing.T) {
 		}
 		stopped = true
 		ports.Stop()
-		if err := errors.Join(<-done, ports.Close()); err != nil {
+		var errs []error
+		for range workers {
+			errs = append(errs, <-done)
+		}
+		if err := errors.Join(append(errs, ports.Close())...); err != nil {
 			t.Error(err)
 		}
 	}
@@ -101,9 +102,12 @@ func (n *directNode) start(t *testing.T) {
 	n.configure(t, n.index)
 }
 
-// onEachIO runs a test for each way to read pods' interfaces.
+// directQueues is the number of queues of a way that has several.
+const directQueues = 3
+
+// onEachIO runs a test for each way to read pods' interfaces, with one queue and with several.
 func onEachIO(t *testing.T, f func(*testing.T, string)) {
-	for _, way := range []string{port.IOPacket, port.IOXDP} {
+	for _, way := range []string{port.IOPacket, port.IOXDP, port.IOPacket + ", queues", port.IOXDP + ", queues", port.IOTC, port.IOTC + ", queues"} {
 		t.Run(way, func(t *testing.T) { f(t, way) })
 	}
 }
@@ -162,7 +166,7 @@ func (n *directNode) tell(t *testing.T, pods ...*node) {
 // reads waits until the vRouter reads so many of so many pods.
 func (n *directNode) reads(t *testing.T, have, of int) {
 	t.Helper()
-	want := fmt.Sprintf("%d of %d pods read by %s", have, of, map[string]string{port.IOPacket: "AF_PACKET", port.IOXDP: "AF_XDP"}[n.io])
+	want := fmt.Sprintf("%d of %d pods %s", have, of, map[string]string{port.IOPacket: "read by AF_PACKET", port.IOXDP: "read by AF_XDP", port.IOTC: "by tc"}[n.io])
 	eventually(t, want, func() bool { return strings.Contains(n.direct.String(), want) })
 	if text := n.direct.String(); strings.Contains(text, "because") {
 		t.Fatal(text)
@@ -195,7 +199,7 @@ func direct(t *testing.T, way string) {
 		eventually(t, "first answer", func() bool { return answered(conn, 1) })
 		// Up to 1452 they are ours; the others are fragments, which are the kernel's.
 		for _, size := range []int{1, 18, 1451, 1452, 1453, 4000, 20000, 65000} {
-			if !answered(conn, size) {
+			if !answers(conn, size) {
 				t.Errorf("%v: no answer to a datagram of %d bytes", to.pod, size)
 			}
 		}
@@ -203,6 +207,9 @@ func direct(t *testing.T, way string) {
 		bulk(t, to, p)
 	}
 	noDrops(t, a.router, b.router)
+	if named := a.queueNames(t); !named["pods_receive"] {
+		t.Errorf("queues %v", named)
+	}
 	for name, n := range map[string]*directNode{"forwarded_encap": a, "forwarded_decap": b, "forwarded_local": a} {
 		if got := n.counter(name); got < 100 {
 			t.Errorf("%v: %s: %d packets: expected more", n.address, name, got)
@@ -212,7 +219,13 @@ func direct(t *testing.T, way string) {
 
 // TestDirectMerged is TestDirect's bulk for packets that arrive one by one, and merged by GRO.
 func TestDirectMerged(t *testing.T) {
-	a, b := newDirectNodes(t, port.IOPacket) // with AF_XDP the kernel merges nothing
+	for _, way := range []string{port.IOPacket, port.IOTC} { // with AF_XDP the kernel merges nothing
+		t.Run(way, func(t *testing.T) { directMerged(t, way) })
+	}
+}
+
+func directMerged(t *testing.T, way string) {
+	a, b := newDirectNodes(t, way)
 	p, r := a.addPod(t, 1), b.addPod(t, 1)
 	a.reads(t, 1, 1)
 	b.reads(t, 1, 1)
@@ -416,7 +429,7 @@ func (n *node) openStream(t *testing.T, service string, server *node) *stream {
 	defer listener.Close()
 	var conn net.Conn
 	n.do(t, func() (err error) {
-		conn, err = net.DialTimeout("tcp4", service, 5*time.Second)
+		conn, err = net.DialTimeout("tcp4", service, 60*time.Second)
 		return err
 	})
 	far, err := listener.Accept()
@@ -430,7 +443,7 @@ func (n *node) openStream(t *testing.T, service string, server *node) *stream {
 
 // echoed sends a mebibyte and waits for as much to come back.
 func (s *stream) echoed() error {
-	if err := s.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+	if err := s.SetDeadline(time.Now().Add(60 * time.Second)); err != nil {
 		return err
 	}
 	const total = 1 << 20
@@ -447,7 +460,7 @@ func (s *stream) echoed() error {
 
 // spoken waits for what the server says unasked.
 func (s *stream) spoken() error {
-	if err := s.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+	if err := s.SetDeadline(time.Now().Add(60 * time.Second)); err != nil {
 		return err
 	}
 	if _, err := s.server.Write([]byte("x")); err != nil {

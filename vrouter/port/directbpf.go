@@ -26,23 +26,41 @@ import (
 // The programs go with the process. Then all is the kernel's, and what needs the vRouter ends at vr0.
 type steering struct {
 	owned, flows, taken *ebpf.Map
-	filter              *ebpf.Program // socket filter: what the vRouter owns
-	drop                *ebpf.Program // TCX ingress: the same, kept from the kernel
+	claim               *ebpf.Program // TCX ingress: marks what the vRouter owns, and keeps it from the kernel
+	filter              *ebpf.Program // socket filter: what is marked
 	record              *ebpf.Program // TCX egress: writes flows
-	prefixes            map[netip.Prefix]ownership
+	prefixes            map[netip.Prefix]owning
 
 	// With AF_XDP only.
 	sockets  *ebpf.Map     // by the slot that taken gives an interface
-	redirect *ebpf.Program // XDP: what filter and drop do with AF_PACKET
+	redirect *ebpf.Program // XDP: what claim does with AF_PACKET
+
+	shortcut *shortcut // with IOTC only
 }
 
 // ownership says why a prefix is owned.
 type ownership uint8
 
 const (
-	ownedRoute ownership = 1 << iota // a tunnel leads to it
-	ownedPod                         // a pod whose interface we have
+	ownedRoute     ownership = 1 << iota // a tunnel leads to it
+	ownedPod                             // a pod whose interface we have
+	ownedException                       // a route within a tunnel's that leads elsewhere: packet by packet it is the vRouter's to say
 )
+
+// owning is why a prefix is owned, and the ways to it in the shortcut: for a route and for a pod, 0 where there is none.
+type owning struct {
+	why   ownership
+	route uint32
+	pod   uint32
+}
+
+// way returns the one that holds: a pod of this node comes before a route.
+func (o owning) way() uint32 {
+	if o.why&ownedPod != 0 {
+		return o.pod
+	}
+	return o.route
+}
 
 const (
 	// maxOwned is the number of prefixes that can be owned: tunnels' blocks, and pods. Memory is taken as they come.
@@ -56,7 +74,7 @@ const (
 // newSteering loads maps and programs, and attaches one for a moment to the loopback device of the calling thread's
 // namespace, so that what is missing is known at start.
 func newSteering(io string) (_ *steering, err error) {
-	s := &steering{prefixes: make(map[netip.Prefix]ownership)}
+	s := &steering{prefixes: make(map[netip.Prefix]owning)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(explainSteering(err), s.close())
@@ -70,7 +88,7 @@ func newSteering(io string) (_ *steering, err error) {
 		MaxEntries: maxFlows}); err != nil {
 		return nil, err
 	}
-	if s.taken, err = ebpf.NewMap(&ebpf.MapSpec{Name: "margay_taken", Type: ebpf.Hash, KeySize: 4, ValueSize: 4,
+	if s.taken, err = ebpf.NewMap(&ebpf.MapSpec{Name: "margay_taken", Type: ebpf.Hash, KeySize: 4, ValueSize: 8,
 		MaxEntries: maxTaken, Flags: unix.BPF_F_NO_PREALLOC}); err != nil {
 		return nil, err
 	}
@@ -88,9 +106,22 @@ func newSteering(io string) (_ *steering, err error) {
 			s.redirect = load("margay_redirect", ebpf.XDP, s.classify(asm.FnXdpLoadBytes, xdpIndex, s.toSocket(), returns(xdpPass)))
 		}
 	}
-	s.filter = load("margay_filter", ebpf.SocketFilter, s.classify(asm.FnSkbLoadBytes, skbIndex, returns(0x40000), returns(0)))
-	s.drop = load("margay_drop", ebpf.SchedCLS, s.classify(asm.FnSkbLoadBytes, skbIndex, returns(tcxDrop), returns(tcxNext)))
+	if io == IOTC && err == nil {
+		s.shortcut, err = newShortcut()
+	}
+	s.filter = load("margay_filter", ebpf.SocketFilter, marked())
 	s.record = load("margay_record", ebpf.SchedCLS, s.recorder())
+	if err == nil {
+		owned := claimed()
+		if s.shortcut != nil {
+			owned = append(s.shortcut.depart(), owned...)
+		}
+		s.claim = load("margay_claim", ebpf.SchedCLS, s.classify(asm.FnSkbLoadBytes, skbIndex, owned, returns(tcxNext)))
+	}
+	if s.shortcut != nil {
+		s.shortcut.arrival = load("margay_arrive", ebpf.SchedCLS, s.shortcut.arrive(s))
+		s.shortcut.note = load("margay_note", ebpf.SchedCLS, s.shortcut.noter(s))
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -114,14 +145,14 @@ func explainSteering(err error) error {
 }
 
 // attach puts the TCX programs onto an interface of the calling thread's namespace: the one that records, and the one
-// that drops.
-func (s *steering) attach(index int, dropping bool) ([]link.Link, error) {
+// that claims.
+func (s *steering) attach(index int, claiming bool) ([]link.Link, error) {
 	var links []link.Link
 	for _, at := range []struct {
 		program *ebpf.Program
 		where   ebpf.AttachType
-	}{{s.record, ebpf.AttachTCXEgress}, {s.drop, ebpf.AttachTCXIngress}} {
-		if at.program == s.drop && !dropping {
+	}{{s.record, ebpf.AttachTCXEgress}, {s.claim, ebpf.AttachTCXIngress}} {
+		if at.program == s.claim && !claiming {
 			continue
 		}
 		l, err := link.AttachTCX(link.TCXOptions{Interface: index, Program: at.program, Attach: at.where, Anchor: link.Head()})
@@ -133,11 +164,13 @@ func (s *steering) attach(index int, dropping bool) ([]link.Link, error) {
 	return links, nil
 }
 
-// take opens or closes the gate of the interface index. slot is where its AF_XDP socket, if it has one, is in sockets.
-func (s *steering) take(index, slot int, on bool) error {
+// take opens or closes the gate of the interface index, whose pod has the address. slot is where its AF_XDP socket, if it
+// has one, is in sockets.
+func (s *steering) take(index, slot int, pod netip.Addr, on bool) error {
 	var err error
 	if on {
-		err = s.taken.Put(uint32(index), uint32(slot))
+		address := pod.As4()
+		err = s.taken.Put(uint32(index), append(binary.NativeEndian.AppendUint32(nil, uint32(slot)), address[:]...))
 	} else if err = s.taken.Delete(uint32(index)); errors.Is(err, ebpf.ErrKeyNotExist) {
 		err = nil
 	}
@@ -155,15 +188,22 @@ func closeLinks(links []link.Link) error {
 	return errors.Join(errs...)
 }
 
-// own adds a reason why a prefix is owned, or takes it away.
-func (s *steering) own(p netip.Prefix, why ownership, on bool) error {
+// own adds a reason why a prefix is owned, or takes it away. way is the one that the shortcut has for that reason.
+func (s *steering) own(p netip.Prefix, why ownership, on bool, way uint32) error {
 	if !p.Addr().Is4() {
 		return nil
 	}
 	had := s.prefixes[p]
-	has := had &^ why
+	has := had
+	has.why &^= why
 	if on {
-		has |= why
+		has.why |= why
+	}
+	switch why {
+	case ownedPod:
+		has.pod = way
+	case ownedRoute:
+		has.route = way
 	}
 	key := make([]byte, 8)
 	binary.NativeEndian.PutUint32(key, uint32(p.Bits()))
@@ -171,7 +211,7 @@ func (s *steering) own(p netip.Prefix, why ownership, on bool) error {
 	switch {
 	case has == had:
 		return nil
-	case has == 0:
+	case has.why == 0:
 		delete(s.prefixes, p)
 		if err := s.owned.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			return fmt.Errorf("map of owned prefixes: %s: %w", p, err)
@@ -179,11 +219,15 @@ func (s *steering) own(p netip.Prefix, why ownership, on bool) error {
 		return nil
 	}
 	s.prefixes[p] = has
-	if had != 0 {
+	if had.why != 0 && had.way() == has.way() {
 		return nil
 	}
-	if err := s.owned.Put(key, []byte{1, 0, 0, 0}); err != nil {
-		delete(s.prefixes, p)
+	if err := s.owned.Put(key, has.way()); err != nil {
+		if had.why == 0 {
+			delete(s.prefixes, p)
+		} else {
+			s.prefixes[p] = had
+		}
 		return fmt.Errorf("map of owned prefixes: %s: %w", p, err)
 	}
 	return nil
@@ -191,7 +235,10 @@ func (s *steering) own(p netip.Prefix, why ownership, on bool) error {
 
 func (s *steering) close() error {
 	var errs []error
-	for _, p := range []*ebpf.Program{s.filter, s.drop, s.record, s.redirect} {
+	if s.shortcut != nil {
+		errs = append(errs, s.shortcut.close())
+	}
+	for _, p := range []*ebpf.Program{s.filter, s.claim, s.record, s.redirect} {
 		if p != nil {
 			errs = append(errs, p.Close())
 		}
@@ -280,7 +327,8 @@ func returns(verdict int32) asm.Instructions {
 }
 
 // classify is the program, whatever its type, that goes to owned or to kernel. load is its type's way to read the packet,
-// index where its context has the interface; R6 holds the context. At owned R0 points to what taken says.
+// index where its context has the interface; R6 holds the context. At owned R0 points to what taken says, R8 has what
+// owned says, and R7 the protocol.
 func (s *steering) classify(load asm.BuiltinFunc, index int16, owned, kernel asm.Instructions) asm.Instructions {
 	program := append(asm.Instructions{asm.Mov.Reg(asm.R6, asm.R1)}, loadHeaders(load, moreFragments|fragmentOffset, "kernel")...)
 	program = append(program, asm.JEq.Imm(asm.R7, unix.IPPROTO_ICMP, "icmp"))
@@ -311,12 +359,38 @@ func (s *steering) classify(load asm.BuiltinFunc, index int16, owned, kernel asm
 	)
 	program = append(append(program, lookup(s.owned, stackPrefix)...), asm.JEq.Imm(asm.R0, 0, "kernel"))
 	program = append(program,
+		asm.LoadMem(asm.R8, asm.R0, 0, asm.Word),
 		asm.LoadMem(asm.R0, asm.R6, index, asm.Word),
 		asm.StoreMem(asm.RFP, stackPrefix, asm.R0, asm.Word),
 	)
 	program = append(append(program, lookup(s.taken, stackPrefix)...), asm.JEq.Imm(asm.R0, 0, "kernel"))
 	kernel[0] = kernel[0].WithSymbol("kernel")
 	return append(append(program, owned...), kernel...)
+}
+
+// claimed is what becomes of a packet that the vRouter owns: it is marked for the socket filter of the vRouter's AF_PACKET
+// socket, which comes after this program, and the kernel's stack leaves alone what is for another host.
+func claimed() asm.Instructions {
+	return asm.Instructions{
+		asm.Mov.Reg(asm.R1, asm.R6).WithSymbol("claim"),
+		asm.Mov.Imm(asm.R2, unix.PACKET_OTHERHOST),
+		asm.FnSkbChangeType.Call(),
+		asm.Mov.Imm(asm.R0, retagMark),
+		asm.StoreMem(asm.R6, skbMark, asm.R0, asm.Word),
+		asm.Mov.Imm(asm.R0, tcxPass),
+		asm.Return(),
+	}
+}
+
+// marked is the socket filter: it takes what is claimed, and nothing else.
+func marked() asm.Instructions {
+	return asm.Instructions{
+		asm.LoadMem(asm.R1, asm.R1, skbMark, asm.Word),
+		asm.Mov.Imm(asm.R0, 0),
+		asm.JNE.Imm(asm.R1, retagMark, "other"),
+		asm.Mov.Imm(asm.R0, 0x40000),
+		asm.Return().WithSymbol("other"),
+	}
 }
 
 // toSocket redirects to the AF_XDP socket of the interface, which is bound to the first queue; what comes by others, and to
@@ -351,7 +425,12 @@ func (s *steering) recorder() asm.Instructions {
 	program = append(program, asm.Ja.Label("next"))
 	ports := loadBytes(asm.FnSkbLoadBytes, headersLen, stackPorts, 4, "next")
 	ports[0] = ports[0].WithSymbol("ports")
-	program = append(program, ports...)
+	return append(append(program, ports...), s.recordFlow()...)
+}
+
+// recordFlow is the end of a program that puts the other direction of the flow on its stack into flows.
+func (s *steering) recordFlow() asm.Instructions {
+	var program asm.Instructions
 	for _, move := range []struct {
 		from, to int16
 		size     asm.Size

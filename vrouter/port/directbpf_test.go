@@ -77,11 +77,11 @@ func TestClassify(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(1, 2))
 	owned := []netip.Prefix{netip.MustParsePrefix("10.244.2.0/26"), netip.MustParsePrefix("10.244.1.32/32"), netip.MustParsePrefix("10.244.3.64/27")}
 	for _, p := range append(owned, netip.MustParsePrefix("10.244.0.0/24")) {
-		if err := s.own(p, ownedRoute, true); err != nil {
+		if err := s.own(p, ownedRoute, true, 0); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if err := s.own(netip.MustParsePrefix("10.244.0.0/24"), ownedRoute, false); err != nil {
+	if err := s.own(netip.MustParsePrefix("10.244.0.0/24"), ownedRoute, false, 0); err != nil {
 		t.Fatal(err)
 	}
 	flows := map[vrouter.Flow]bool{}
@@ -96,7 +96,7 @@ func TestClassify(t *testing.T) {
 	}
 	// A test run's packets come by the loopback device.
 	for _, open := range []bool{false, true} {
-		if err := s.take(loopbackIndex, 0, open); err != nil {
+		if err := s.take(loopbackIndex, 0, netip.MustParseAddr("10.244.1.1"), open); err != nil {
 			t.Fatal(err)
 		}
 		ours := 0
@@ -106,12 +106,12 @@ func TestClassify(t *testing.T) {
 			if want {
 				ours++
 			}
-			verdict, _, err := s.drop.Test(b)
+			verdict, _, err := s.claim.Test(b)
 			if err != nil {
 				t.Fatal(err)
 			}
-			if got := verdict == tcxDrop; got != want {
-				t.Fatalf("dropped %v, expected %v: % x", got, want, b)
+			if got := verdict == tcxPass; got != want {
+				t.Fatalf("claimed %v, expected %v: % x", got, want, b)
 			}
 		}
 		if open && (ours < 400 || ours > 3600) {

@@ -22,7 +22,9 @@ type podLink struct {
 	address  unix.RawSockaddrLinklayer
 	programs []link.Link
 	lost     socketLosses
-	waits    bool // the sender has packets queued for its AF_XDP socket
+	queue    int    // of the port, which reads it; that one alone sends by its AF_XDP socket
+	waits    bool   // the sender has packets queued for its AF_XDP socket
+	way      uint32 // to the pod in the shortcut; directPods' own
 }
 
 // newPodLink returns an interface that has nothing open.
@@ -59,8 +61,8 @@ func openPodLink(s *steering, index int, own, pod []byte) (_ *podLink, err error
 	if l.programs, err = s.attach(index, true); err != nil {
 		return nil, err
 	}
-	// ETH_P_ALL, because that is heard before the programs at tc ingress run, and ETH_P_IP after.
-	if err := unix.Bind(l.fd, &unix.SockaddrLinklayer{Protocol: htons(unix.ETH_P_ALL), Ifindex: index}); err != nil {
+	// ETH_P_IP, because that is heard after the programs at tc ingress have run, and ETH_P_ALL before.
+	if err := unix.Bind(l.fd, &unix.SockaddrLinklayer{Protocol: htons(unix.ETH_P_IP), Ifindex: index}); err != nil {
 		return nil, fmt.Errorf("bind packet socket: %w", err)
 	}
 	return l, nil
@@ -133,6 +135,7 @@ func (l *podLink) close() error {
 // used by one goroutine. It goes through the interface's queueing discipline, so that a limit which an operator has set
 // on it holds; the mark says to the programs there that it is ours.
 type podSender struct {
+	queue  int // of the port
 	writer packetWriter
 	queued []*podLink // whose AF_XDP socket has packets that wait
 }
@@ -154,11 +157,11 @@ func (s *podSender) open() (err error) {
 }
 
 // send puts the one packet of one into a queue. Superpackets go by AF_PACKET, whatever the interface has beside it:
-// AF_XDP knows none.
+// AF_XDP knows none; and so does what comes by another queue than the interface's own, all of a flow.
 func (s *podSender) send(l *podLink, one []*vrouter.Packet) {
 	p := one[0]
 	p.Sent, p.Drop = 0, vrouter.ReasonNotSet
-	if l.xsk != nil && p.Offload.Segmentation == vrouter.SegmentNone {
+	if l.xsk != nil && l.queue == s.queue && p.Offload.Segmentation == vrouter.SegmentNone {
 		l.xsk.send(p, l.ethernet[:])
 		if !l.waits {
 			l.waits = true

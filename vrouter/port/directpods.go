@@ -7,9 +7,11 @@ import (
 	"net"
 	"net/netip"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -30,8 +32,9 @@ const (
 // the kernel's.
 type directPods struct {
 	direct   *Direct
-	io       string // IOPacket or IOXDP
+	io       string // IOPacket, IOXDP or IOTC
 	steering *steering
+	plan     *shortcutPlan // with IOTC only
 	// rewritten is what the kernel rewrote when the port was opened.
 	rewritten []vrouter.Flow
 	links     *netlink.Handle
@@ -54,7 +57,8 @@ type directPods struct {
 	names   map[int]string    // of devices, by index
 	hosts   map[neighbour]net.HardwareAddr
 	asked   map[neighbour]bool
-	stale   bool // devices and hosts have to be read anew
+	queued  map[int]bool // devices, by index, at which a queueing discipline holds packets back
+	stale   bool         // devices and hosts have to be read anew
 	slots   []*podLink
 	frames  int                // of a pod's AF_XDP socket, see XDPOptions
 	taken   map[netip.Addr]int // slots
@@ -69,6 +73,7 @@ type device struct {
 	mac   net.HardwareAddr
 	mtu   int // bytes
 	up    bool
+	peer  bool // a veth whose other side is in another namespace
 }
 
 // neighbour is a pod at an interface.
@@ -84,13 +89,44 @@ type retiredLink struct {
 	generation uint64
 }
 
-// routeChange is one prefix, and whether a tunnel leads to it now.
+// routeChange is one prefix, and the route that it has now.
 type routeChange struct {
 	prefix netip.Prefix
-	tunnel bool
+	there  bool
+	hop    vrouter.NextHop
 }
 
-func newDirectPods(d *Direct, io string) (_ *directPods, err error) {
+// lastChanges returns the last change of each prefix: what is there from the longest prefix to the shortest, and then
+// what is not, from the shortest to the longest. So no shorter prefix comes to light for a moment.
+func lastChanges(changes []routeChange) []routeChange {
+	if len(changes) < 2 {
+		return changes
+	}
+	last := make(map[netip.Prefix]int, len(changes))
+	for i, c := range changes {
+		last[c.prefix] = i
+	}
+	kept := make([]routeChange, 0, len(last))
+	for i, c := range changes {
+		if last[c.prefix] == i {
+			kept = append(kept, c)
+		}
+	}
+	slices.SortFunc(kept, func(a, b routeChange) int {
+		switch {
+		case a.there != b.there && a.there:
+			return -1
+		case a.there != b.there:
+			return 1
+		case a.there:
+			return b.prefix.Bits() - a.prefix.Bits()
+		}
+		return a.prefix.Bits() - b.prefix.Bits()
+	})
+	return kept
+}
+
+func newDirectPods(d *Direct, underlay *Underlay, io string) (_ *directPods, err error) {
 	p := &directPods{direct: d, io: io, events: -1, wake: -1, open: make(map[*podLink]bool), stale: true,
 		asked: make(map[neighbour]bool), taken: make(map[netip.Addr]int), trouble: make(map[string]error)}
 	defer func() {
@@ -120,9 +156,12 @@ func newDirectPods(d *Direct, io string) (_ *directPods, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("netlink: %w", err)
 	}
-	groups := uint32(1<<(unix.RTNLGRP_LINK-1) | 1<<(unix.RTNLGRP_NEIGH-1))
+	groups := uint32(1<<(unix.RTNLGRP_LINK-1) | 1<<(unix.RTNLGRP_NEIGH-1) | 1<<(unix.RTNLGRP_TC-1))
 	if err := unix.Bind(p.events, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: groups}); err != nil {
 		return nil, fmt.Errorf("netlink: %w", err)
+	}
+	if p.steering.shortcut != nil {
+		p.plan = newShortcutPlan(p.steering, underlay, d.host.Name(), p.poke)
 	}
 	p.describe()
 	p.done.Go(p.run)
@@ -143,10 +182,10 @@ func (d *Direct) SetRoutes(set []vrouter.Route, del []netip.Prefix) {
 	p := d.pods
 	p.mu.Lock()
 	for _, prefix := range del {
-		p.routes = append(p.routes, routeChange{prefix, false})
+		p.routes = append(p.routes, routeChange{prefix: prefix})
 	}
 	for _, r := range set {
-		p.routes = append(p.routes, routeChange{r.Prefix, r.NextHop.Kind == vrouter.KindTunnel})
+		p.routes = append(p.routes, routeChange{r.Prefix, true, r.NextHop})
 	}
 	p.mu.Unlock()
 	p.poke()
@@ -169,6 +208,9 @@ func (p *directPods) free() error {
 	var errs []error
 	for l := range p.open {
 		errs = append(errs, l.close())
+	}
+	if p.plan != nil {
+		errs = append(errs, p.plan.close())
 	}
 	if p.steering != nil {
 		errs = append(errs, p.steering.close())
@@ -208,7 +250,9 @@ func (p *directPods) run() {
 		if n, err := unix.Poll(fds, directTend); n == 0 && err == nil {
 			p.direct.host.tend()
 			p.direct.underlay.tend()
-			p.direct.relisten()
+			for _, q := range p.direct.all() {
+				q.relisten()
+			}
 		}
 		_, _ = unix.Read(p.wake, buffer[:8])
 	}
@@ -258,6 +302,8 @@ func (p *directPods) hear(m *syscall.NetlinkMessage) {
 			return
 		}
 		p.setDevice(l, m.Header.Type == unix.RTM_NEWLINK)
+	case unix.RTM_NEWQDISC, unix.RTM_DELQDISC:
+		p.stale = true // seldom enough
 	}
 }
 
@@ -288,7 +334,11 @@ func (p *directPods) setDevice(l netlink.Link, there bool) {
 	}
 	p.names[a.Index] = a.Name
 	p.devices[a.Name] = device{index: a.Index, mac: bytes.Clone(a.HardwareAddr), mtu: a.MTU,
-		up: a.Flags&net.FlagUp != 0 && a.EncapType == "ether" && len(a.HardwareAddr) == 6}
+		up:   a.Flags&net.FlagUp != 0 && a.EncapType == "ether" && len(a.HardwareAddr) == 6,
+		peer: l.Type() == "veth" && a.NetNsID >= 0}
+	if p.plan != nil {
+		p.plan.dirty.Store(true)
+	}
 }
 
 // refresh reads devices and neighbours anew.
@@ -309,6 +359,16 @@ func (p *directPods) refresh() {
 	for i := range neighbours {
 		p.setHost(&neighbours[i], true)
 	}
+	disciplines, err := p.links.QdiscList(nil)
+	if err != nil {
+		return
+	}
+	p.queued = make(map[int]bool)
+	for _, q := range disciplines {
+		if a := q.Attrs(); a.Parent == netlink.HANDLE_ROOT && q.Type() != "noqueue" {
+			p.queued[a.LinkIndex] = true
+		}
+	}
 	p.stale = false
 }
 
@@ -323,8 +383,8 @@ func (p *directPods) look() {
 	p.routes = nil
 	p.mu.Unlock()
 	clear(p.trouble)
-	for _, r := range routes {
-		if err := p.steering.own(r.prefix, ownedRoute, r.tunnel); err != nil {
+	for _, r := range lastChanges(routes) {
+		if err := p.route(r); err != nil {
 			p.trouble[r.prefix.String()] = err
 		}
 	}
@@ -333,8 +393,33 @@ func (p *directPods) look() {
 	if changed {
 		p.publish()
 	}
+	if p.plan != nil {
+		if err := p.plan.refresh(p.devices, p.shortcutPods()); err != nil {
+			p.trouble["the shortcut"] = err
+		}
+	}
 	p.reap()
 	p.describe()
+}
+
+// route takes a change of the routes over.
+func (p *directPods) route(r routeChange) error {
+	if p.plan != nil {
+		return p.plan.route(r)
+	}
+	return p.steering.own(r.prefix, ownedRoute, r.there && r.hop.Kind == vrouter.KindTunnel, 0)
+}
+
+// shortcutPods returns the pods that are taken, by their ways.
+func (p *directPods) shortcutPods() map[uint32]shortcutPod {
+	pods := make(map[uint32]shortcutPod, len(p.taken))
+	for address, slot := range p.taken {
+		if l := p.slots[slot]; l.way != 0 {
+			d := p.devices[p.names[l.index]]
+			pods[l.way] = shortcutPod{address: address, link: l, mtu: d.mtu, peer: d.peer && !p.queued[l.index]}
+		}
+	}
+	return pods
 }
 
 // wanted returns the device of a pod's interface and the pod's hardware address, if the vRouter can have the interface.
@@ -360,8 +445,8 @@ func (p *directPods) release() (changed bool) {
 				continue
 			}
 		}
-		p.own(address, false)
-		if err := p.steering.take(l.index, slot, false); err != nil {
+		p.own(address, l, false)
+		if err := p.steering.take(l.index, slot, address, false); err != nil {
 			p.trouble[address.String()] = err
 		}
 		p.slots[slot] = nil
@@ -372,9 +457,17 @@ func (p *directPods) release() (changed bool) {
 	return changed
 }
 
-func (p *directPods) own(address netip.Addr, on bool) {
-	if err := p.steering.own(netip.PrefixFrom(address, address.BitLen()), ownedPod, on); err != nil {
+func (p *directPods) own(address netip.Addr, l *podLink, on bool) {
+	if p.plan != nil && on {
+		l.way = p.plan.newWay(time.Now())
+		p.plan.dirty.Store(true)
+	}
+	if err := p.steering.own(netip.PrefixFrom(address, address.BitLen()), ownedPod, on, l.way); err != nil {
 		p.trouble[address.String()] = err
+	}
+	if p.plan != nil && !on {
+		p.plan.freeWay(l.way, time.Now())
+		l.way = 0
 	}
 }
 
@@ -403,6 +496,7 @@ func (p *directPods) acquire() (changed bool) {
 			p.trouble[pod.Interface] = err
 			continue
 		}
+		l.queue = p.direct.reads(slot).number
 		p.mu.Lock()
 		p.open[l] = true
 		p.mu.Unlock()
@@ -416,7 +510,11 @@ func (p *directPods) acquire() (changed bool) {
 // openLink opens an interface by AF_XDP where that was asked for and works, else by AF_PACKET.
 func (p *directPods) openLink(d device, slot int, mac net.HardwareAddr) (*podLink, error) {
 	if p.io == IOXDP {
-		l, err := openPodXSK(p.steering, d.index, slot, p.frames, d.mtu, d.mac, mac)
+		var l *podLink
+		err := whileBusy(func() (err error) {
+			l, err = openPodXSK(p.steering, d.index, slot, p.frames, d.mtu, d.mac, mac)
+			return err
+		})
 		if err == nil {
 			return l, nil
 		}
@@ -463,18 +561,20 @@ func (p *directPods) publish() {
 		addresses[slot] = address
 	}
 	next := &directTable{generation: old.generation + 1, pods: vrouter.NewPods(addresses), links: append([]*podLink(nil), p.slots...)}
-	p.direct.next.Store(next)
-	p.direct.poke()
+	for _, q := range p.direct.all() {
+		q.next.Store(next)
+		q.poke()
+	}
 	for address, slot := range p.taken {
 		l := p.slots[slot]
 		if at := vrouter.FirstPodInterface + vrouter.Interface(slot); old.link(at) != l {
-			if err := p.direct.listen(l.readFD(), int32(at)); err != nil {
+			if err := p.direct.reads(slot).listen(l.readFD(), int32(at)); err != nil {
 				p.trouble[address.String()] = err
 			}
-			if err := p.steering.take(l.index, slot, true); err != nil {
+			if err := p.steering.take(l.index, slot, address, true); err != nil {
 				p.trouble[address.String()] = err
 			}
-			p.own(address, true)
+			p.own(address, l, true)
 		}
 	}
 }
@@ -482,6 +582,9 @@ func (p *directPods) publish() {
 // reap closes what Recv no longer uses.
 func (p *directPods) reap() {
 	taken := p.direct.taken.Load()
+	for _, q := range p.direct.more {
+		taken = min(taken, q.taken.Load())
+	}
 	kept := p.retired[:0]
 	for _, r := range p.retired {
 		if taken < r.generation {
@@ -511,6 +614,9 @@ func (p *directPods) dropped() uint64 {
 // describe says for people which interfaces we have.
 func (p *directPods) describe() {
 	text := fmt.Sprintf("%d of %d pods read by AF_PACKET", len(p.taken), len(p.pods))
+	if p.plan != nil {
+		text = fmt.Sprintf("%d of %d pods by tc, hops in the kernel: %d", len(p.taken), len(p.pods), p.plan.inKernel.Load())
+	}
 	if p.io == IOXDP {
 		packet := 0
 		for _, slot := range p.taken {

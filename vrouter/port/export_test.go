@@ -98,6 +98,9 @@ func (x *XSK) Send(frames ...[]byte) int {
 // Native reports whether the driver runs the program.
 func (x *XSK) Native() bool { return x.program.native }
 
+// Occupancy tells how full the socket's rings are.
+func (x *XSK) Occupancy() (receive, send vrouter.Queue) { return x.socket.occupancy() }
+
 // Dropped returns the kernel's count of frames that it could not hand over.
 func (x *XSK) Dropped() uint64 { return x.socket.dropped() }
 

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"net"
+	"slices"
 	"syscall"
 	"testing"
 	"time"
@@ -23,45 +24,57 @@ func TestUDPSegmentation(t *testing.T) {
 		a, b := newNodes(t, d)
 		conn := a.dialUDP(t, b.echo(t))
 		eventually(t, "first answer", func() bool { return answered(conn, 1) })
-		for _, size := range []int{1, 500, 1400, 1452} {
-			raw, err := conn.SyscallConn()
-			if err != nil {
-				t.Fatal(err)
-			}
-			var sockErr error
-			if err := raw.Control(func(fd uintptr) {
-				sockErr = unix.SetsockoptInt(int(fd), unix.IPPROTO_UDP, unix.UDP_SEGMENT, size)
-			}); errors.Join(err, sockErr) != nil {
-				t.Fatal(err, sockErr)
-			}
-			const count = 20
-			want := make([]byte, count*size-size/2)
-			for i := range want {
-				want[i] = byte(i / size)
-			}
-			if _, err := conn.Write(want); err != nil {
-				t.Fatal(err)
-			}
-			if err := conn.SetReadDeadline(time.Now().Add(5 * time.Second)); err != nil {
-				t.Fatal(err)
-			}
-			var got []byte
-			buf := make([]byte, 65536)
-			for len(got) < len(want) {
-				n, err := conn.Read(buf)
-				if err != nil {
-					t.Fatalf("segments of %d bytes: %d bytes of %d came back: %v", size, len(got), len(want), err)
-				}
-				if n != size && n != len(want)%size {
-					t.Errorf("segments of %d bytes: one of %d", size, n)
-				}
-				got = append(got, buf[:n]...)
-			}
-			if !bytes.Equal(got, want) {
-				t.Errorf("segments of %d bytes: other bytes came back", size)
-			}
-		}
+		segmented(t, conn, true)
 	})
+}
+
+// segmented sends superpackets of several segment sizes by conn, to an echo server. Where packets do not all pass one thread
+// the answers, which the server sends one by one, may overtake each other: ordered says that they must not.
+func segmented(t *testing.T, conn *net.UDPConn, ordered bool) {
+	t.Helper()
+	for _, size := range []int{1, 500, 1400, 1452} {
+		raw, err := conn.SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var sockErr error
+		if err := raw.Control(func(fd uintptr) {
+			sockErr = unix.SetsockoptInt(int(fd), unix.IPPROTO_UDP, unix.UDP_SEGMENT, size)
+		}); errors.Join(err, sockErr) != nil {
+			t.Fatal(err, sockErr)
+		}
+		const count = 20
+		want := make([]byte, count*size-size/2)
+		for i := range want {
+			want[i] = byte(i / size)
+		}
+		if _, err := conn.Write(want); err != nil {
+			t.Fatal(err)
+		}
+		if err := conn.SetReadDeadline(time.Now().Add(5 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		var answers [][]byte
+		received := 0
+		buf := make([]byte, 65536)
+		for received < len(want) {
+			n, err := conn.Read(buf)
+			if err != nil {
+				t.Fatalf("segments of %d bytes: %d bytes of %d came back: %v", size, received, len(want), err)
+			}
+			if n != size && n != len(want)%size {
+				t.Errorf("segments of %d bytes: one of %d", size, n)
+			}
+			answers = append(answers, bytes.Clone(buf[:n]))
+			received += n
+		}
+		if !ordered {
+			slices.SortFunc(answers, bytes.Compare) // each is full of its number
+		}
+		if !bytes.Equal(bytes.Join(answers, nil), want) {
+			t.Errorf("segments of %d bytes: other bytes came back", size)
+		}
+	}
 }
 
 // capture returns a socket on eth0 of the namespace that sees protocol 4.
@@ -76,7 +89,7 @@ func (s *space) capture(t *testing.T) int {
 		if err != nil {
 			return err
 		}
-		tv := unix.NsecToTimeval(int64(5 * time.Second))
+		tv := unix.NsecToTimeval(int64(30 * time.Second))
 		return errors.Join(unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv),
 			unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 4<<20),
 			unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: 8, Ifindex: eth0.Attrs().Index})) // ETH_P_IP, network order
@@ -264,7 +277,7 @@ func neighbours(t *testing.T, d driver) {
 	// Gone: the kernel resolves anew, and holds the packet meanwhile.
 	right := entry()
 	a.do(t, func() error { return netlink.NeighDel(&right) })
-	if !answered(conn, 10) {
+	if !answers(conn, 10) {
 		t.Error("a packet was lost while the neighbour was resolved")
 	}
 	right = entry()

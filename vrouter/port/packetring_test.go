@@ -84,7 +84,7 @@ func numbered(length, number int) []byte {
 // take receives packets until there are want, and returns them; it stops the port when they do not come.
 func take(t *testing.T, v *port.Veth, want int) (all [][]byte) {
 	t.Helper()
-	timer := time.AfterFunc(10*time.Second, v.Stop)
+	timer := time.AfterFunc(60*time.Second, v.Stop)
 	defer timer.Stop()
 	batch := make([]*vrouter.Packet, 64)
 	for i := range batch {

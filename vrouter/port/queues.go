@@ -42,7 +42,7 @@ func (u *Underlay) Queues() (all []vrouter.Queue) {
 	if m, ok := socketMemory(u.send); ok {
 		all = append(all, vrouter.Queue{Name: numbered("underlay_send", u.number), Used: uint64(m[memInfoSendUsed]), Size: uint64(m[memInfoSendSize])})
 	}
-	return all
+	return append(all, u.bypass.queues("underlay_xdp", u.number)...)
 }
 
 // Queues implements vrouter.QueuePort.
@@ -53,10 +53,10 @@ func (v *Veth) Queues() (all []vrouter.Queue) {
 	if m, ok := socketMemory(v.fd); ok {
 		all = append(all, vrouter.Queue{Name: numbered("vr0_send", v.number), Used: uint64(m[memInfoSendUsed]), Size: uint64(m[memInfoSendSize])})
 	}
-	return all
+	return append(all, v.bypass.queues("vr0_xdp", v.number)...)
 }
 
-// Queues implements vrouter.QueuePort.
+// Queues implements vrouter.QueuePort. The pods' are the first queue's to tell.
 func (d *Direct) Queues() []vrouter.Queue {
 	var all []vrouter.Queue
 	for _, p := range []reader{d.host, d.underlay} {
@@ -64,5 +64,8 @@ func (d *Direct) Queues() []vrouter.Queue {
 			all = append(all, q.Queues()...)
 		}
 	}
-	return all
+	if d.lead != nil {
+		return all
+	}
+	return append(all, d.pods.queues()...)
 }

@@ -57,16 +57,16 @@ func (n *node) open(t *testing.T, index int, o port.Options) {
 	})
 	n.router, n.device, n.underlay = vrouter.New(), ports.Device, ports.Underlay
 	n.router.OnConfig(ports.Configure)
-	workers := ports.Workers(n.router)
+	threads := ports.Threads(ports.Workers(n.router))
 	done := make(chan error)
-	for _, w := range workers {
+	for _, run := range threads {
 		go func() {
 			runtime.LockOSThread() // never given back: the thread stays in the namespace
 			if err := netns.Set(n.handle); err != nil {
 				done <- err
 				return
 			}
-			done <- w.Run()
+			done <- run()
 		}()
 	}
 	stopped := false
@@ -77,7 +77,7 @@ func (n *node) open(t *testing.T, index int, o port.Options) {
 		stopped = true
 		ports.Stop()
 		var errs []error
-		for range workers {
+		for range threads {
 			errs = append(errs, <-done)
 		}
 		if err := errors.Join(append(errs, ports.Close())...); err != nil {
@@ -89,13 +89,16 @@ func (n *node) open(t *testing.T, index int, o port.Options) {
 	n.configure(t, index)
 }
 
-// onQueues runs a test for each way and number of queues.
-func onQueues(t *testing.T, counts []int, f func(t *testing.T, o port.Options, flows int)) {
+// queueShape is a number of queues, and of threads for each.
+type queueShape struct{ queues, threads int }
+
+// onQueues runs a test for each way and shape.
+func onQueues(t *testing.T, shapes []queueShape, f func(t *testing.T, o port.Options, flows int)) {
 	for _, way := range queueWays {
-		for _, n := range counts {
-			t.Run(fmt.Sprintf("%s %s %d", way.Attach, way.IO, n), func(t *testing.T) {
+		for _, shape := range shapes {
+			t.Run(fmt.Sprintf("%s %s, %d of %d", way.Attach, way.IO, shape.queues, shape.threads), func(t *testing.T) {
 				o := way.Options
-				o.Queues = n
+				o.Queues, o.Threads = shape.queues, shape.threads
 				f(t, o, way.flows)
 			})
 		}
@@ -105,7 +108,7 @@ func onQueues(t *testing.T, counts []int, f func(t *testing.T, o port.Options, f
 // TestQueuesKeepOrder sends 64 flows at once through several queues, there and back: of no flow is a packet lost or
 // overtaken by a later one, and no queue stays idle. TCP comes whole, too.
 func TestQueuesKeepOrder(t *testing.T) {
-	onQueues(t, []int{2, 4}, func(t *testing.T, o port.Options, window int) {
+	onQueues(t, []queueShape{{1, 1}, {2, 2}, {2, 1}, {4, 2}}, func(t *testing.T, o port.Options, window int) {
 		a, b := newQueueNodes(t, o)
 		server := newOrderedEcho(t, b)
 		first := a.dialUDP(t, server.address())
@@ -133,14 +136,8 @@ func TestQueuesKeepOrder(t *testing.T) {
 		wg.Wait()
 		noDrops(t, a.router, b.router)
 		for _, n := range []*node{a, b} {
-			named := make(map[string]bool)
-			for _, q := range n.router.Queues() {
-				if named[q.Name] {
-					t.Errorf("%v: two queues are named %s", n.address, q.Name)
-				}
-				named[q.Name] = true
-			}
-			if !named["underlay_receive"] || !named[fmt.Sprintf("underlay_receive%d", o.Queues-1)] {
+			named := n.queueNames(t)
+			if !named["underlay_receive"] || !named[fmt.Sprintf("underlay_receive%d", o.Queues-1)] && o.Queues > 1 {
 				t.Errorf("%v: queues %v", n.address, named)
 			}
 			batches := n.router.Batches()
@@ -156,6 +153,19 @@ func TestQueuesKeepOrder(t *testing.T) {
 	})
 }
 
+// queueNames returns the names of the queues that the router tells of, each of which there may be once.
+func (n *node) queueNames(t *testing.T) map[string]bool {
+	t.Helper()
+	named := make(map[string]bool)
+	for _, q := range n.router.Queues() {
+		if named[q.Name] {
+			t.Errorf("%v: two queues are named %s", n.address, q.Name)
+		}
+		named[q.Name] = true
+	}
+	return named
+}
+
 // inOrder sends rounds of numbered datagrams, and expects them back in order.
 func inOrder(conn *net.UDPConn, rounds, window int) error {
 	b := make([]byte, 100)
@@ -167,7 +177,7 @@ func inOrder(conn *net.UDPConn, rounds, window int) error {
 			}
 		}
 		for i := range window {
-			if err := conn.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+			if err := conn.SetReadDeadline(time.Now().Add(60 * time.Second)); err != nil {
 				return err
 			}
 			if _, err := conn.Read(b); err != nil {
@@ -240,7 +250,7 @@ func (e *orderedEcho) close() []error {
 // TestQueueOfFlow: all packets of a flow come by one queue, those of the other direction by the one of the same number where
 // the kernel chooses both.
 func TestQueueOfFlow(t *testing.T) {
-	onQueues(t, []int{4}, func(t *testing.T, o port.Options, _ int) {
+	onQueues(t, []queueShape{{4, 2}}, func(t *testing.T, o port.Options, _ int) {
 		a, b := newQueueNodes(t, o)
 		server := b.echo(t)
 		first := a.dialUDP(t, server)
@@ -257,7 +267,7 @@ func TestQueueOfFlow(t *testing.T) {
 			conn := a.dialUDP(t, server)
 			before := a.router.Batches()
 			for range 10 {
-				if !answered(conn, 50) {
+				if !answers(conn, 50) {
 					t.Fatal("no answer")
 				}
 			}
@@ -326,7 +336,7 @@ func TestQueuesChange(t *testing.T) {
 
 // TestQueuesRecover takes the underlay and vr0 away from ports of several queues.
 func TestQueuesRecover(t *testing.T) {
-	onQueues(t, []int{3}, func(t *testing.T, o port.Options, _ int) {
+	onQueues(t, []queueShape{{3, 2}, {2, 1}}, func(t *testing.T, o port.Options, _ int) {
 		a, b := newQueueNodes(t, o)
 		server := newOrderedEcho(t, b)
 		conns := make([]*net.UDPConn, 16)

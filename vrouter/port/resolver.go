@@ -42,6 +42,24 @@ type resolver struct {
 	noRetag error  // why
 	known   map[uint32]time.Time
 	done    sync.WaitGroup
+	watcher atomic.Pointer[hopWatcher]
+}
+
+// hopWatcher is somebody else who sends to the same destinations. The resolver's goroutine calls it.
+type hopWatcher interface {
+	// used reports whether it has sent to the destination since it was asked last.
+	used(to uint32) bool
+	// changed is called when there is another table.
+	changed()
+}
+
+// watch names the watcher, nil for none.
+func (r *resolver) watch(w hopWatcher) {
+	if w == nil {
+		r.watcher.Store(nil)
+		return
+	}
+	r.watcher.Store(&w)
 }
 
 // newResolver starts a resolver for the calling thread's namespace. load loads the program of retag.go.
@@ -174,10 +192,11 @@ func errorsDrop(t *retag) *retag {
 // look brings the table in line with the kernel's.
 func (r *resolver) look() {
 	now := time.Now()
-	old := *r.table.Load()
+	old, watcher := *r.table.Load(), r.watcher.Load()
 	used := make(map[uint32]bool)
 	for _, h := range old {
-		if h.used.Load() {
+		watched := watcher != nil && (*watcher).used(h.to)
+		if h.used.Load() || watched {
 			h.used.Store(false)
 			used[h.to] = true
 			r.known[h.to] = now
@@ -200,6 +219,9 @@ func (r *resolver) look() {
 	next.sort()
 	if !slices.EqualFunc(old, next, (*hop).same) {
 		r.table.Store(&next)
+		if watcher != nil {
+			(*watcher).changed()
+		}
 	}
 	r.describe(at)
 }

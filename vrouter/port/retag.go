@@ -16,14 +16,19 @@ const retagMark = 0x6d677279
 
 // Offsets into struct __sk_buff (linux/bpf.h), in bytes.
 const (
-	skbMark    = 8
-	skbIndex   = 40 // ifindex
-	skbGSOSize = 176
+	skbLen      = 0
+	skbType     = 4 // pkt_type
+	skbMark     = 8
+	skbProtocol = 16
+	skbVLAN     = 20 // vlan_present
+	skbIndex    = 40 // ifindex
+	skbGSOSize  = 176
 )
 
 // Verdicts of a TCX program.
 const (
 	tcxNext = -1
+	tcxPass = 0
 	tcxDrop = 2
 )
 
@@ -82,10 +87,12 @@ func (r *retag) attach(index int) error {
 // attached reports whether the program is on the interface index now. The kernel takes it off an interface that goes,
 // and the index may come back with another one.
 func (r *retag) attached(index int) bool {
-	if r.at == nil || r.index != index {
-		return false
-	}
-	info, err := r.at.Info()
+	return r.at != nil && r.index == index && tcxAttached(r.at, index)
+}
+
+// tcxAttached reports whether a link is to the interface index now.
+func tcxAttached(l link.Link, index int) bool {
+	info, err := l.Info()
 	if err != nil {
 		return false
 	}
@@ -112,21 +119,8 @@ func retagProgram() asm.Instructions {
 		outerLen = 20
 		buffer   = -24 // of the outer header, from the frame pointer
 
-		roomMAC       = 1 // BPF_ADJ_ROOM_MAC
-		fixedGSO      = 1 // BPF_F_ADJ_ROOM_FIXED_GSO
-		encapIPv4     = 2 // BPF_F_ADJ_ROOM_ENCAP_L3_IPV4
 		protocolField = buffer + 9
 	)
-	adjustRoom := func(by int32, flags int32) asm.Instructions {
-		return asm.Instructions{
-			asm.Mov.Reg(asm.R1, asm.R6),
-			asm.Mov.Imm(asm.R2, by),
-			asm.Mov.Imm(asm.R3, roomMAC),
-			asm.Mov.Imm(asm.R4, flags),
-			asm.FnSkbAdjustRoom.Call(),
-			asm.JNE.Imm(asm.R0, 0, "drop"),
-		}
-	}
 	program := asm.Instructions{
 		asm.Mov.Reg(asm.R6, asm.R1),
 		asm.LoadMem(asm.R0, asm.R6, skbMark, asm.Word),
@@ -146,8 +140,8 @@ func retagProgram() asm.Instructions {
 		asm.LoadMem(asm.R0, asm.RFP, protocolField, asm.Byte),
 		asm.JNE.Imm(asm.R0, protoIPIP, "next"),
 	}
-	program = append(program, adjustRoom(-outerLen, fixedGSO)...)
-	program = append(program, adjustRoom(outerLen, fixedGSO|encapIPv4)...)
+	program = append(program, adjustRoom(-outerLen, fixedGSO, "drop")...)
+	program = append(program, adjustRoom(outerLen, fixedGSO|encapIPv4, "drop")...)
 	return append(program,
 		asm.Mov.Reg(asm.R1, asm.R6),
 		asm.Mov.Imm(asm.R2, ethernetHeader),

@@ -3,6 +3,7 @@ package port
 import (
 	"errors"
 	"fmt"
+	"sync"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -60,6 +61,9 @@ type xsk struct {
 
 	free   []uint64 // frames to send in
 	queued int      // descriptors in tx that flush has not yet published
+
+	mapped sync.Mutex // held while the rings are unmapped, or looked at by others than the worker
+	closed bool
 }
 
 // Sizes of frames, and what the kernel takes of each for XDP (XDP_PACKET_HEADROOM).
@@ -326,6 +330,9 @@ func (x *xsk) dropped() uint64 {
 
 // close frees the socket and its memory. Nobody uses it any more.
 func (x *xsk) close() error {
+	x.mapped.Lock()
+	defer x.mapped.Unlock()
+	x.closed = true
 	errs := []error{x.rx.close(), x.tx.close(), x.fill.close(), x.completion.close()}
 	if x.fd >= 0 {
 		errs = append(errs, unix.Close(x.fd))

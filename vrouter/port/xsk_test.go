@@ -113,6 +113,9 @@ func TestXSK(t *testing.T) {
 	if n := x.Dropped(); n == 0 {
 		t.Error("more frames than there is room for came, and none was counted as dropped")
 	}
+	if receive, send := x.Occupancy(); receive.Used != slots || receive.Size != slots || send.Used != 0 || send.Size != slots {
+		t.Errorf("queues %+v, %+v: expected one that is full, and one that is empty, of %d", receive, send, slots)
+	}
 }
 
 // to is node A, for unix.Sendto.

@@ -54,6 +54,10 @@ func children() []*cobra.Command {
 			}
 			return g.Run()
 		}
+		if x, err := traffic.NewXSKGenerator(device, f, b); err == nil {
+			return x.Run()
+		}
+		b.Plain.Store(1) // what keeps AF_XDP from working would keep a path from working that wants it, and that says why
 		g, err := traffic.NewGenerator(device, f, b)
 		if err != nil {
 			return err

@@ -100,8 +100,8 @@ func TestSmoke(t *testing.T) {
 			}
 		}
 	}
-	if r.Limit["small"] <= 0 || r.Machine.Kernel == "" || !strings.HasPrefix(r.Ports["tun"], "vr0 by tun, packet ") {
-		t.Errorf("limit %v, machine %+v, ports %v", r.Limit, r.Machine, r.Ports)
+	if r.Alone["small"].Rate <= 0 || r.Alone["small"].Plain || r.Machine.Kernel == "" || !strings.HasPrefix(r.Ports["tun"], "vr0 by tun, packet ") {
+		t.Errorf("alone %v, machine %+v, ports %v", r.Alone, r.Machine, r.Ports)
 	}
 	for _, name := range []string{"report.md", "report.json", "tcp1.svg", "tcp1.png"} {
 		if _, err := os.Stat(filepath.Join(dir, name)); err != nil {

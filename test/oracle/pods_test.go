@@ -1,0 +1,277 @@
+package oracle
+
+import (
+	"encoding/binary"
+	"errors"
+	"net"
+	"net/netip"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+	"pgregory.net/rapid"
+
+	"margay/test/node"
+	"margay/test/space"
+	"margay/vrouter"
+	"margay/vrouter/port"
+)
+
+// podBox is a node whose pods have namespaces and interfaces of their own, and are mute. The first of them only receives.
+//
+// In `direct`, what a pod sends goes by the vRouter or by the kernel, and the test does not know which: so there is a marker
+// behind it on each way, to each place where something can come out. That none overtakes another takes one CPU for all.
+type podBox struct {
+	nodeBox
+	pods []*attached
+	last int
+}
+
+// attached is a pod with an eye on its interface.
+type attached struct {
+	address netip.Addr
+	tap     *tap
+	mac     net.HardwareAddr
+}
+
+const attachedPods = 12
+
+func newPodBox(t testing.TB, driver port.Options, options vrouter.Options, mtu int) *podBox {
+	t.Helper()
+	var may unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &may); err != nil {
+		t.Fatal(err)
+	}
+	cpu := 0
+	for !may.IsSet(cpu) {
+		cpu++
+	}
+	if err := port.WorkerThread([]int{cpu}, 0); err != nil {
+		t.Fatal(err)
+	}
+	n := &podBox{}
+	n.open(t, node.Config{Driver: driver, Options: options, Update: update(), CPUs: []int{cpu}, Routes: func() error {
+		return errors.Join(space.Address("lo", routerIn+"/32"), space.Address("vr0", routerOut+"/32"), space.Route(poolPrefix, "vr0"))
+	}})
+	for i := range attachedPods {
+		p := &attached{address: netip.AddrFrom4([4]byte{10, 245, 0, byte(1 + i)})}
+		s := n.AddPod(t, node.Pod{Address: p.address, MTU: mtu, Source: addr(routerIn), Mute: true})
+		s.Do(t, func() (err error) {
+			if p.mac, err = macOf("eth0"); err != nil {
+				return err
+			}
+			p.tap, err = openTap("eth0")
+			return err
+		})
+		n.pods = append(n.pods, p)
+	}
+	return n
+}
+
+// nextPod returns the sender's turn.
+func (n *podBox) nextPod() netip.Addr {
+	n.last = n.last%(len(n.pods)-1) + 1
+	return n.pods[n.last].address
+}
+
+// route sends a packet, and markers behind it.
+func (n *podBox) route(t testing.TB, in input) result {
+	t.Helper()
+	if in.direction == inward {
+		return n.arrive(t, tunnel(in.bytes), in.pod)
+	}
+	pod, neighbour := n.of(in.pod), n.pods[0]
+	send := func(b []byte) { pod.tap.send(t, pod.mac, node.PodMAC, b) }
+	send(in.bytes)
+	for _, way := range []way{quick, slow} {
+		send(n.mark(pod.address, remoteHost, 64, way))
+		send(n.mark(pod.address, remoteHost, 1, way)) // errors
+		send(n.mark(pod.address, neighbour.address, 64, way))
+	}
+	send(n.mark(pod.address, neighbour.address, 64, handed))
+	send(n.mark(pod.address, neighbour.address, 1, handed))
+	send(n.mark(pod.address, remoteHost, 64, handed))
+	r := result{out: n.atPeer(t, 3), back: untilMarks(t, pod.tap, 3)}
+	r.back = append(r.back, untilMarks(t, neighbour.tap, 3)...)
+	return r
+}
+
+// arrive is route for what comes on the underlay, and is or would be for a pod. nil: nothing but the markers.
+func (n *podBox) arrive(t testing.TB, outer []byte, to netip.Addr) result {
+	t.Helper()
+	pod := n.of(to)
+	for _, b := range [][]byte{
+		outer,
+		tunnel(n.mark(remoteHost, pod.address, 64, quick)), // the vRouter's way
+		tunnel(n.mark(remoteHost, pod.address, 64, slow)),  // the kernel's
+		tunnel(n.mark(remoteHost, pod.address, 1, slow)),   // the kernel's errors
+	} {
+		if b != nil {
+			n.peer.send(t, n.peerMAC, n.nodeMAC, b)
+		}
+	}
+	return result{out: n.atPeer(t, 1), back: untilMarks(t, pod.tap, 2)}
+}
+
+// of returns the pod that has an address.
+func (n *podBox) of(address netip.Addr) *attached { return n.pods[address.As4()[3]-1] }
+
+// way is whose a marker is.
+type way int
+
+const (
+	quick  way = iota // the vRouter's
+	slow              // the kernel's, from the pod's interface on
+	handed            // the vRouter hands it to the kernel
+)
+
+// atPeer returns what comes to the other node, as far as so many markers.
+func (n *podBox) atPeer(t testing.TB, marks int) (out [][]byte) {
+	t.Helper()
+	for marks > 0 {
+		inner, ok := untunnel(t, n.peer.next(t))
+		switch {
+		case !ok:
+		case isMark(inner):
+			marks--
+		default:
+			out = append(out, inner)
+		}
+	}
+	return out
+}
+
+// untilMarks returns what comes by a tap, as far as so many markers.
+func untilMarks(t testing.TB, from *tap, marks int) (out [][]byte) {
+	t.Helper()
+	for marks > 0 {
+		if b := from.next(t); isMark(b) {
+			marks--
+		} else {
+			out = append(out, b)
+		}
+	}
+	return out
+}
+
+// mark is a packet that everybody lets pass, or with a TTL of 1 answers. Each way has a flow of its own: what the kernel has
+// been seen to handle stays the kernel's.
+func (n *podBox) mark(src, dst netip.Addr, ttl byte, way way) []byte {
+	payload := 4
+	if way == handed {
+		if dst == remoteHost {
+			// An ICMP message without a byte is the kernel's, and who looks at padding takes that for one.
+			return append(build(spec{src: src, dst: dst, ttl: ttl, protocol: 1, id: markID}), 0)
+		}
+		payload = wayMTU // it does not fit what the vRouter takes for the pods' MTU
+	}
+	s := spec{src: src, dst: dst, ttl: ttl, protocol: 17, payload: append([]byte{0, markPort, 0, markPort + byte(way), 0, 0, 0, 0}, make([]byte, payload)...)}
+	binary.BigEndian.PutUint16(s.payload[4:], uint16(len(s.payload)))
+	if way == slow {
+		s.options = []byte{1, 1, 1, 1}
+	}
+	return build(s)
+}
+
+const markID = 0xfeed
+
+// isMark reports whether a packet is a marker, or an error about one.
+func isMark(b []byte) bool {
+	if isError(b) {
+		b = b[int(b[0]&15)*4+8:]
+	}
+	if len(b) < 20 {
+		return false
+	}
+	if b[9] == 1 {
+		return len(b) == 20 && binary.BigEndian.Uint16(b[4:]) == markID
+	}
+	hl := int(b[0]&15) * 4
+	return len(b) >= hl+8 && b[9] == 17 && binary.BigEndian.Uint32(b[hl:])&^3 == markPort<<16|markPort
+}
+
+// onDirect runs a test on each driver that reads pods' interfaces.
+func onDirect(t *testing.T, f func(t *testing.T, oracle *kernelBox, box *podBox, w world)) {
+	for _, d := range node.Drivers {
+		if d.Attach != port.AttachDirect {
+			continue
+		}
+		t.Run(d.IO, func(t *testing.T) {
+			mtu := mtuFor(d)
+			oracle, box := newKernelBox(t, mtu), newPodBox(t, d, nodeOptions(), mtu)
+			f(t, oracle, box, world{nextPod: box.nextPod, neighbour: box.pods[0].address, mtu: mtu})
+			if c := box.Counters(); c["forwarded_local"] == 0 || c["forwarded_encap"] == 0 || c["forwarded_decap"] == 0 || c["forwarded_host"] == 0 {
+				t.Errorf("some way was not gone: %v", c)
+			}
+			if lost := box.Balance(t); lost > 0 {
+				t.Errorf("the kernel has lost %d packets around the vRouter: %v", lost, box.Counters())
+			}
+		})
+	}
+}
+
+// mtuFor is an MTU for pods: as much as the driver reads. AF_XDP carries no frame of 9,000 bytes.
+func mtuFor(d port.Options) int {
+	if d.Attach == port.AttachDirect && d.IO == port.IOXDP {
+		return 3000
+	}
+	return 9000
+}
+
+// TestPodsTable is TestTable where pods have interfaces of their own, which the vRouter reads.
+func TestPodsTable(t *testing.T) {
+	onDirect(t, func(t *testing.T, oracle *kernelBox, box *podBox, w world) {
+		for _, c := range table() {
+			// A pod with another's address is refused, as no kernel is asked to; the node has no other pods.
+			if strings.HasPrefix(c.name, "source ") || c.name == "destination 10.245.64.255" || len(c.bytes) > w.mtu {
+				continue
+			}
+			at := 12
+			if c.direction == inward {
+				at = 16
+			}
+			c.pod = w.nextPod()
+			readdress(c.bytes, at, c.pod)
+			if d := difference(oracle.route(t, c.direction, c.bytes), box.route(t, c.input)); d != "" {
+				t.Errorf("%s: % x\n%s", c.name, head(c.bytes), d)
+			}
+		}
+	})
+}
+
+// readdress changes an address; a header checksum that was right is right afterwards, and a wrong one wrong (RFC 1624).
+func readdress(b []byte, at int, to netip.Addr) {
+	check := uint32(^binary.BigEndian.Uint16(b[10:]))
+	for i, half := range []uint16{binary.BigEndian.Uint16(to.AsSlice()), binary.BigEndian.Uint16(to.AsSlice()[2:])} {
+		field := b[at+2*i:]
+		check += uint32(^binary.BigEndian.Uint16(field)) + uint32(half)
+		binary.BigEndian.PutUint16(field, half)
+	}
+	for check > 0xffff {
+		check = check>>16 + check&0xffff
+	}
+	binary.BigEndian.PutUint16(b[10:], ^uint16(check))
+}
+
+// TestPodsRandom is TestRandom in the same way.
+func TestPodsRandom(t *testing.T) {
+	onDirect(t, func(t *testing.T, oracle *kernelBox, box *podBox, w world) {
+		sent, routed, answered := 0, 0, 0
+		rapid.Check(t, func(r *rapid.T) {
+			for i := range batch {
+				in := w.draw(r)
+				want := oracle.route(t, in.direction, in.bytes)
+				if d := difference(want, box.route(t, in)); d != "" {
+					r.Fatalf("packet %d: % x\n%s", i, head(in.bytes), d)
+				}
+				sent++
+				routed += len(want.out)
+				answered += len(want.back)
+			}
+		})
+		t.Logf("%d packets, of which came %d toward the other node and %d toward pods", sent, routed, answered)
+		if sent < 10_000 || routed < sent/5 || answered < sent/10 {
+			t.Errorf("%d packets, %d and %d came of them: expected more", sent, routed, answered)
+		}
+	})
+}

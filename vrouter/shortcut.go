@@ -1,0 +1,90 @@
+package vrouter
+
+import (
+	"encoding/binary"
+	"net/netip"
+)
+
+// Terms are what becomes of a plain packet beside where its route leads, for a port that has the kernel forward such
+// packets itself. They are immutable.
+type Terms struct {
+	Configured bool
+	Config     Config
+	Options    Options
+
+	state *state
+}
+
+// MTU returns the length in bytes of the longest packet that can be sent into the tunnel to gateway, an IPv4 address.
+func (t Terms) MTU(gateway netip.Addr) int {
+	b := gateway.As4()
+	return t.state.mtuTo(binary.BigEndian.Uint32(b[:]))
+}
+
+// IsNode reports whether a is a node of this cluster.
+func (t Terms) IsNode(a netip.Addr) bool { return t.state.isNode(a) }
+
+// Terms returns them as they are now.
+func (r *Router) Terms() Terms {
+	s := r.state.Load()
+	return Terms{Configured: s.configured, Config: s.config, Options: s.options, state: s}
+}
+
+// OnTerms names the function that is told whenever Terms returns others than before. It must not call the router, nor
+// block.
+func (r *Router) OnTerms(tell func()) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.termsTo = tell
+}
+
+// store hands next to the workers, and says so to who asked to be told. r.mu is held.
+func (r *Router) store(next *state) {
+	r.state.Store(next)
+	if r.termsTo != nil {
+		r.termsTo()
+	}
+}
+
+// OnCapture names the function that is told whether captures run: then all packets have to come to a worker. It must not
+// call the router, nor block.
+func (r *Router) OnCapture(tell func(running bool)) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.capturesTo = tell
+}
+
+// tellCaptures tells who asked to be told. r.mu is held.
+func (r *Router) tellCaptures() {
+	if r.capturesTo != nil {
+		r.capturesTo(len(r.captures) > 0)
+	}
+}
+
+// KindTo returns what becomes of a packet to a by its route alone; false: there is none.
+func (r *Router) KindTo(a netip.Addr) (Kind, bool) {
+	route, found := r.table.Match(a)
+	return route.NextHop.Kind, found
+}
+
+// Carried is what a port has forwarded without a worker: packets, superpackets as the segments they stand for, and the
+// bytes of both as a worker would count them.
+type Carried struct{ Encap, Decap, Local Counter }
+
+// Carrier is a port that forwards some packets without a worker. Carried may be called from any goroutine at any time.
+type Carrier interface {
+	Carried() Carried
+}
+
+// countCarried adds what a port has forwarded by itself.
+func countCarried(p Port, forwarded *[pathCount]Counter) {
+	c, ok := p.(Carrier)
+	if !ok {
+		return
+	}
+	carried := c.Carried()
+	for path, add := range map[path]Counter{pathEncap: carried.Encap, pathDecap: carried.Decap, pathLocal: carried.Local} {
+		forwarded[path].Packets += add.Packets
+		forwarded[path].Bytes += add.Bytes
+	}
+}
