@@ -15,9 +15,9 @@ type PollPort interface {
 
 // Waiter waits for the ports of several workers at once. One goroutine uses it.
 type Waiter interface {
-	// Wait is told whether the last look at the ports has found anything, and returns when it is time for another. The error
+	// Wait is told how many packets the last look at the ports has found, and returns when it is time for another. The error
 	// is ErrStopped once the ports are stopped; any other is final.
-	Wait(found bool) error
+	Wait(found int) error
 }
 
 // RunTogether is Worker.Run for several workers on one thread, which take batches in turn: one thread to be woken in place of
@@ -32,19 +32,19 @@ func RunTogether(wait Waiter, workers ...*Worker) error {
 			return fmt.Errorf("%s cannot share a thread: expected a port that can be polled", w.in.Name())
 		}
 	}
-	for found := true; ; {
+	for found := 0; ; {
 		if err := wait.Wait(found); err != nil {
 			if errors.Is(err, ErrStopped) {
 				return nil
 			}
 			return err
 		}
-		found = false
+		found = 0
 		for i, w := range workers {
 			if n := ports[i].Poll(w.packets); n > 0 {
 				w.carry(n)
 				w.reset()
-				found = true
+				found += n
 			}
 		}
 	}

@@ -175,6 +175,7 @@ func (d *Direct) Rewritten() []vrouter.Flow { return d.pods.rewritten }
 
 // Recv implements vrouter.Port.
 func (d *Direct) Recv(batch []*vrouter.Packet) (int, error) {
+	empty := false // the last look has found nothing
 	for {
 		if d.stopped.Load() {
 			return 0, vrouter.ErrStopped
@@ -185,18 +186,20 @@ func (d *Direct) Recv(batch []*vrouter.Packet) (int, error) {
 			d.pods.poke() // what the table before had and this one has not can be closed
 		}
 		if n := d.recv(batch); n > 0 {
-			d.spinner.found()
+			d.spinner.found(n)
 			return n, nil
 		}
-		timeout := -1
-		if d.spinner.again() {
-			timeout = 0
+		// The first look costs a system call, and those of a wait a look aside besides.
+		timeout := 0
+		if empty && !d.spinner.again() {
+			timeout = -1
 		}
 		n, err := unix.EpollWait(d.epoll, d.events[:], timeout)
 		if err != nil && err != unix.EINTR {
 			return 0, fmt.Errorf("epoll: %w", err)
 		}
 		d.ready, d.end = 0, max(n, 0)
+		empty = d.end == 0
 	}
 }
 

@@ -126,7 +126,7 @@ func (s *Spinner) SetLongest(longest time.Duration) { s.s.longest = longest }
 func (s *Spinner) Again() bool { return s.s.again() }
 
 // Found is spinner.found.
-func (s *Spinner) Found() { s.s.found() }
+func (s *Spinner) Found(n int) { s.s.found(n) }
 
-// Looks reports whether the next wait begins with looking.
-func (s *Spinner) Looks() bool { return s.s.looking }
+// Looks reports whether the last wait was so short that the next one may begin with looking.
+func (s *Spinner) Looks() bool { return s.s.short }

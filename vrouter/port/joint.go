@@ -44,12 +44,12 @@ func (p *Ports) Threads(workers []*vrouter.Worker) []func() error {
 }
 
 // Wait implements vrouter.Waiter.
-func (j *joint) Wait(found bool) error {
+func (j *joint) Wait(found int) error {
 	switch {
 	case j.stopped.Load():
 		return vrouter.ErrStopped
-	case found:
-		j.found()
+	case found > 0:
+		j.found(found)
 		return nil
 	case j.again():
 		return nil

@@ -11,12 +11,21 @@ import (
 // began makes the next one begin with looking, and what came late makes the next one sleep at once: a port without
 // traffic costs nothing. Between two looks others may run, so that looking takes no processor from anybody.
 //
+// Where packets come one after the other, it is worth more to sleep at once: they gather meanwhile, and many are cheaper
+// together than each by itself.
+//
 // It is used by one goroutine. The zero value never looks twice.
 type spinner struct {
 	longest time.Duration // 0: never
-	looking bool          // the next wait begins with looking
+	looking bool          // the present wait is one of looking
+	short   bool          // the last wait was short
 	began   time.Time     // of the present wait; the zero time: there is none
+	last    time.Time     // when the wait before began
+	packets int           // that have come since
 }
+
+// stream is how long it takes from packet to packet at most where they come one after the other.
+const stream = 10 * time.Microsecond
 
 // again reports whether to look once more; after false the caller sleeps. A look aside that lasts, because others have work
 // for this processor, ends the wait like any other: what has come meanwhile has come late.
@@ -26,7 +35,8 @@ func (s *spinner) again() bool {
 	}
 	now := time.Now()
 	if s.began.IsZero() {
-		s.began = now
+		s.looking = s.short && now.Sub(s.last) > stream*time.Duration(s.packets)
+		s.began, s.last, s.packets = now, now, 0
 	}
 	if !s.looking || now.Sub(s.began) > s.longest {
 		return false
@@ -35,10 +45,11 @@ func (s *spinner) again() bool {
 	return true
 }
 
-// found ends a wait: there are packets.
-func (s *spinner) found() {
+// found takes note of n packets that have come. They end a wait, if there was one.
+func (s *spinner) found(n int) {
+	s.packets += n
 	if !s.began.IsZero() {
-		s.looking = time.Since(s.began) <= s.longest
+		s.short = time.Since(s.began) <= s.longest
 		s.began = time.Time{}
 	}
 }

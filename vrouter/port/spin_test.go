@@ -20,7 +20,7 @@ func TestSpinner(t *testing.T) {
 	if s.Again() {
 		t.Error("the first wait begins with looking")
 	}
-	s.Found()
+	s.Found(1)
 	if !s.Looks() {
 		t.Error("a wait after a short one begins with sleeping")
 	}
@@ -28,9 +28,26 @@ func TestSpinner(t *testing.T) {
 	s.SetLongest(time.Nanosecond)
 	for s.Again() {
 	}
-	s.Found()
+	s.Found(1)
 	if s.Looks() || s.Again() {
 		t.Error("a wait after a long one begins with looking")
+	}
+}
+
+// TestSpinnerStream: where packets come one after the other a wait is for sleeping, and for looking again once they come singly.
+func TestSpinnerStream(t *testing.T) {
+	const many = 1_000_000 // within less than the ten seconds that make them no stream
+	s := port.NewSpinner(time.Minute)
+	s.Again()
+	s.Found(many)
+	if s.Again() {
+		t.Error("looks for more of a stream")
+	}
+	s.Found(1)
+	for began := time.Now(); time.Since(began) < time.Millisecond; {
+	}
+	if !s.Again() {
+		t.Error("does not look after a packet that came singly")
 	}
 }
 

@@ -185,7 +185,7 @@ func (t *TUN) Recv(batch []*vrouter.Packet) (int, error) {
 		}
 		n, err := t.read(batch)
 		if n > 0 {
-			t.waiter.found()
+			t.waiter.found(n)
 			return n, nil
 		}
 		if err == unix.EBADFD { // the device was deleted under us

@@ -241,7 +241,7 @@ func (u *Underlay) Recv(batch []*vrouter.Packet) (int, error) {
 			return 0, vrouter.ErrStopped
 		}
 		if n := u.recvReady(batch); n > 0 {
-			u.waiter.found()
+			u.waiter.found(n)
 			return n, nil
 		}
 		if u.waiter.again() {

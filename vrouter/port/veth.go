@@ -223,7 +223,7 @@ func (v *Veth) Recv(batch []*vrouter.Packet) (int, error) {
 			return 0, vrouter.ErrStopped
 		}
 		if n := v.recvReady(batch); n > 0 {
-			v.waiter.found()
+			v.waiter.found(n)
 			return n, nil
 		}
 		if v.waiter.again() {
