@@ -17,6 +17,9 @@ func OpenSplitUnderlay() (*Underlay, error) {
 	return openOffloadUnderlay(1, func() (*retag, error) { return nil, explainBPF("load the BPF program", unix.EPERM) })
 }
 
+// Raw reports whether all packets leave by the raw socket.
+func (u *Underlay) Raw() bool { return u.frames == nil }
+
 // Resolved reports whether packets to the destination leave by AF_PACKET, and superpackets whole.
 func (u *Underlay) Resolved(to netip.Addr) (frames, whole bool) {
 	a := to.As4()
