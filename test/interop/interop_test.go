@@ -335,7 +335,8 @@ func decoded(t *testing.T, n *side) {
 	} else {
 		t.Logf("%d IP-in-IP packets", all)
 	}
-	if bad, lines := count("_ws.malformed || ip.checksum.status == 0 || tcp.checksum.status == 0 || udp.checksum.status == 0 || icmp.checksum.status == 0 || _ws.expert.severity == error"); bad > 0 {
+	// A TCP checksum of 0xffff for 0x0000, which is as good (RFC 1624, 3), is how Linux finishes one packet in 65,536.
+	if bad, lines := count("(_ws.malformed || ip.checksum.status == 0 || tcp.checksum.status == 0 || udp.checksum.status == 0 || icmp.checksum.status == 0 || _ws.expert.severity == error) && !tcp.checksum.ffff"); bad > 0 {
 		t.Errorf("tshark complains about %d:\n%s", bad, lines)
 	}
 }
