@@ -7,10 +7,8 @@ import (
 	"net"
 	"net/netip"
 	"runtime"
-	"slices"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -67,63 +65,11 @@ type directPods struct {
 	noXDP   error            // why an interface is read by AF_PACKET instead
 }
 
-// device is what matters of an interface.
-type device struct {
-	index int
-	mac   net.HardwareAddr
-	mtu   int // bytes
-	up    bool
-	peer  bool // a veth whose other side is in another namespace
-}
-
-// neighbour is a pod at an interface.
-type neighbour struct {
-	index   int
-	address netip.Addr
-}
-
 // retiredLink is an interface that is closed as soon as Recv has taken the table of that generation.
 type retiredLink struct {
 	link       *podLink
 	slot       int
 	generation uint64
-}
-
-// routeChange is one prefix, and the route that it has now.
-type routeChange struct {
-	prefix netip.Prefix
-	there  bool
-	hop    vrouter.NextHop
-}
-
-// lastChanges returns the last change of each prefix: what is there from the longest prefix to the shortest, and then
-// what is not, from the shortest to the longest. So no shorter prefix comes to light for a moment.
-func lastChanges(changes []routeChange) []routeChange {
-	if len(changes) < 2 {
-		return changes
-	}
-	last := make(map[netip.Prefix]int, len(changes))
-	for i, c := range changes {
-		last[c.prefix] = i
-	}
-	kept := make([]routeChange, 0, len(last))
-	for i, c := range changes {
-		if last[c.prefix] == i {
-			kept = append(kept, c)
-		}
-	}
-	slices.SortFunc(kept, func(a, b routeChange) int {
-		switch {
-		case a.there != b.there && a.there:
-			return -1
-		case a.there != b.there:
-			return 1
-		case a.there:
-			return b.prefix.Bits() - a.prefix.Bits()
-		}
-		return a.prefix.Bits() - b.prefix.Bits()
-	})
-	return kept
 }
 
 func newDirectPods(d *Direct, underlay *Underlay, io string) (_ *directPods, err error) {
@@ -172,21 +118,6 @@ func newDirectPods(d *Direct, underlay *Underlay, io string) (_ *directPods, err
 func (p *directPods) set(pods []vrouter.Pod) {
 	p.mu.Lock()
 	p.told = pods
-	p.mu.Unlock()
-	p.poke()
-}
-
-// SetRoutes tells the port of changes of the routes, as vrouter.Router.OnRoutes does: what tunnels lead to is the
-// vRouter's.
-func (d *Direct) SetRoutes(set []vrouter.Route, del []netip.Prefix) {
-	p := d.pods
-	p.mu.Lock()
-	for _, prefix := range del {
-		p.routes = append(p.routes, routeChange{prefix: prefix})
-	}
-	for _, r := range set {
-		p.routes = append(p.routes, routeChange{r.Prefix, true, r.NextHop})
-	}
 	p.mu.Unlock()
 	p.poke()
 }
@@ -258,120 +189,6 @@ func (p *directPods) run() {
 	}
 }
 
-// listen takes in what the kernel has announced.
-func (p *directPods) listen(buffer []byte) {
-	for {
-		n, err := unix.Read(p.events, buffer)
-		switch err {
-		case nil:
-		case unix.EINTR:
-			continue
-		case unix.EAGAIN:
-			return
-		default: // ENOBUFS: something was lost
-			p.stale = true
-			continue
-		}
-		messages, err := syscall.ParseNetlinkMessage(buffer[:n])
-		if err != nil {
-			p.stale = true
-			return
-		}
-		for i := range messages {
-			p.hear(&messages[i])
-		}
-	}
-}
-
-func (p *directPods) hear(m *syscall.NetlinkMessage) {
-	if p.stale {
-		return // all is read anew
-	}
-	switch m.Header.Type {
-	case unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH:
-		n, err := netlink.NeighDeserialize(m.Data)
-		if err != nil {
-			p.stale = true
-			return
-		}
-		p.setHost(n, m.Header.Type == unix.RTM_NEWNEIGH)
-	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
-		l, err := netlink.LinkDeserialize(nil, m.Data)
-		if err != nil {
-			p.stale = true
-			return
-		}
-		p.setDevice(l, m.Header.Type == unix.RTM_NEWLINK)
-	case unix.RTM_NEWQDISC, unix.RTM_DELQDISC:
-		p.stale = true // seldom enough
-	}
-}
-
-func (p *directPods) setHost(n *netlink.Neigh, there bool) {
-	address, ok := netip.AddrFromSlice(n.IP)
-	if !ok || n.Family != unix.AF_INET {
-		return
-	}
-	at := neighbour{n.LinkIndex, address.Unmap()}
-	if there && n.State&neighbourValid != 0 && len(n.HardwareAddr) == 6 {
-		p.hosts[at] = bytes.Clone(n.HardwareAddr) // it lies in the buffer of listen
-		return
-	}
-	delete(p.hosts, at)
-	if !there || n.State&unix.NUD_FAILED != 0 {
-		delete(p.asked, at) // the kernel is asked to ask again
-	}
-}
-
-func (p *directPods) setDevice(l netlink.Link, there bool) {
-	a := l.Attrs()
-	if name, ok := p.names[a.Index]; ok && (!there || name != a.Name) {
-		delete(p.devices, name)
-		delete(p.names, a.Index)
-	}
-	if !there {
-		return
-	}
-	p.names[a.Index] = a.Name
-	p.devices[a.Name] = device{index: a.Index, mac: bytes.Clone(a.HardwareAddr), mtu: a.MTU,
-		up:   a.Flags&net.FlagUp != 0 && a.EncapType == "ether" && len(a.HardwareAddr) == 6,
-		peer: l.Type() == "veth" && a.NetNsID >= 0}
-	if p.plan != nil {
-		p.plan.dirty.Store(true)
-	}
-}
-
-// refresh reads devices and neighbours anew.
-func (p *directPods) refresh() {
-	p.devices, p.names, p.hosts = make(map[string]device), make(map[int]string), make(map[neighbour]net.HardwareAddr)
-	clear(p.asked)
-	links, err := p.links.LinkList()
-	if err != nil {
-		return // stale it stays
-	}
-	for _, l := range links {
-		p.setDevice(l, true)
-	}
-	neighbours, err := p.links.NeighList(0, netlink.FAMILY_V4)
-	if err != nil {
-		return
-	}
-	for i := range neighbours {
-		p.setHost(&neighbours[i], true)
-	}
-	disciplines, err := p.links.QdiscList(nil)
-	if err != nil {
-		return
-	}
-	p.queued = make(map[int]bool)
-	for _, q := range disciplines {
-		if a := q.Attrs(); a.Parent == netlink.HANDLE_ROOT && q.Type() != "noqueue" {
-			p.queued[a.LinkIndex] = true
-		}
-	}
-	p.stale = false
-}
-
 // look brings the table in line with what is known.
 func (p *directPods) look() {
 	if p.stale {
@@ -400,14 +217,6 @@ func (p *directPods) look() {
 	}
 	p.reap()
 	p.describe()
-}
-
-// route takes a change of the routes over.
-func (p *directPods) route(r routeChange) error {
-	if p.plan != nil {
-		return p.plan.route(r)
-	}
-	return p.steering.own(r.prefix, ownedRoute, r.there && r.hop.Kind == vrouter.KindTunnel, 0)
 }
 
 // shortcutPods returns the pods that are taken, by their ways.
@@ -521,21 +330,6 @@ func (p *directPods) openLink(d device, slot int, mac net.HardwareAddr) (*podLin
 		p.noXDP = err
 	}
 	return openPodLink(p.steering, d.index, d.mac, mac)
-}
-
-// ask makes the kernel find out a pod's hardware address and keep it fresh, on its own from then on.
-func (p *directPods) ask(d device, address netip.Addr) {
-	at := neighbour{d.index, address}
-	if !d.up || !address.Is4() || p.asked[at] {
-		return
-	}
-	p.asked[at] = true
-	n := &netlink.Neigh{LinkIndex: d.index, Family: netlink.FAMILY_V4, IP: address.AsSlice(), FlagsExt: netlink.NTF_EXT_MANAGED}
-	if err := p.links.NeighSet(n); err != nil {
-		// Before Linux 5.16 it asks once. Its refusal shows as a neighbour that stays away.
-		n.FlagsExt, n.Flags = 0, netlink.NTF_USE
-		_ = p.links.NeighSet(n)
-	}
 }
 
 // freeSlot returns a slot that no interface has, nor one had that is not closed yet.
