@@ -114,8 +114,11 @@ func probeXDP() error {
 	return errors.Join(program.close(), x.close())
 }
 
-// watch makes epoll readable when fd is.
+// watch makes epoll readable when fd is. Without AF_XDP there is no epoll.
 func (b *bypass) watch(fd int) error {
+	if b == nil {
+		return nil
+	}
 	if err := unix.EpollCtl(b.epoll, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(fd)}); err != nil {
 		return fmt.Errorf("epoll: %w", err)
 	}

@@ -1,10 +1,6 @@
 package port
 
-import (
-	"errors"
-
-	"golang.org/x/sys/unix"
-)
+import "golang.org/x/sys/unix"
 
 // Outer packets that were fragmented on the way are the kernel's to put together: an AF_PACKET socket gets them whole
 // when it is of a fanout group, here of one, that asks for it. AF_XDP leaves fragments to that socket. Where the kernel
@@ -40,20 +36,9 @@ func (u *Underlay) renewReceiver() error {
 	if !u.joined {
 		return nil
 	}
-	fd, err := u.openReceiver()
-	if err != nil {
-		return err
-	}
-	if err := u.ring.prepare(fd); err != nil {
-		return errors.Join(err, unix.Close(fd))
-	}
-	u.lost.read(u.recv)
-	if err := errors.Join(unix.Dup3(fd, u.recv, unix.O_CLOEXEC), unix.Close(fd)); err != nil {
+	if err := replaceSocket(u.recv, u.openReceiver, &u.ring, &u.lost); err != nil {
 		return err
 	}
 	u.joined = false
-	if u.bypass != nil {
-		return u.bypass.watch(u.recv) // the kernel watches sockets, not numbers
-	}
-	return nil
+	return u.bypass.watch(u.recv) // the kernel watches sockets, not numbers
 }

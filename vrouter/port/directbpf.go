@@ -238,12 +238,18 @@ func (s *steering) close() error {
 	if s.shortcut != nil {
 		errs = append(errs, s.shortcut.close())
 	}
-	for _, p := range []*ebpf.Program{s.filter, s.claim, s.record, s.redirect} {
+	return errors.Join(append(errs, closeBPF([]*ebpf.Program{s.filter, s.claim, s.record, s.redirect}, []*ebpf.Map{s.owned, s.flows, s.taken, s.sockets}))...)
+}
+
+// closeBPF closes what there is of programs and maps.
+func closeBPF(programs []*ebpf.Program, maps []*ebpf.Map) error {
+	var errs []error
+	for _, p := range programs {
 		if p != nil {
 			errs = append(errs, p.Close())
 		}
 	}
-	for _, m := range []*ebpf.Map{s.owned, s.flows, s.taken, s.sockets} {
+	for _, m := range maps {
 		if m != nil {
 			errs = append(errs, m.Close())
 		}

@@ -1,6 +1,7 @@
 package port
 
 import (
+	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -202,6 +203,19 @@ func (r *packetRing) long(fd, link int, batch []*vrouter.Packet, limit int) (int
 		r.next = after(r.next)
 	}
 	return n, err
+}
+
+// replaceSocket puts another receiving socket in the place of fd, under its number. What the old one has lost is in lost.
+func replaceSocket(fd int, open func() (int, error), ring *packetRing, lost *socketLosses) error {
+	next, err := open()
+	if err != nil {
+		return err
+	}
+	if err := ring.prepare(next); err != nil {
+		return errors.Join(err, unix.Close(next))
+	}
+	lost.read(fd)
+	return errors.Join(unix.Dup3(next, fd, unix.O_CLOEXEC), unix.Close(next))
 }
 
 // queue tells how full the ring and the buffer of its socket fd are: what is the fuller, because it is the one that packets

@@ -35,25 +35,24 @@ func numbered(name string, queue int) string {
 }
 
 // Queues implements vrouter.QueuePort: how full the sockets' buffers are. Each queue of the port tells of its own.
-func (u *Underlay) Queues() (all []vrouter.Queue) {
-	if q, ok := u.ring.queue(numbered("underlay_receive", u.number), u.recv); ok {
-		all = append(all, q)
-	}
-	if m, ok := socketMemory(u.send); ok {
-		all = append(all, vrouter.Queue{Name: numbered("underlay_send", u.number), Used: uint64(m[memInfoSendUsed]), Size: uint64(m[memInfoSendSize])})
-	}
-	return append(all, u.bypass.queues("underlay_xdp", u.number)...)
+func (u *Underlay) Queues() []vrouter.Queue {
+	return socketQueues("underlay", u.number, &u.ring, u.recv, u.send, u.bypass)
 }
 
 // Queues implements vrouter.QueuePort.
-func (v *Veth) Queues() (all []vrouter.Queue) {
-	if q, ok := v.ring.queue(numbered("vr0_receive", v.number), v.fd); ok {
+func (v *Veth) Queues() []vrouter.Queue {
+	return socketQueues("vr0", v.number, &v.ring, v.fd, v.fd, v.bypass)
+}
+
+// socketQueues are those of one queue's sockets.
+func socketQueues(name string, number int, ring *packetRing, receive, send int, b *bypass) (all []vrouter.Queue) {
+	if q, ok := ring.queue(numbered(name+"_receive", number), receive); ok {
 		all = append(all, q)
 	}
-	if m, ok := socketMemory(v.fd); ok {
-		all = append(all, vrouter.Queue{Name: numbered("vr0_send", v.number), Used: uint64(m[memInfoSendUsed]), Size: uint64(m[memInfoSendSize])})
+	if m, ok := socketMemory(send); ok {
+		all = append(all, vrouter.Queue{Name: numbered(name+"_send", number), Used: uint64(m[memInfoSendUsed]), Size: uint64(m[memInfoSendSize])})
 	}
-	return append(all, v.bypass.queues("vr0_xdp", v.number)...)
+	return append(all, b.queues(name+"_xdp", number)...)
 }
 
 // Queues implements vrouter.QueuePort. The pods' are the first queue's to tell.

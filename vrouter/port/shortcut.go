@@ -195,17 +195,7 @@ func (s *shortcut) close() error {
 		errs = append(errs, unix.Munmap(m))
 	}
 	s.memory, s.turn, s.store, s.rule = nil, nil, nil, nil
-	for _, p := range []*ebpf.Program{s.arrival, s.note} {
-		if p != nil {
-			errs = append(errs, p.Close())
-		}
-	}
-	for _, m := range []*ebpf.Map{s.ways, s.hops, s.rules, s.counts} {
-		if m != nil {
-			errs = append(errs, m.Close())
-		}
-	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, closeBPF([]*ebpf.Program{s.arrival, s.note}, []*ebpf.Map{s.ways, s.hops, s.rules, s.counts}))...)
 }
 
 // lead makes a way lead to a hop like h, and reports whether it does. Where there is no room it leads nowhere.

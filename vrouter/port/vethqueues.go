@@ -68,22 +68,11 @@ func (v *Veth) renew() error {
 	if !v.joined {
 		return nil
 	}
-	fd, err := v.openTwinSocket()
-	if err != nil {
-		return err
-	}
-	if err := v.ring.prepare(fd); err != nil {
-		return errors.Join(err, unix.Close(fd))
-	}
-	v.lost.read(v.fd)
-	if err := errors.Join(unix.Dup3(fd, v.fd, unix.O_CLOEXEC), unix.Close(fd)); err != nil {
+	if err := replaceSocket(v.fd, v.openTwinSocket, &v.ring, &v.lost); err != nil {
 		return err
 	}
 	v.joined = false
-	if v.bypass != nil {
-		return v.bypass.watch(v.fd) // the kernel watches sockets, not numbers
-	}
-	return nil
+	return v.bypass.watch(v.fd) // the kernel watches sockets, not numbers
 }
 
 // bound reports whether all queues receive on the interface index, and each what the group leaves to it.
