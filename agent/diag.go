@@ -43,15 +43,23 @@ const (
 	tokenPause = time.Second
 )
 
+// readRequest reads the body of a request into req. It is false when it has refused the request, what names it.
+func readRequest(w http.ResponseWriter, r *http.Request, what string, req any) bool {
+	dec := json.NewDecoder(http.MaxBytesReader(w, r.Body, diagBody))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(req); err != nil {
+		http.Error(w, what+": the request is not what this version expects: "+err.Error(), http.StatusBadRequest)
+		return false
+	}
+	return true
+}
+
 // handleDiagnostics adds what explains this node.
 func (a *Agent) handleDiagnostics(mux *http.ServeMux) {
 	mux.HandleFunc("GET "+api.StatusPath, func(w http.ResponseWriter, _ *http.Request) { a.reply(w, a.status()) })
 	mux.HandleFunc("POST "+api.TracePath, func(w http.ResponseWriter, r *http.Request) {
 		var req api.TraceRequest
-		dec := json.NewDecoder(http.MaxBytesReader(w, r.Body, diagBody))
-		dec.DisallowUnknownFields()
-		if err := dec.Decode(&req); err != nil {
-			http.Error(w, "trace: the request is not what this version expects: "+err.Error(), http.StatusBadRequest)
+		if !readRequest(w, r, "trace", &req) {
 			return
 		}
 		s, err := a.trace(r.Context(), req)

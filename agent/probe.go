@@ -33,10 +33,7 @@ const (
 func (a *Agent) handleProbe(mux *http.ServeMux) {
 	mux.HandleFunc("POST "+api.ProbePath, func(w http.ResponseWriter, r *http.Request) {
 		var req api.ProbeRequest
-		dec := json.NewDecoder(http.MaxBytesReader(w, r.Body, diagBody))
-		dec.DisallowUnknownFields()
-		if err := dec.Decode(&req); err != nil {
-			http.Error(w, "probe: the request is not what this version expects: "+err.Error(), http.StatusBadRequest)
+		if !readRequest(w, r, "probe", &req) {
 			return
 		}
 		pkt, err := probePacket(req.Packet)

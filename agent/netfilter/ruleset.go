@@ -135,6 +135,23 @@ func list(b []byte) ([][]byte, error) {
 	return out, nil
 }
 
+// parseList is list for elements that have attributes of their own.
+func parseList(b []byte) ([]attributes, error) {
+	elements, err := list(b)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]attributes, 0, len(elements))
+	for _, e := range elements {
+		a, err := parse(e)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, a)
+	}
+	return out, nil
+}
+
 const headerLen = 4 // of struct nfgenmsg, bytes
 
 // inetIngress is NF_INET_INGRESS: what table inet calls the ingress of an interface.
@@ -254,15 +271,11 @@ func (rs *Ruleset) addRule(family byte, a attributes) error {
 	if b := a[unix.NFTA_RULE_HANDLE]; len(b) == 8 {
 		r.handle = binary.BigEndian.Uint64(b)
 	}
-	elements, err := list(a[unix.NFTA_RULE_EXPRESSIONS])
+	elements, err := parseList(a[unix.NFTA_RULE_EXPRESSIONS])
 	if err != nil {
 		return err
 	}
-	for _, e := range elements {
-		at, err := parse(e)
-		if err != nil {
-			return err
-		}
+	for _, at := range elements {
 		r.exprs = append(r.exprs, expression{at.text(unix.NFTA_EXPR_NAME), at.nested(unix.NFTA_EXPR_DATA)})
 	}
 	c.rules = append(c.rules, r)

@@ -40,15 +40,11 @@ const (
 func (rs *Ruleset) addSet(family byte, a attributes) error {
 	s := &set{chainKey: chainKey{family, a.text(unix.NFTA_SET_TABLE), a.text(unix.NFTA_SET_NAME)},
 		flags: a.u32(unix.NFTA_SET_FLAGS), keyLen: int(a.u32(unix.NFTA_SET_KEY_LEN))}
-	fields, err := list(a.nested(unix.NFTA_SET_DESC)[setConcat])
+	fields, err := parseList(a.nested(unix.NFTA_SET_DESC)[setConcat])
 	if err != nil {
 		return err
 	}
-	for _, f := range fields {
-		at, err := parse(f)
-		if err != nil {
-			return err
-		}
+	for _, at := range fields {
 		s.fields = append(s.fields, int(at.u32(setFieldLen)))
 	}
 	rs.sets[s.chainKey] = s
@@ -85,15 +81,11 @@ func loadSet(s *set) error {
 }
 
 func (s *set) add(elements []byte) error {
-	all, err := list(elements)
+	all, err := parseList(elements)
 	if err != nil {
 		return err
 	}
-	for _, b := range all {
-		a, err := parse(b)
-		if err != nil {
-			return err
-		}
+	for _, a := range all {
 		flags := a.u32(unix.NFTA_SET_ELEM_FLAGS)
 		e := element{key: a.nested(unix.NFTA_SET_ELEM_KEY)[unix.NFTA_DATA_VALUE], keyEnd: a.nested(elementKeyEnd)[unix.NFTA_DATA_VALUE],
 			end: flags&unix.NFT_SET_ELEM_INTERVAL_END != 0, data: a.nested(unix.NFTA_SET_ELEM_DATA),

@@ -32,11 +32,7 @@ type Generator struct {
 
 // NewGenerator opens the device of the calling thread's network namespace.
 func NewGenerator(device string, f Frame, b *Board) (_ *Generator, err error) {
-	link, err := net.InterfaceByName(device)
-	if err != nil {
-		return nil, fmt.Errorf("device %s: %w", device, err)
-	}
-	frames, err := f.frames()
+	link, frames, err := prepare(device, f)
 	if err != nil {
 		return nil, err
 	}
@@ -72,6 +68,16 @@ func NewGenerator(device string, f Frame, b *Board) (_ *Generator, err error) {
 		g.messages[i].header.Iovlen = 1
 	}
 	return g, nil
+}
+
+// prepare finds the device of the calling thread's network namespace, and makes the frames that a generator sends on it.
+func prepare(device string, f Frame) (*net.Interface, [][]byte, error) {
+	link, err := net.InterfaceByName(device)
+	if err != nil {
+		return nil, nil, fmt.Errorf("device %s: %w", device, err)
+	}
+	frames, err := f.frames()
+	return link, frames, err
 }
 
 // Run sends while the board says so, at the board's rate, and returns only with an error.

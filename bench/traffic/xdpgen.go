@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"net"
 	"slices"
 	"sync"
 	"time"
@@ -41,11 +40,7 @@ type XDPGenerator struct {
 
 // NewXDPGenerator loads its program for a device of the calling thread's network namespace.
 func NewXDPGenerator(device string, f Frame, b *Board) (_ *XDPGenerator, err error) {
-	link, err := net.InterfaceByName(device)
-	if err != nil {
-		return nil, fmt.Errorf("device %s: %w", device, err)
-	}
-	frames, err := f.frames()
+	link, frames, err := prepare(device, f)
 	if err != nil {
 		return nil, err
 	}

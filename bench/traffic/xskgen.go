@@ -3,7 +3,6 @@ package traffic
 import (
 	"errors"
 	"fmt"
-	"net"
 	"sync/atomic"
 	"time"
 	"unsafe"
@@ -37,11 +36,7 @@ type XSKGenerator struct {
 
 // NewXSKGenerator opens the device of the calling thread's network namespace.
 func NewXSKGenerator(device string, f Frame, b *Board) (_ *XSKGenerator, err error) {
-	link, err := net.InterfaceByName(device)
-	if err != nil {
-		return nil, fmt.Errorf("device %s: %w", device, err)
-	}
-	frames, err := f.frames()
+	link, frames, err := prepare(device, f)
 	if err != nil {
 		return nil, err
 	}
