@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"sync"
 	"syscall"
 	"testing"
@@ -80,18 +79,13 @@ func settled(t *testing.T, n labNode) {
 // vrouterInstance names the vRouter's process; "" while none answers.
 func vrouterInstance(t *testing.T, n labNode) string {
 	t.Helper()
-	c, err := rpc.Dial(filepath.Join(runDir(n), "vrouter.sock"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	defer cancel()
-	st, err := c.Status(ctx)
-	if err != nil {
-		return ""
-	}
-	return st.Instance
+	var instance string
+	askVRouter(t, n, func(ctx context.Context, c *rpc.Client) {
+		if st, err := c.Status(ctx); err == nil {
+			instance = st.Instance
+		}
+	})
+	return instance
 }
 
 // agentAway is how long the killed agent stays away: a restarted pod with an image to pull.

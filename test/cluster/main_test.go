@@ -310,9 +310,8 @@ func runDir(n labNode) string {
 	return filepath.Join("/run/margay/lab", labName, "nodes", n.Name, "run")
 }
 
-// routes returns the vRouter's table of a node: prefix to gateway. It asks the vRouter itself, because a process
-// started for each sample would measure the machine's load.
-func routes(t *testing.T, n labNode) map[string]string {
+// askVRouter lets f ask a node's vRouter itself: a process started for each sample would measure the machine's load.
+func askVRouter(t *testing.T, n labNode, f func(context.Context, *rpc.Client)) {
 	t.Helper()
 	c, err := rpc.Dial(filepath.Join(runDir(n), "vrouter.sock"))
 	if err != nil {
@@ -321,14 +320,22 @@ func routes(t *testing.T, n labNode) map[string]string {
 	defer c.Close()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	entries, _, err := c.Routes(ctx)
-	if err != nil {
-		t.Fatalf("routes of %s: %v", n.Name, err)
-	}
+	f(ctx, c)
+}
+
+// routes returns the vRouter's table of a node: prefix to gateway.
+func routes(t *testing.T, n labNode) map[string]string {
+	t.Helper()
 	m := make(map[string]string)
-	for _, r := range entries {
-		m[r.Prefix.String()] = r.NextHop.Gateway.String()
-	}
+	askVRouter(t, n, func(ctx context.Context, c *rpc.Client) {
+		entries, _, err := c.Routes(ctx)
+		if err != nil {
+			t.Fatalf("routes of %s: %v", n.Name, err)
+		}
+		for _, r := range entries {
+			m[r.Prefix.String()] = r.NextHop.Gateway.String()
+		}
+	})
 	return m
 }
 

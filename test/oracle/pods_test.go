@@ -9,7 +9,6 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
-	"pgregory.net/rapid"
 
 	"margay/test/node"
 	"margay/test/space"
@@ -256,22 +255,6 @@ func readdress(b []byte, at int, to netip.Addr) {
 // TestPodsRandom is TestRandom in the same way.
 func TestPodsRandom(t *testing.T) {
 	onDirect(t, func(t *testing.T, oracle *kernelBox, box *podBox, w world) {
-		sent, routed, answered := 0, 0, 0
-		rapid.Check(t, func(r *rapid.T) {
-			for i := range batch {
-				in := w.draw(r)
-				want := oracle.route(t, in.direction, in.bytes)
-				if d := difference(want, box.route(t, in)); d != "" {
-					r.Fatalf("packet %d: % x\n%s", i, head(in.bytes), d)
-				}
-				sent++
-				routed += len(want.out)
-				answered += len(want.back)
-			}
-		})
-		t.Logf("%d packets, of which came %d toward the other node and %d toward pods", sent, routed, answered)
-		if sent < 10_000 || routed < sent/5 || answered < sent/10 {
-			t.Errorf("%d packets, %d and %d came of them: expected more", sent, routed, answered)
-		}
+		random(t, w, oracle, func(in input) result { return box.route(t, in) })
 	})
 }

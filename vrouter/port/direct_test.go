@@ -8,14 +8,12 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
 	"margay/vrouter"
@@ -72,33 +70,11 @@ func (n *directNode) start(t *testing.T) {
 	if len(workers) != n.queues {
 		t.Fatalf("%d workers", len(workers))
 	}
-	done := make(chan error)
+	var threads []func() error
 	for _, w := range workers {
-		go func() {
-			runtime.LockOSThread() // never given back: the thread stays in the namespace
-			if err := netns.Set(n.handle); err != nil {
-				done <- err
-				return
-			}
-			done <- w.Run()
-		}()
+		threads = append(threads, w.Run)
 	}
-	stopped := false
-	n.stop = func() {
-		if stopped {
-			return
-		}
-		stopped = true
-		ports.Stop()
-		var errs []error
-		for range workers {
-			errs = append(errs, <-done)
-		}
-		if err := errors.Join(append(errs, ports.Close())...); err != nil {
-			t.Error(err)
-		}
-	}
-	t.Cleanup(n.stop)
+	n.stop = n.run(t, ports, threads...)
 	n.configure(t, n.index)
 }
 
@@ -313,13 +289,7 @@ func directComesAndGoes(t *testing.T, way string) {
 	bulk(t, p, r)
 
 	// A pod is deleted: its interface goes, and then the control plane says so.
-	a.do(t, func() error {
-		link, err := netlink.LinkByName("cali2")
-		if err != nil {
-			return err
-		}
-		return netlink.LinkDel(link)
-	})
+	a.do(t, func() error { return deleteLink("cali2") })
 	a.reads(t, 1, 2)
 	if err := a.router.Update(vrouter.Update{DelPods: []netip.Addr{q.pod}}); err != nil {
 		t.Fatal(err)
@@ -334,13 +304,7 @@ func directComesAndGoes(t *testing.T, way string) {
 	conn := p.dialUDP(t, again.echo(t))
 	eventually(t, "an answer from the new pod", func() bool { return answered(conn, 1) })
 	// The device that the kernel sends by is deleted: the port makes it anew and goes on.
-	a.do(t, func() error {
-		link, err := netlink.LinkByName("vr0")
-		if err != nil {
-			return err
-		}
-		return netlink.LinkDel(link)
-	})
+	a.do(t, func() error { return deleteLink("vr0") })
 	eventually(t, "vr0 is back", func() bool {
 		return slices.ContainsFunc(a.links(t), func(l netlink.Link) bool { return l.Attrs().Name == "vr0" })
 	})

@@ -224,13 +224,7 @@ func underlayRecovers(t *testing.T, d driver) {
 	b.do(t, up)
 	eventually(t, "answer after down and up", func() bool { return answered(conn, 10) })
 
-	b.do(t, func() error {
-		eth0, err := netlink.LinkByName("eth0")
-		if err != nil {
-			return err
-		}
-		return netlink.LinkDel(eth0)
-	})
+	b.do(t, func() error { return deleteLink("eth0") })
 	if answered(conn, 10) {
 		t.Error("an answer over an interface that is gone")
 	}
@@ -245,13 +239,7 @@ func tunRecovers(t *testing.T, d driver) {
 	a, b := newNodes(t, d)
 	conn := a.dialUDP(t, b.echo(t))
 	eventually(t, "first answer", func() bool { return answered(conn, 10) })
-	a.do(t, func() error {
-		vr0, err := netlink.LinkByName("vr0")
-		if err != nil {
-			return err
-		}
-		return netlink.LinkDel(vr0)
-	})
+	a.do(t, func() error { return deleteLink("vr0") })
 	eventually(t, "vr0 is made anew", func() bool {
 		mtu := 0
 		a.do(t, func() error {

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"runtime"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -81,6 +82,15 @@ func addAddress(link, address string) error {
 		return err
 	}
 	return errors.Join(netlink.AddrAdd(l, a), netlink.LinkSetUp(l))
+}
+
+// deleteLink deletes an interface of the calling thread's namespace.
+func deleteLink(name string) error {
+	link, err := netlink.LinkByName(name)
+	if err != nil {
+		return err
+	}
+	return netlink.LinkDel(link)
 }
 
 func addRoute(link, prefix, source string) error {
@@ -192,32 +202,39 @@ func newNode(t *testing.T, s *space, index int, d driver) *node {
 		return addAddress("lo", n.pod.String()+"/32")
 	})
 	s.do(t, func() error { return addRoute("vr0", podBlock(3-index).String(), n.pod.String()) })
-	n.router.OnConfig(func(c vrouter.Config) error {
-		return (&port.Ports{Device: n.device, Underlay: n.underlay}).Configure(c)
-	})
+	ports := &port.Ports{Device: n.device, Underlay: n.underlay}
+	n.router.OnConfig(ports.Configure)
+	s.run(t, ports,
+		n.router.NewWorker(vrouter.Encap, n.device, n.underlay).Run,
+		n.router.NewWorker(vrouter.Decap, spy{n.underlay, &n.super}, n.device).Run)
+	return n
+}
+
+// run runs what forwards on ports in the namespace, each on a thread of its own, until the test ends or stop is called.
+func (s *space) run(t *testing.T, ports *port.Ports, threads ...func() error) (stop func()) {
 	done := make(chan error)
-	for _, w := range []*vrouter.Worker{
-		n.router.NewWorker(vrouter.Encap, n.device, n.underlay),
-		n.router.NewWorker(vrouter.Decap, spy{n.underlay, &n.super}, n.device),
-	} {
+	for _, thread := range threads {
 		go func() {
 			runtime.LockOSThread() // never given back: the thread stays in the namespace
 			if err := netns.Set(s.handle); err != nil {
 				done <- err
 				return
 			}
-			done <- w.Run()
+			done <- thread()
 		}()
 	}
-	t.Cleanup(func() {
-		n.device.Stop()
-		n.underlay.Stop()
-		err := errors.Join(<-done, <-done, n.device.Close(), n.underlay.Close())
-		if err != nil {
+	stop = sync.OnceFunc(func() {
+		ports.Stop()
+		var errs []error
+		for range threads {
+			errs = append(errs, <-done)
+		}
+		if err := errors.Join(append(errs, ports.Close())...); err != nil {
 			t.Error(err)
 		}
 	})
-	return n
+	t.Cleanup(stop)
+	return stop
 }
 
 func (n *node) configure(t *testing.T, index int) {

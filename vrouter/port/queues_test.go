@@ -5,13 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"runtime"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
 	"margay/vrouter"
@@ -57,34 +55,7 @@ func (n *node) open(t *testing.T, index int, o port.Options) {
 	})
 	n.router, n.device, n.underlay = vrouter.New(), ports.Device, ports.Underlay
 	n.router.OnConfig(ports.Configure)
-	threads := ports.Threads(ports.Workers(n.router))
-	done := make(chan error)
-	for _, run := range threads {
-		go func() {
-			runtime.LockOSThread() // never given back: the thread stays in the namespace
-			if err := netns.Set(n.handle); err != nil {
-				done <- err
-				return
-			}
-			done <- run()
-		}()
-	}
-	stopped := false
-	n.stop = func() {
-		if stopped {
-			return
-		}
-		stopped = true
-		ports.Stop()
-		var errs []error
-		for range threads {
-			errs = append(errs, <-done)
-		}
-		if err := errors.Join(append(errs, ports.Close())...); err != nil {
-			t.Error(err)
-		}
-	}
-	t.Cleanup(n.stop)
+	n.stop = n.run(t, ports, ports.Threads(ports.Workers(n.router))...)
 	n.do(t, func() error { return addRoute("vr0", podBlock(3-index).String(), n.pod.String()) })
 	n.configure(t, index)
 }
@@ -362,22 +333,10 @@ func TestQueuesRecover(t *testing.T) {
 			}
 		}
 		all("at first")
-		b.do(t, func() error {
-			eth0, err := netlink.LinkByName("eth0")
-			if err != nil {
-				return err
-			}
-			return netlink.LinkDel(eth0)
-		})
+		b.do(t, func() error { return deleteLink("eth0") })
 		wire(t, a.space, b.space, o.Queues)
 		all("over the new interface")
-		a.do(t, func() error {
-			vr0, err := netlink.LinkByName("vr0")
-			if err != nil {
-				return err
-			}
-			return netlink.LinkDel(vr0)
-		})
+		a.do(t, func() error { return deleteLink("vr0") })
 		eventually(t, "vr0 is made anew", func() bool {
 			var err error
 			a.do(t, func() error {
