@@ -3,6 +3,7 @@ package dump
 import (
 	"errors"
 	"runtime"
+	"strings"
 	"sync/atomic"
 	"testing"
 
@@ -99,7 +100,7 @@ func TestLinksWhileTheyChange(t *testing.T) {
 		}
 		seen := 0
 		for _, l := range links {
-			if l.Attrs().Name[:4] == "stay" {
+			if strings.HasPrefix(l.Attrs().Name, "stay") {
 				seen++
 			}
 		}
