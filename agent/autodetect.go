@@ -11,6 +11,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"margay/internal/dump"
 )
 
 // Underlay is the interface that carries tunnelled packets between the nodes.
@@ -112,14 +114,14 @@ func matcher(method string, source netip.Addr) (func(candidate) bool, error) {
 }
 
 func listCandidates() ([]candidate, error) {
-	links, err := netlink.LinkList()
+	links, err := dump.Links(dump.Here)
 	if err != nil {
 		return nil, fmt.Errorf("list interfaces: %w", err)
 	}
 	var out []candidate
 	for _, l := range links {
 		attrs := l.Attrs()
-		addrs, err := netlink.AddrList(l, unix.AF_INET)
+		addrs, err := dump.Addrs(dump.Here, l, unix.AF_INET)
 		if err != nil {
 			if errors.As(err, new(netlink.LinkNotFoundError)) {
 				continue

@@ -10,6 +10,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"margay/internal/dump"
 	"margay/ipam"
 )
 
@@ -53,7 +54,7 @@ func (a *Agent) owned(context.Context) (ipam.Owned, error) {
 	for _, pod := range live {
 		out.Handles[pod.Handle()] = true
 	}
-	routes, err := a.kernel.nl.RouteList(nil, netlink.FAMILY_ALL)
+	routes, err := dump.Routes(a.kernel.nl, nil, netlink.FAMILY_ALL)
 	if err != nil {
 		return out, fmt.Errorf("list kernel routes: %w", err)
 	}
@@ -63,7 +64,7 @@ func (a *Agent) owned(context.Context) (ipam.Owned, error) {
 			out.Addrs[p.Addr()] = true
 		}
 	}
-	addrs, err := a.kernel.nl.AddrList(nil, netlink.FAMILY_ALL)
+	addrs, err := dump.Addrs(a.kernel.nl, nil, netlink.FAMILY_ALL)
 	if err != nil {
 		return out, fmt.Errorf("list addresses: %w", err)
 	}

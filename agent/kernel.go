@@ -10,6 +10,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"margay/internal/dump"
 	"margay/vrouter/rpc"
 )
 
@@ -82,7 +83,7 @@ func (k *kernelTable) Apply(want []KernelRoute, sweep bool) error {
 func (k *kernelTable) list() (map[kernelKey]netlink.Route, error) {
 	var routes []netlink.Route
 	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
-		list, err := k.nl.RouteListFiltered(family, &netlink.Route{Protocol: routeProtocol, Table: unix.RT_TABLE_MAIN},
+		list, err := dump.RoutesLike(k.nl, family, &netlink.Route{Protocol: routeProtocol, Table: unix.RT_TABLE_MAIN},
 			netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
 		if err != nil && !errors.Is(err, unix.EAFNOSUPPORT) && !errors.Is(err, unix.EOPNOTSUPP) { // a kernel without IPv6 has none
 			return nil, fmt.Errorf("list kernel routes: %w", err)

@@ -9,6 +9,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"margay/internal/dump"
 )
 
 // newNamespace moves the test into a network namespace of its own, with a device "eth0" that has 198.18.0.1/24.
@@ -51,7 +53,7 @@ func newNamespace(t *testing.T) *netlink.Handle {
 // kernelHas lists the main table as `ip route` would print its destinations.
 func kernelHas(t *testing.T, h *netlink.Handle) map[string]netlink.Route {
 	t.Helper()
-	routes, err := h.RouteListFiltered(unix.AF_INET, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+	routes, err := dump.RoutesLike(h, unix.AF_INET, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -134,7 +136,7 @@ func TestIPv6PoolIsUnreachable(t *testing.T) {
 	h := newNamespace(t)
 	k := &kernelTable{nl: h}
 	count := func() (n int) {
-		routes, err := h.RouteListFiltered(unix.AF_INET6, &netlink.Route{Protocol: routeProtocol, Table: unix.RT_TABLE_MAIN},
+		routes, err := dump.RoutesLike(h, unix.AF_INET6, &netlink.Route{Protocol: routeProtocol, Table: unix.RT_TABLE_MAIN},
 			netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
 		if err != nil {
 			t.Fatal(err)

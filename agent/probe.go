@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"margay/agent/api"
+	"margay/internal/dump"
 	"margay/vrouter/packet"
 )
 
@@ -191,7 +192,7 @@ func (a *Agent) watchProbe(ctx context.Context, out http.ResponseWriter, p packe
 
 // open watches the calling thread's network namespace.
 func (w *watcher) open(pod string) error {
-	links, err := netlink.LinkList()
+	links, err := dump.Links(dump.Here)
 	if err != nil {
 		return err
 	}

@@ -12,6 +12,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"margay/internal/dump"
 )
 
 // What a trace asks of the kernel: RTM_GETROUTE, which runs the code that routes packets, the input side's checks of the
@@ -181,7 +183,7 @@ func (k *kernelTable) refusingRule(err error, src, dst netip.Addr, in string) st
 	default:
 		return ""
 	}
-	rules, listErr := k.nl.RuleList(unix.AF_INET)
+	rules, listErr := dump.Rules(k.nl, unix.AF_INET)
 	if listErr != nil {
 		return ""
 	}
@@ -216,7 +218,7 @@ func (k *kernelTable) refusingRule(err error, src, dst netip.Addr, in string) st
 // longest finds the entry of the main table that a look-up for dst hits, with its type; it serves to name what the kernel
 // refuses without saying by which entry.
 func (k *kernelTable) longest(dst netip.Addr) (kind int, text string) {
-	routes, err := k.nl.RouteListFiltered(unix.AF_INET, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+	routes, err := dump.RoutesLike(k.nl, unix.AF_INET, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
 	if err != nil {
 		return 0, ""
 	}

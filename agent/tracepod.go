@@ -11,6 +11,7 @@ import (
 
 	"margay/agent/api"
 	"margay/agent/netfilter"
+	"margay/internal/dump"
 )
 
 // What happens inside a pod is asked of the kernel in the pod's own network namespace: its routes, its neighbours, its
@@ -213,7 +214,7 @@ func (k *kernelTable) entry(device string, addr netip.Addr) (netlink.Neigh, bool
 	if err != nil {
 		return netlink.Neigh{}, false
 	}
-	entries, err := k.nl.NeighList(link.Attrs().Index, unix.AF_INET)
+	entries, err := dump.Neighbours(k.nl, link.Attrs().Index, unix.AF_INET)
 	if err != nil {
 		return netlink.Neigh{}, false
 	}

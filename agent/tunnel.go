@@ -13,6 +13,7 @@ import (
 
 	"margay/cni/server"
 	"margay/datastore"
+	"margay/internal/dump"
 	"margay/ipam"
 )
 
@@ -172,7 +173,7 @@ func (a *Agent) trimTunnel() error {
 
 // tunnelAddresses lists vr0's IPv4 addresses but the tunnel's, and tells whether that one is there.
 func (a *Agent) tunnelAddresses(link netlink.Link) (others []netlink.Addr, present bool, err error) {
-	addrs, err := a.kernel.nl.AddrList(link, unix.AF_INET)
+	addrs, err := dump.Addrs(a.kernel.nl, link, unix.AF_INET)
 	if err != nil {
 		return nil, false, fmt.Errorf("list addresses of %s: %w", tunnelDevice, err)
 	}

@@ -10,6 +10,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"margay/internal/dump"
 )
 
 // overhead is the outer header's size in bytes (RFC 2003).
@@ -18,7 +20,7 @@ const overhead = 20
 // foreignTunnel looks for the kernel's own IP-in-IP device in use: it takes packets of protocol 4 as the vRouter does.
 func (n *Node) foreignTunnel() Result {
 	const name = "other tunnels"
-	links, err := netlink.LinkList()
+	links, err := dump.Links(dump.Here)
 	if err != nil {
 		return unknown(name, err)
 	}
@@ -27,11 +29,11 @@ func (n *Node) foreignTunnel() Result {
 		if l.Type() != "ipip" || a.Flags&net.FlagUp == 0 {
 			continue
 		}
-		addrs, err := netlink.AddrList(l, unix.AF_INET)
+		addrs, err := dump.Addrs(dump.Here, l, unix.AF_INET)
 		if err != nil {
 			return unknown(name, err)
 		}
-		routes, err := netlink.RouteList(l, unix.AF_INET)
+		routes, err := dump.Routes(dump.Here, l, unix.AF_INET)
 		if err != nil {
 			return unknown(name, err)
 		}
@@ -55,7 +57,7 @@ func (n *Node) foreignBGP() Result {
 	if err != nil {
 		return unknown(name, err)
 	}
-	routes, err := netlink.RouteListFiltered(unix.AF_INET, &netlink.Route{Protocol: routeProtocolBIRD}, netlink.RT_FILTER_PROTOCOL)
+	routes, err := dump.RoutesLike(dump.Here, unix.AF_INET, &netlink.Route{Protocol: routeProtocolBIRD}, netlink.RT_FILTER_PROTOCOL)
 	if err != nil {
 		return unknown(name, err)
 	}
@@ -139,7 +141,7 @@ func (n *Node) mtu() Result {
 		return Result{name, Fail, fmt.Sprintf("%s has %d, which leaves %d for packets in the tunnel, and %s has %d: longer packets are lost", underlay, under.Attrs().MTU, room, n.Tunnel, got),
 			fmt.Sprintf("leave %s to margay-agent (restart it), or: ip link set %s mtu %d", n.Tunnel, n.Tunnel, room)}
 	}
-	links, err := netlink.LinkList()
+	links, err := dump.Links(dump.Here)
 	if err != nil {
 		return unknown(name, err)
 	}
@@ -164,7 +166,7 @@ func (n *Node) mtu() Result {
 
 // defaultInterface returns that of the IPv4 default route.
 func defaultInterface() (string, error) {
-	routes, err := netlink.RouteListFiltered(unix.AF_INET, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+	routes, err := dump.RoutesLike(dump.Here, unix.AF_INET, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
 	if err != nil {
 		return "", err
 	}

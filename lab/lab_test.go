@@ -16,6 +16,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"margay/datastore"
+	"margay/internal/dump"
 )
 
 var testSeq = func() func() int {
@@ -170,7 +171,7 @@ func TestManyNodesAreIntroduced(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer h.Close()
-	neighs, err := h.NeighList(0, netlink.FAMILY_V4)
+	neighs, err := dump.Neighbours(h, 0, netlink.FAMILY_V4)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -11,6 +11,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"margay/internal/dump"
 )
 
 // Interface names inside the namespaces.
@@ -271,7 +273,7 @@ func usedSubnets(hostNS string) ([]netip.Prefix, error) {
 	}
 	defer h.Close()
 	var used []netip.Prefix
-	routes, err := h.RouteList(nil, netlink.FAMILY_V4)
+	routes, err := dump.Routes(h, nil, netlink.FAMILY_V4)
 	if err != nil {
 		return nil, fmt.Errorf("list routes: %w", err)
 	}
@@ -280,7 +282,7 @@ func usedSubnets(hostNS string) ([]netip.Prefix, error) {
 			used = appendNet(used, r.Dst)
 		}
 	}
-	addrs, err := h.AddrList(nil, netlink.FAMILY_V4)
+	addrs, err := dump.Addrs(h, nil, netlink.FAMILY_V4)
 	if err != nil {
 		return nil, fmt.Errorf("list addresses: %w", err)
 	}

@@ -20,6 +20,8 @@ import (
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"margay/internal/dump"
 )
 
 // Hook is a place on a packet's way at which chains are called.
@@ -159,21 +161,14 @@ const inetIngress = 5
 
 const hookDevices = 4 // NFTA_HOOK_DEVS
 
-// dump asks nf_tables for all of something. attrs narrows it.
-func dump(message int, family byte, attrs ...*nl.RtAttr) ([][]byte, error) {
+// ask asks nf_tables for all of something. attrs narrows it.
+func ask(message int, family byte, attrs ...*nl.RtAttr) ([][]byte, error) {
 	req := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|message, unix.NLM_F_DUMP)
 	req.AddData(&nl.Nfgenmsg{NfgenFamily: family, Version: unix.NFNETLINK_V0})
 	for _, a := range attrs {
 		req.AddData(a)
 	}
-	// A change under way interrupts a dump: it is asked for again.
-	for range 5 {
-		out, err := req.Execute(unix.NETLINK_NETFILTER, 0)
-		if !errors.Is(err, nl.ErrDumpInterrupted) && !errors.Is(err, unix.EINTR) {
-			return out, err
-		}
-	}
-	return nil, errors.New("the rules keep changing: ask again")
+	return dump.Whole(func() ([][]byte, error) { return req.Execute(unix.NETLINK_NETFILTER, 0) })
 }
 
 // Load reads the rules of the network namespace that the calling thread is in. skip names tables ("inet margay") to leave out.
@@ -189,7 +184,7 @@ func Load(skip ...string) (*Ruleset, error) {
 		{"rules", unix.NFT_MSG_GETRULE, rs.addRule},
 		{"sets", unix.NFT_MSG_GETSET, rs.addSet},
 	} {
-		messages, err := dump(step.message, unix.NFPROTO_UNSPEC)
+		messages, err := ask(step.message, unix.NFPROTO_UNSPEC)
 		if err != nil {
 			return nil, fmt.Errorf("nftables: read the %s: %w", step.what, err)
 		}
@@ -218,7 +213,7 @@ func Load(skip ...string) (*Ruleset, error) {
 
 // dropDormant takes out the chains of tables that are switched off.
 func (rs *Ruleset) dropDormant() error {
-	messages, err := dump(unix.NFT_MSG_GETTABLE, unix.NFPROTO_UNSPEC)
+	messages, err := ask(unix.NFT_MSG_GETTABLE, unix.NFPROTO_UNSPEC)
 	if err != nil {
 		return fmt.Errorf("nftables: read the tables: %w", err)
 	}

@@ -53,7 +53,7 @@ func (rs *Ruleset) addSet(family byte, a attributes) error {
 
 // loadSet reads the elements of a set, of the namespace that the calling thread is in.
 func loadSet(s *set) error {
-	messages, err := dump(unix.NFT_MSG_GETSETELEM, s.family, nl.NewRtAttr(unix.NFTA_SET_ELEM_LIST_TABLE, nl.ZeroTerminated(s.table)),
+	messages, err := ask(unix.NFT_MSG_GETSETELEM, s.family, nl.NewRtAttr(unix.NFTA_SET_ELEM_LIST_TABLE, nl.ZeroTerminated(s.table)),
 		nl.NewRtAttr(unix.NFTA_SET_ELEM_LIST_SET, nl.ZeroTerminated(s.name)))
 	if err != nil {
 		return fmt.Errorf("set %s: %w", s.name, err)

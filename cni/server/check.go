@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"margay/cni"
+	"margay/internal/dump"
 )
 
 // check compares the attachment with what the previous result said, and with how we would make it today.
@@ -51,7 +52,7 @@ func (s *Server) checkHost(want Attachment) error {
 		return fmt.Errorf("host: %s: expected to be up", want.HostName)
 	}
 	for _, addr := range want.addresses() {
-		routes, err := s.nl.RouteListFiltered(familyOf(addr), hostRoute(addr, link), netlink.RT_FILTER_DST|netlink.RT_FILTER_OIF)
+		routes, err := dump.RoutesLike(s.nl, familyOf(addr), hostRoute(addr, link), netlink.RT_FILTER_DST|netlink.RT_FILTER_OIF)
 		if err != nil {
 			return fmt.Errorf("host: list routes: %w", err)
 		}
@@ -85,7 +86,7 @@ func checkPod(h *netlink.Handle, want Attachment, mac string) error {
 // checkPodFamily looks at what the container has for one of its addresses.
 func checkPodFamily(h *netlink.Handle, link netlink.Link, addr netip.Addr) error {
 	name, index, family := link.Attrs().Name, link.Attrs().Index, familyOf(addr)
-	addrs, err := h.AddrList(link, family)
+	addrs, err := dump.Addrs(h, link, family)
 	if err != nil {
 		return fmt.Errorf("container: list addresses: %w", err)
 	}
@@ -94,7 +95,7 @@ func checkPodFamily(h *netlink.Handle, link netlink.Link, addr netip.Addr) error
 	}
 	gateway := gatewayOf(addr)
 	for _, r := range podRoutes(index, gateway) {
-		found, err := h.RouteListFiltered(family, r, netlink.RT_FILTER_DST|netlink.RT_FILTER_OIF|netlink.RT_FILTER_GW)
+		found, err := dump.RoutesLike(h, family, r, netlink.RT_FILTER_DST|netlink.RT_FILTER_OIF|netlink.RT_FILTER_GW)
 		if err != nil {
 			return fmt.Errorf("container: list routes: %w", err)
 		}
@@ -102,7 +103,7 @@ func checkPodFamily(h *netlink.Handle, link netlink.Link, addr netip.Addr) error
 			return fmt.Errorf("container: route %s missing", r)
 		}
 	}
-	neighbours, err := h.NeighList(index, family)
+	neighbours, err := dump.Neighbours(h, index, family)
 	if err != nil {
 		return fmt.Errorf("container: list neighbours: %w", err)
 	}

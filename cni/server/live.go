@@ -7,6 +7,8 @@ import (
 	"slices"
 
 	"github.com/vishvananda/netlink"
+
+	"margay/internal/dump"
 )
 
 // Live lists the attachments whose interface is there, as the kernel says: a container that went away with its namespace
@@ -18,7 +20,7 @@ func (s *Server) Live() ([]Attachment, error) {
 	if !reconciled {
 		return nil, errors.New("cni server: the host's side of the pods has not been looked at yet")
 	}
-	links, err := s.nl.LinkList()
+	links, err := dump.Links(s.nl)
 	if err != nil {
 		return nil, fmt.Errorf("cni server: list interfaces: %w", err)
 	}

@@ -23,6 +23,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"margay/cni"
+	"margay/internal/dump"
 )
 
 // The tests play the node in a network namespace of their own: the whole test process moves into a fresh one and
@@ -207,7 +208,7 @@ func (n *node) start() {
 
 // cleanUp leaves the node's namespace as it was for the next test.
 func (n *node) cleanUp() {
-	links, err := netlink.LinkList()
+	links, err := dump.Links(dump.Here)
 	if err != nil {
 		n.t.Error(err)
 	}

@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"margay/internal/dump"
 )
 
 const (
@@ -35,7 +37,7 @@ func (s *Server) Reconcile(ctx context.Context) error {
 	// Half-made attachments would be taken for missing ones.
 	s.world.Lock()
 	defer s.world.Unlock()
-	links, err := s.nl.LinkList()
+	links, err := dump.Links(s.nl)
 	if err != nil {
 		return fmt.Errorf("cni server: list interfaces: %w", err)
 	}

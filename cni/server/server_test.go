@@ -18,6 +18,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"margay/cni"
+	"margay/internal/dump"
 )
 
 func parseResult(t *testing.T, out []byte) *current.Result {
@@ -42,7 +43,7 @@ func (n *node) add(p *pod) (addr netip.Addr, host string, raw []byte) {
 
 func calis(t *testing.T) (names []string) {
 	t.Helper()
-	links, err := netlink.LinkList()
+	links, err := dump.Links(dump.Here)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -106,7 +107,7 @@ func TestAddCheckDel(t *testing.T) {
 		}
 		return nil
 	})
-	routes, err := netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Protocol: RouteProtocol}, netlink.RT_FILTER_PROTOCOL)
+	routes, err := dump.RoutesLike(dump.Here, netlink.FAMILY_V4, &netlink.Route{Protocol: RouteProtocol}, netlink.RT_FILTER_PROTOCOL)
 	if err != nil || len(routes) != 2 {
 		t.Errorf("host routes %v, %v", routes, err)
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"margay/internal/dump"
 	"margay/vrouter"
 	"margay/vrouter/port"
 )
@@ -314,7 +315,7 @@ func directComesAndGoes(t *testing.T, way string) {
 func (s *space) links(t *testing.T) (links []netlink.Link) {
 	t.Helper()
 	s.do(t, func() (err error) {
-		links, err = netlink.LinkList()
+		links, err = dump.Links(dump.Here)
 		return err
 	})
 	return links

@@ -8,6 +8,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"margay/internal/dump"
 )
 
 // What a directPods knows of the kernel's interfaces and neighbours, which it hears of by netlink.
@@ -114,21 +116,21 @@ func (p *directPods) setDevice(l netlink.Link, there bool) {
 func (p *directPods) refresh() {
 	p.devices, p.names, p.hosts = make(map[string]device), make(map[int]string), make(map[neighbour]net.HardwareAddr)
 	clear(p.asked)
-	links, err := p.links.LinkList()
+	links, err := dump.Links(p.links)
 	if err != nil {
 		return // stale it stays
 	}
 	for _, l := range links {
 		p.setDevice(l, true)
 	}
-	neighbours, err := p.links.NeighList(0, netlink.FAMILY_V4)
+	neighbours, err := dump.Neighbours(p.links, 0, netlink.FAMILY_V4)
 	if err != nil {
 		return
 	}
 	for i := range neighbours {
 		p.setHost(&neighbours[i], true)
 	}
-	disciplines, err := p.links.QdiscList(nil)
+	disciplines, err := dump.Disciplines(p.links, nil)
 	if err != nil {
 		return
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"margay/internal/dump"
 	"margay/vrouter"
 	"margay/vrouter/packet"
 	"margay/vrouter/port"
@@ -285,7 +286,7 @@ func TestTUNOpen(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		if addresses, err := netlink.AddrList(vr0, netlink.FAMILY_V4); err != nil || len(addresses) != 1 {
+		if addresses, err := dump.Addrs(dump.Here, vr0, netlink.FAMILY_V4); err != nil || len(addresses) != 1 {
 			t.Errorf("addresses of vr0 after reopening: %v, %v: expected the one set before", addresses, err)
 		}
 		if vr0.Attrs().TxQLen != 2048 {

@@ -13,6 +13,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"margay/internal/dump"
 	"margay/vrouter"
 	"margay/vrouter/packet"
 	"margay/vrouter/port"
@@ -262,7 +263,7 @@ func neighbours(t *testing.T, d driver) {
 				if err != nil {
 					return err
 				}
-				list, err := netlink.NeighList(eth0.Attrs().Index, netlink.FAMILY_V4)
+				list, err := dump.Neighbours(dump.Here, eth0.Attrs().Index, netlink.FAMILY_V4)
 				for _, n := range list {
 					if n.IP.Equal(b.address.AsSlice()) && len(n.HardwareAddr) == 6 {
 						found = n

@@ -4,10 +4,10 @@ import (
 	"runtime"
 	"testing"
 
-	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"margay/internal/dump"
 	"margay/vrouter/port"
 )
 
@@ -32,7 +32,7 @@ func TestProbeAll(t *testing.T) {
 			}
 		}
 	}
-	links, err := netlink.LinkList()
+	links, err := dump.Links(dump.Here)
 	if err != nil || len(links) != 1 {
 		t.Errorf("left behind: %v, %v", links, err)
 	}

@@ -13,6 +13,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"margay/internal/dump"
 )
 
 const (
@@ -259,7 +261,7 @@ func (r *resolver) underlay() *underlayLink {
 		}
 		at.whole = at.err == nil
 	}
-	list, err := r.links.NeighList(index, netlink.FAMILY_V4)
+	list, err := dump.Neighbours(r.links, index, netlink.FAMILY_V4)
 	if err != nil {
 		return at // nobody is a neighbour until the next look
 	}
