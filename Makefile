@@ -34,7 +34,7 @@ test: setup build ## all tests: units, integration in network namespaces, a whol
 	@$(MAKE) --no-print-directory test-attachments
 
 # The rest of the matrix: what depends on how packets come and go, on every attachment and I/O but the default ones.
-ATTACHMENTS := tun-plain:packet tun:xdp veth:packet veth:xdp direct:packet direct:xdp direct:tc
+ATTACHMENTS := tun-plain:packet tun:packet tun:xdp veth:xdp direct:packet direct:xdp direct:tc
 ATTACHTESTS := TestEveryPodReachesEveryPod|TestHostReachesRemotePodAndBack|TestUnderlayCarriesOnlyIPIP|TestMasquerade|TestDecapsulationIsNoOpenDoor|TestVRouterKilled
 
 .PHONY: test-attachments

@@ -318,7 +318,7 @@ func TestNetworkManagers(t *testing.T) {
 	expect(t, n.networkd(), OK)
 	write(t, n.Root, "/proc/7/comm", "NetworkManager\n")
 	write(t, n.Root, "/proc/8/comm", "systemd-network\n") // as much of the name as the kernel keeps
-	expect(t, n.networkManager(), Warn, "unmanaged-devices=interface-name:cali*;interface-name:vr0")
+	expect(t, n.networkManager(), Warn, "unmanaged-devices=interface-name:cali*;interface-name:vr0*")
 	expect(t, n.networkd(), Warn, "ManageForeignRoutes=no")
 	write(t, n.Root, "/etc/NetworkManager/conf.d/x.conf", "[keyfile]\n# unmanaged-devices=interface-name:cali*\n")
 	write(t, n.Root, "/etc/systemd/networkd.conf", "[Network]\n#ManageForeignRoutes=no\n")

@@ -200,7 +200,7 @@ func (n *Node) networkManager() Result {
 		return ok(name, "runs, and leaves cali* alone")
 	}
 	return Result{name, Warn, "runs, and may take over the pods' interfaces and " + n.Tunnel,
-		"put unmanaged-devices=interface-name:cali*;interface-name:" + n.Tunnel + " under [keyfile] in /etc/NetworkManager/conf.d/margay.conf, and reload it"}
+		"put unmanaged-devices=interface-name:cali*;interface-name:" + n.Tunnel + "* under [keyfile] in /etc/NetworkManager/conf.d/margay.conf, and reload it"}
 }
 
 // networkd removes routes that it has not made.

@@ -20,7 +20,7 @@ func newNodeCheckSystemCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "checksystem",
 		Short: "What on this node keeps Margay from working, or from being fast, and what to do about it",
-		Long: `Looks at this node for what the daemons need and for what commonly breaks them: capabilities, TUN, sockets, BPF, AF_XDP,
+		Long: `Looks at this node for what the daemons need and for what commonly breaks them: capabilities, veth, TUN, sockets, BPF, AF_XDP,
 ip_forward, rp_filter, packet filters that drop forwarded packets or IP protocol 4, another IP-in-IP device or BGP
 speaker, NetworkManager and systemd-networkd, MTUs that do not fit. What the drivers need is tried by the code with which
 vrouter opens it. Nothing is changed. Run it as root, in the daemons' network namespace.

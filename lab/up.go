@@ -133,11 +133,19 @@ func (o *Options) check() (*datastore.IPPool, error) {
 			return nil, fmt.Errorf("%s: not an executable: run `make build`, or name the directory with --bin-dir", path)
 		}
 	}
+	return pool, o.needTUN()
+}
+
+// needTUN is an error where the attachment needs a TUN device that cannot be had. The default does without.
+func (o *Options) needTUN() error {
+	if !slices.Contains([]string{"tun", "tun-plain", "direct"}, o.Attach) {
+		return nil
+	}
 	tun, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0)
 	if err != nil {
-		return nil, fmt.Errorf("the vRouter needs a TUN device: %w: try `modprobe tun`, or pass /dev/net/tun into the container", err)
+		return fmt.Errorf("attach %q needs a TUN device: %w: try `modprobe tun`, pass /dev/net/tun into the container, or choose --attach veth", o.Attach, err)
 	}
-	return pool, tun.Close()
+	return tun.Close()
 }
 
 func needRoot() error {

@@ -18,8 +18,8 @@ if [ "$(id -u)" -ne 0 ]; then
   exit 1
 fi
 if [ ! -c /dev/net/tun ]; then
-  echo "setup: /dev/net/tun is missing: load the tun module (modprobe tun) or pass the device into this container" >&2
-  exit 1
+  echo "setup: /dev/net/tun is missing, which the demo does without and the tests do not: load the tun module (modprobe tun)" \
+    "or pass the device into this container" >&2
 fi
 if [ "${#missing[@]}" -gt 0 ]; then
   if ! command -v apt-get >/dev/null; then

@@ -1,4 +1,4 @@
-// Command vrouter is the data plane of a Margay node: it takes pod packets from the TUN device vr0, puts them into
+// Command vrouter is the data plane of a Margay node: it takes pod packets from the device vr0, puts them into
 // IP-in-IP to the right node, and does the reverse for what arrives.
 package main
 
@@ -66,8 +66,8 @@ packets one by one; veth is a pair of devices, one end of which the kernel route
 and the other the vRouter reads, with superpackets as with tun. direct is tun, and the
 vRouter reads the pods' own interfaces besides: what one pod sends to another, here or
 on another node, passes by the kernel's stack, and all else is the kernel's as with
-tun. auto is tun where the kernel has what it needs, and tun-plain elsewhere. A device
-of the other kind that an earlier vrouter has left under the name is replaced.
+tun. auto is veth where the kernel has what it needs, else tun, else tun-plain. A
+device of the other kind that an earlier vrouter has left under the name is replaced.
 
 --io says how Ethernet interfaces are read and written, the underlay first of all:
 packet is AF_PACKET; xdp is AF_XDP, which takes the least time for small packets, and
@@ -79,7 +79,7 @@ vRouter knows: those never come to it.
 many processors. All packets of a flow come by the same queue, in order. Each has a
 thread for each direction, or one for both: --threads-per-queue (direct: one for both).
 
-It needs the capabilities NET_ADMIN and NET_RAW, and /dev/net/tun unless it is veth.
+It needs the capabilities NET_ADMIN and NET_RAW; tun, tun-plain and direct /dev/net/tun.
 With BPF as well, and Linux 6.6, superpackets leave whole; without, the vRouter splits
 them, and neither direct nor xdp nor tc can be had.`,
 		Example:       "  vrouter\n  vrouter --socket /run/margay/vrouter.sock --log-level debug",

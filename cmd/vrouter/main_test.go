@@ -188,8 +188,9 @@ func (d *daemon) configure(t *testing.T, index byte) {
 // TestDaemons: see daemons, on each attachment, by each kind of I/O.
 func TestDaemons(t *testing.T) {
 	for args, port := range map[string]string{
-		"--attach tun":  "vr0 by tun, packet (asked for), offloads checksum, TSO, USO; underlay eth0 (superpackets whole (AF_PACKET, TCX))",
-		"--attach auto": "vr0 by tun, packet (auto: this kernel has what it needs), offloads checksum, TSO, USO; underlay eth0 (superpackets whole (AF_PACKET, TCX))",
+		"--attach tun": "vr0 by tun, packet (asked for), offloads checksum, TSO, USO; underlay eth0 (superpackets whole (AF_PACKET, TCX))",
+		"--attach auto": "vr0 by veth, packet (auto: this kernel has what it needs), offloads checksum, TSO, USO (AF_PACKET); " +
+			"underlay eth0 (superpackets whole (AF_PACKET, TCX))",
 		"--attach veth --threads-per-queue 1": "vr0 by veth, packet (asked for), offloads checksum, TSO, USO (AF_PACKET); underlay eth0 (superpackets whole (AF_PACKET, TCX)); " +
 			"one thread for both directions",
 		"--attach tun --queues 4": "vr0 by tun, packet (asked for), offloads checksum, TSO, USO; underlay eth0 (superpackets whole (AF_PACKET, TCX)); " +
@@ -398,7 +399,7 @@ func TestWithoutBPF(t *testing.T) {
 	d.configure(t, 1)
 	eventually(t, "status says why", func() bool {
 		status, err := c.Status(t.Context())
-		return err == nil && strings.HasPrefix(status.Port, "vr0 by tun, packet ") && strings.Contains(status.Port, "capability BPF")
+		return err == nil && strings.HasPrefix(status.Port, "vr0 by veth, packet ") && strings.Contains(status.Port, "capability BPF")
 	})
 }
 
@@ -410,7 +411,7 @@ func TestOtherAttachment(t *testing.T) {
 		return netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "eth0", Flags: net.FlagUp}, PeerName: "eth1"})
 	})
 	for _, want := range []struct{ attach, kind string }{
-		{"tun", "tuntap"}, {"veth", "veth"}, {"veth", "veth"}, {"tun-plain", "tuntap"}, {"veth", "veth"}, {"auto", "tuntap"},
+		{"tun", "tuntap"}, {"veth", "veth"}, {"veth", "veth"}, {"tun-plain", "tuntap"}, {"tun", "tuntap"}, {"auto", "veth"}, {"tun", "tuntap"},
 	} {
 		dir := t.TempDir()
 		d := s.start(t, dir, "--attach", want.attach)
@@ -460,6 +461,32 @@ func TestXDPWithoutBPF(t *testing.T) {
 	}
 }
 
+// withoutTUN returns a command that runs the vrouter where there is no /dev/net/tun.
+func withoutTUN(exe string, args ...string) *exec.Cmd {
+	cmd := exec.Command("unshare", append([]string{"-m", "sh", "-c", `mount -t tmpfs none /dev/net && exec "$0" "$@"`, exe}, args...)...)
+	cmd.Env = append(os.Environ(), "MARGAY_TEST_VROUTER=1")
+	return cmd
+}
+
+// TestWithoutTUN: the default attachment needs no TUN device.
+func TestWithoutTUN(t *testing.T) {
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := newSpace(t)
+	dir := t.TempDir()
+	d := &daemon{dir: dir, cmd: withoutTUN(exe, "--socket", filepath.Join(dir, "vrouter.sock"), "--state-dir", dir)}
+	d.cmd.Stdout, d.cmd.Stderr = &d.output, &d.output
+	s.do(t, d.cmd.Start)
+	t.Cleanup(func() { d.stop(t, syscall.SIGTERM) })
+	c := d.dial(t)
+	eventually(t, "vrouter answers", func() bool {
+		status, err := c.Status(t.Context())
+		return err == nil && strings.HasPrefix(status.Port, "vr0 by veth, packet (auto: this kernel has what it needs)")
+	})
+}
+
 func TestMissing(t *testing.T) {
 	s := newSpace(t)
 	s.do(t, func() error {
@@ -475,9 +502,7 @@ func TestMissing(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		cmd = exec.Command("unshare", append([]string{"-m", "sh", "-c", `mount -t tmpfs none /dev/net && exec "$0" "$@"`, exe}, args...)...)
-		cmd.Env = append(os.Environ(), "MARGAY_TEST_VROUTER=1")
-		expectRefused(t, cmd, "no /dev/net/tun")
+		expectRefused(t, withoutTUN(exe, append(args, "--attach", "tun")...), "no /dev/net/tun")
 
 		if left, err := os.ReadDir(dir); err != nil || len(left) != 0 {
 			t.Errorf("left behind: %v, %v", left, err)

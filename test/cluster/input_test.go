@@ -94,8 +94,8 @@ func TestDaemonsSayWhatIsMissing(t *testing.T) {
 		argv []string
 		want string
 	}{
-		"vrouter without /dev/net/tun": {append(noTUN, daemon("vrouter", "--socket", filepath.Join(dir, "v.sock"))...), "/dev/net/tun"},
-		"lab without /dev/net/tun":     {append(noTUN, filepath.Join(bin, "margayctl"), "lab", "up", "--name", labName+"y"), "/dev/net/tun"},
+		"vrouter without /dev/net/tun": {append(noTUN, daemon("vrouter", "--attach", "tun", "--socket", filepath.Join(dir, "v.sock"))...), "/dev/net/tun"},
+		"lab without /dev/net/tun":     {append(noTUN, filepath.Join(bin, "margayctl"), "lab", "up", "--name", labName+"y", "--attach", "direct"), "/dev/net/tun"},
 		"agent without etcd": {append([]string{"ip", "netns", "exec", labName + "-underlay"},
 			daemon("margay-agent", "--run-dir", dir, "--ip-autodetection-method", "interface=br0", "--etcd-endpoints", "http://127.0.0.1:1")...), "not reachable"},
 		"agent with a method unknown": {daemon("margay-agent", "--run-dir", dir, "--ip-autodetection-method", "guess", "--etcd-endpoints", "http://127.0.0.1:1"), "first-found"},

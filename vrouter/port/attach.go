@@ -8,13 +8,15 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"margay/vrouter"
 )
 
 // The attachments: how packets of pods come to the vRouter.
 const (
 	// AttachAuto is the best of the others that keeps the kernel's part in services (kube-proxy) as it is, and that this
-	// kernel can carry: AttachTUN, or else AttachTUNPlain.
+	// kernel can carry: AttachVeth, else AttachTUN, else AttachTUNPlain.
 	AttachAuto = "auto"
 	// AttachTUN is a TUN device with offloads, and an underlay that carries superpackets on.
 	AttachTUN = "tun"
@@ -181,7 +183,7 @@ func OpenPorts(o Options, before func() error) (*Ports, error) {
 	if o.Queues == 0 {
 		o.Queues = DefaultQueues()
 	}
-	p, err := openPorts(o, before, openersOf(o))
+	p, err := openPorts(o, before, openersOf)
 	if err != nil {
 		return nil, err
 	}
@@ -198,7 +200,7 @@ func OpenPorts(o Options, before func() error) (*Ports, error) {
 	return p, nil
 }
 
-func openPorts(o Options, before func() error, open openers) (*Ports, error) {
+func openPorts(o Options, before func() error, openersOf func(Options) openers) (*Ports, error) {
 	if err := o.Check(); err != nil {
 		return nil, err
 	}
@@ -206,9 +208,9 @@ func openPorts(o Options, before func() error, open openers) (*Ports, error) {
 	case AttachTUNPlain:
 		return openPlain(o, before, "asked for")
 	case AttachAuto:
-		return openAuto(o, before, open)
+		return openAuto(o, before, openersOf)
 	}
-	return openOffload(o, before, open, "asked for")
+	return openOffload(o, before, openersOf(o), "asked for")
 }
 
 // openOffload opens the ports of an attachment that carries superpackets.
@@ -259,9 +261,11 @@ func openPlain(o Options, before func() error, why string) (*Ports, error) {
 	return &Ports{Device: tun, Underlay: underlay, Attach: AttachTUNPlain, IO: IOPacket, Why: why}, nil
 }
 
-// openAuto falls back where the kernel lacks something. What hinders the plain ports too is their error then, and the
-// one to tell. I/O by AF_XDP has to be asked for, and what was asked for is not replaced.
-func openAuto(o Options, before func() error, open openers) (*Ports, error) {
+// openAuto opens the best ports that the kernel lets us have, and says what kept it from better ones. What hinders the last
+// ones too is the error, and the one to tell. I/O by AF_XDP has to be asked for, and what was asked for is not replaced. Nor
+// is there another attachment to try while somebody else has the device: it may be a vRouter on its way out, whose device
+// the next attempt would then replace.
+func openAuto(o Options, before func() error, openersOf func(Options) openers) (*Ports, error) {
 	var beforeErr error
 	did := false
 	once := func() error {
@@ -270,12 +274,16 @@ func openAuto(o Options, before func() error, open openers) (*Ports, error) {
 		}
 		return beforeErr
 	}
-	o.Attach = AttachTUN
-	p, err := openOffload(o, once, open, "auto: this kernel has what it needs")
-	if err == nil || beforeErr != nil || o.IO == IOXDP {
-		return p, err
+	why := "this kernel has what it needs"
+	for _, attach := range []string{AttachVeth, AttachTUN} {
+		o.Attach = attach
+		p, err := openOffload(o, once, openersOf(o), "auto: "+why)
+		if err == nil || beforeErr != nil || errors.Is(err, unix.EBUSY) || o.IO == IOXDP && attach == AttachTUN {
+			return p, err
+		}
+		why = "not " + attach + ": " + err.Error()
 	}
-	return openPlain(o, once, fmt.Sprintf("auto: %v", err))
+	return openPlain(o, once, "auto: "+why)
 }
 
 // spin says how long to look for packets before sleeping.

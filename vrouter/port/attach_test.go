@@ -14,31 +14,39 @@ import (
 // TestOpenPorts: what is asked for is opened or refused; auto falls back, and says why.
 func TestOpenPorts(t *testing.T) {
 	missing := &port.Missing{What: "offloads", Err: unix.EINVAL, Do: "choose another"}
-	noTUN := func(string) (port.Device, error) { return nil, missing }
+	busy := &port.Missing{What: "device vr0", Err: unix.EBUSY, Do: "stop that one"}
+	fails := func(err error) func(string) (port.Device, error) {
+		return func(string) (port.Device, error) { return nil, err }
+	}
+	openVeth := func(name string) (port.Device, error) { return port.OpenVeth(name) }
 	noUnderlay := func() (*port.Underlay, error) { return nil, missing }
 	refused := errors.New("refused")
 	s := newSpace(t)
 	for _, test := range []struct {
-		attach   string
-		underlay func() (*port.Underlay, error)
-		device   func(string) (port.Device, error)
-		before   error
-		want     string
-		why      string
-		err      error
+		attach    string
+		underlay  func() (*port.Underlay, error)
+		veth, tun func(string) (port.Device, error)
+		before    error
+		want      string
+		why       string
+		err       error
 	}{
-		{port.AttachTUN, port.OpenOffloadUnderlay, openTUN, nil, port.AttachTUN, "asked for", nil},
-		{port.AttachTUNPlain, noUnderlay, noTUN, nil, port.AttachTUNPlain, "asked for", nil},
-		{port.AttachAuto, port.OpenOffloadUnderlay, openTUN, nil, port.AttachTUN, "this kernel has", nil},
-		{port.AttachAuto, noUnderlay, openTUN, nil, port.AttachTUNPlain, "offloads: invalid argument", nil},
-		{port.AttachAuto, port.OpenOffloadUnderlay, noTUN, nil, port.AttachTUNPlain, "offloads: invalid argument", nil},
-		{port.AttachTUN, noUnderlay, openTUN, nil, "", "", unix.EINVAL},
-		{port.AttachTUN, port.OpenOffloadUnderlay, noTUN, nil, "", "", unix.EINVAL},
-		{port.AttachAuto, port.OpenOffloadUnderlay, openTUN, refused, "", "", refused},
+		{port.AttachTUN, port.OpenOffloadUnderlay, openVeth, openTUN, nil, port.AttachTUN, "asked for", nil},
+		{port.AttachVeth, port.OpenOffloadUnderlay, openVeth, openTUN, nil, port.AttachVeth, "asked for", nil},
+		{port.AttachTUNPlain, noUnderlay, fails(missing), fails(missing), nil, port.AttachTUNPlain, "asked for", nil},
+		{port.AttachAuto, port.OpenOffloadUnderlay, openVeth, openTUN, nil, port.AttachVeth, "auto: this kernel has what it needs", nil},
+		{port.AttachAuto, port.OpenOffloadUnderlay, fails(missing), openTUN, nil, port.AttachTUN, "auto: not veth: offloads: invalid argument", nil},
+		{port.AttachAuto, port.OpenOffloadUnderlay, fails(missing), fails(missing), nil, port.AttachTUNPlain, "auto: not tun: offloads: invalid argument", nil},
+		{port.AttachAuto, noUnderlay, openVeth, openTUN, nil, port.AttachTUNPlain, "auto: not tun: offloads: invalid argument", nil},
+		{port.AttachAuto, port.OpenOffloadUnderlay, fails(busy), openTUN, nil, "", "", unix.EBUSY},
+		{port.AttachTUN, noUnderlay, openVeth, openTUN, nil, "", "", unix.EINVAL},
+		{port.AttachTUN, port.OpenOffloadUnderlay, openVeth, fails(missing), nil, "", "", unix.EINVAL},
+		{port.AttachVeth, port.OpenOffloadUnderlay, fails(missing), openTUN, nil, "", "", unix.EINVAL},
+		{port.AttachAuto, port.OpenOffloadUnderlay, openVeth, openTUN, refused, "", "", refused},
 	} {
 		s.do(t, func() error {
 			ports, err := port.OpenPortsWith(port.Options{Attach: test.attach, IO: port.IOPacket, Name: "vr0"},
-				func() error { return test.before }, test.underlay, test.device)
+				func() error { return test.before }, test.underlay, test.veth, test.tun)
 			if test.err != nil {
 				if !errors.Is(err, test.err) {
 					t.Errorf("%s: %v: expected %v", test.attach, err, test.err)

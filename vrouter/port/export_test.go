@@ -32,9 +32,14 @@ func OpenXDPSplitUnderlay() (*Underlay, error) {
 	return openXDPUnderlay(1, XDPOptions{}, func() (*retag, error) { return nil, explainBPF("attach the BPF program", unix.EOPNOTSUPP) })
 }
 
-// OpenPortsWith is OpenPorts with other drivers for the offloads.
-func OpenPortsWith(o Options, before func() error, underlay func() (*Underlay, error), device func(string) (Device, error)) (*Ports, error) {
-	return openPorts(o, before, openers{underlay, device})
+// OpenPortsWith is OpenPorts with other drivers for the offloads: veth for AttachVeth, and tun for the other attachments.
+func OpenPortsWith(o Options, before func() error, underlay func() (*Underlay, error), veth, tun func(string) (Device, error)) (*Ports, error) {
+	return openPorts(o, before, func(o Options) openers {
+		if o.Attach == AttachVeth {
+			return openers{underlay, veth}
+		}
+		return openers{underlay, tun}
+	})
 }
 
 // MarkUnfinished is for tests of nothing else.

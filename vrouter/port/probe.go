@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -21,7 +22,8 @@ type Probe struct {
 // behind and disturbs no vRouter that runs.
 func ProbeAll() []Probe {
 	return []Probe{
-		{"TUN device", true, "vr0", probeTUN((*TUN).openPlain)},
+		{"veth", true, "vr0 and the pods' interfaces", probeVeth()},
+		{"TUN device", false, "--attach tun, tun-plain and direct", probeTUN((*TUN).openPlain)},
 		{"TUN offloads", false, "superpackets that come whole from the pods (--attach tun)", probeTUN((*TUN).openOffload)},
 		{"sockets", true, "sending and receiving IP-in-IP", probeUnderlay()},
 		{"BPF at tc egress", false, "superpackets that leave whole for other nodes", probeRetag()},
@@ -38,6 +40,16 @@ func probeTUN(open func(*TUN, string) (int, error)) error {
 		return err
 	}
 	return errors.Join(unix.IoctlSetInt(fd, unix.TUNSETPERSIST, 0), unix.Close(fd))
+}
+
+// probeVeth makes a pair of names of its own.
+func probeVeth() error {
+	name := fmt.Sprintf("vrprobe%d", os.Getpid()%1e8)
+	pair := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: name}, PeerName: fmt.Sprintf("vrpeer%d", os.Getpid()%1e8)}
+	if err := netlink.LinkAdd(pair); err != nil {
+		return explainVeth(name, err)
+	}
+	return netlink.LinkDel(pair)
 }
 
 func probeUnderlay() error {

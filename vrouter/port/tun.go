@@ -141,7 +141,7 @@ func explainTUN(name string, err error) error {
 	switch {
 	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENXIO):
 		return &Missing{What: "TUN device " + name, Err: fmt.Errorf("no %s: %w", tunPath, unwrapErrno(err)),
-			Do: "load the driver (modprobe tun), or give the container " + tunPath}
+			Do: "load the driver (modprobe tun), give the container " + tunPath + ", or choose --attach veth"}
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
 		return &Missing{What: "TUN device " + name, Err: unwrapErrno(err), Do: needPrivilege}
 	case errors.Is(err, unix.EBUSY):
