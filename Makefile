@@ -33,15 +33,18 @@ test: setup build ## all tests: units, integration in network namespaces, a whol
 	go test -count=1 -timeout 20m -v ./test/...
 	@$(MAKE) --no-print-directory test-attachments
 
-# The rest of the matrix: what depends on how packets come and go, on every attachment and I/O but the default ones.
-ATTACHMENTS := tun-plain:packet tun:packet tun:xdp veth:xdp direct:packet direct:xdp direct:tc
-ATTACHTESTS := TestEveryPodReachesEveryPod|TestHostReachesRemotePodAndBack|TestUnderlayCarriesOnlyIPIP|TestMasquerade|TestDecapsulationIsNoOpenDoor|TestVRouterKilled
+# The rest of the matrix: what depends on how packets come and go, on every attachment and I/O but the default ones, and on
+# several queues: ATTACHMENT:IO[:QUEUES[:THREADS]].
+ATTACHMENTS := tun-plain:packet tun:packet tun:xdp:2:1 veth:packet:4:2 veth:xdp direct:packet:2 direct:xdp direct:tc:2
+ATTACHTESTS := TestEveryPodReachesEveryPod|TestHostReachesRemotePodAndBack|TestUnderlayCarriesOnlyIPIP|TestMasquerade|TestDecapsulationIsNoOpenDoor|TestVRouterKilled|TestServices|TestAttachmentChanges
 
 .PHONY: test-attachments
 test-attachments: build ## a part of the cluster's tests on each other attachment and I/O
 	@set -e; for c in $(ATTACHMENTS); do \
-		echo "test/cluster with --attach $${c%:*} --io $${c#*:}"; \
-		MARGAY_TEST_ATTACH=$${c%:*} MARGAY_TEST_IO=$${c#*:} go test -count=1 -timeout 10m -run '$(ATTACHTESTS)' ./test/cluster; \
+		IFS=: read -r attach io queues threads <<<"$$c"; \
+		echo "test/cluster with --attach $$attach --io $$io$${queues:+ --queues $$queues}$${threads:+ --threads-per-queue $$threads}"; \
+		MARGAY_TEST_ATTACH=$$attach MARGAY_TEST_IO=$$io MARGAY_TEST_QUEUES=$$queues MARGAY_TEST_THREADS=$$threads \
+			go test -count=1 -timeout 10m -run '$(ATTACHTESTS)' ./test/cluster; \
 	done
 
 .PHONY: test-race

@@ -81,6 +81,7 @@ type Agent struct {
 	opened  bool // open has succeeded: what it sets is there for everybody
 
 	watches    atomic.Int32 // for probes, under way
+	echoes     atomic.Int32 // traces that are asking the network between nodes
 	tunnelLost atomic.Bool  // IPAM does not have the tunnel address as this node's any more
 }
 

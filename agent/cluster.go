@@ -97,6 +97,7 @@ func decodeMember(kv datastore.KV) (Member, error) {
 	}
 	p, err := n.IPv4()
 	m.Address = p.Addr()
+	m.Tunnel, _ = netip.ParseAddr(n.Spec.BGP.IPv4IPIPTunnelAddr) // only traces ask it
 	if n.Spec.BGP.ASNumber != nil {
 		m.AS = uint32(*n.Spec.BGP.ASNumber)
 	}

@@ -27,7 +27,8 @@ type Pool struct {
 type Member struct {
 	Name    string
 	Address netip.Addr
-	AS      uint32 // 0: the cluster's
+	Tunnel  netip.Addr // of its vr0; invalid where it has none
+	AS      uint32     // 0: the cluster's
 }
 
 // Inputs is everything the desired state follows from.

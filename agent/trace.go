@@ -29,6 +29,7 @@ type tracer struct {
 	pkt packet.IPv4
 
 	state      api.ConnState
+	noEcho     bool
 	node       *filters // this node's, once they have been read
 	redirected bool     // a filter has made this host the destination
 	// strayWhy, strayFix are about a frame that the pod addresses to nobody; empty for one that is well addressed.
@@ -54,7 +55,7 @@ func (a *Agent) trace(ctx context.Context, req api.TraceRequest) (api.Segment, e
 	default:
 		return api.Segment{}, fmt.Errorf("state %q: expected established, unknown, or none for a new connection", req.State)
 	}
-	t := &tracer{Agent: a, ctx: ctx, pkt: slices.Clone(pkt), state: req.State}
+	t := &tracer{Agent: a, ctx: ctx, pkt: slices.Clone(pkt), state: req.State, noEcho: req.NoEcho}
 	t.seg.Node, t.seg.Address = a.cfg.Node, self
 	switch req.Entry {
 	case api.EntryPod:
@@ -413,11 +414,13 @@ func (t *tracer) leave(answer kernelAnswer, outer bool) {
 	}
 	if slices.ContainsFunc(t.cluster.members.all(), func(m Member) bool { return m.Address == answer.gateway }) {
 		t.seg.Outcome = api.Forwarded
+		t.askFabric(outer)
 		t.pass("kernel", "sent to node "+answer.gateway.String(), detail)
 		return
 	}
 	if t.pkt.Protocol() == packet.ProtocolIPIP { // an outer packet's destination may lie behind a router
 		t.seg.Next, t.seg.Outcome = t.pkt.Dst(), api.Forwarded
+		t.askFabric(outer)
 	}
 	t.pass("kernel", "sent to "+answer.gateway.String(), detail)
 }

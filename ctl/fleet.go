@@ -31,6 +31,7 @@ type fleet struct {
 	token     string
 	report    *audit.Report
 	pools     []*datastore.IPPool
+	noEcho    bool   // traces do not have the nodes ping each other
 	local     string // the node on which margayctl runs; empty: none
 }
 

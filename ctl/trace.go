@@ -56,15 +56,18 @@ func newTraceCommand() *cobra.Command {
 	var (
 		p      probe
 		oneWay bool
+		noEcho bool
 		send   bool
 		output string
 	)
 	cmd := &cobra.Command{
 		Use:   "trace SOURCE DESTINATION",
 		Short: "The path a packet would take through every node and back, rung by rung, and why it does not arrive",
-		Long: `trace asks every node on the way what it would do with a packet, without sending one: the vRouter walks its own
+		Long: `trace asks every node on the way what it would do with a packet, without sending it: the vRouter walks its own
 forwarding ladder with it, and the kernel is asked for its routes, the reverse path filter included. What the kernel
-decides is marked kernel, what the vRouter decides vrouter.
+decides is marked kernel, what the vRouter decides vrouter. What lies between two nodes is asked by an ICMP echo as long as
+the packet, which the one sends to the other the same way, by IP-in-IP from tunnel address to tunnel address; --no-echo
+does without.
 
 SOURCE and DESTINATION are addresses, pods (NAME or NAMESPACE/NAME) or nodes; DESTINATION may also lie outside.
 
@@ -96,6 +99,7 @@ the verdict is what was seen, and what lies between the nodes is part of it.`,
 			if err != nil {
 				return err
 			}
+			f.noEcho = noEcho || send // what is sent for real says more
 			r, err := runTrace(ctx, f, &p, args[0], args[1], oneWay)
 			if err != nil {
 				return err
@@ -117,6 +121,7 @@ the verdict is what was seen, and what lies between the nodes is part of it.`,
 	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return withStatus(exitNoTrace, err) })
 	p.flags(cmd)
 	cmd.Flags().BoolVar(&oneWay, "one-way", false, "do not ask for the way back")
+	cmd.Flags().BoolVar(&noEcho, "no-echo", false, "do not have the nodes of the way ping each other: what lies between them is not asked then")
 	cmd.Flags().BoolVar(&send, "probe", false, "send the packet for real, and watch for it and its answer on every node of the way")
 	addOutput(cmd, &output, "text", "text or json")
 	return cmd
@@ -166,7 +171,7 @@ func (f *fleet) follow(ctx context.Context, from place, pkt []byte, dst netip.Ad
 	node, entry := from.Node, from.Entry
 	for range maxHops {
 		w.At = node
-		s, err := f.ask(ctx, node, api.TraceRequest{Entry: entry, Packet: pkt, State: question.state(node)})
+		s, err := f.ask(ctx, node, api.TraceRequest{Entry: entry, Packet: pkt, State: question.state(node), NoEcho: f.noEcho})
 		if err != nil {
 			w.Outcome, w.Reason, w.Why = api.Unknown, "agent_silent", err.Error()
 			w.By, w.Rung = "agent", "asking it"

@@ -45,6 +45,8 @@ type TraceRequest struct {
 	Packet []byte `json:"packet"` // IPv4, from its header on
 	// State is what this node's connection tracker takes the packet for.
 	State ConnState `json:"state,omitempty"`
+	// NoEcho keeps the node from asking the network between it and the next node by an ICMP echo.
+	NoEcho bool `json:"noEcho,omitempty"`
 }
 
 // ConnState is the state of a connection.

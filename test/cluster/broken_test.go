@@ -274,3 +274,37 @@ func hostSide(t *testing.T, n labNode, addr string) string {
 	}
 	return words[at+1]
 }
+
+// TestTraceAsksTheNetwork: without sending the packet itself, a trace has the nodes ping each other the way that the packet goes, and
+// is not certain where nothing comes back.
+func TestTraceAsksTheNetwork(t *testing.T) {
+	n1, n2 := node(t, 1), node(t, 2)
+	from, to := n1.Pods[0], n2.Pods[0]
+	underlay := labName + "-underlay"
+	filter := func(rule string) (break_, mend func()) {
+		return func() {
+				in(t, underlay, "nft", "table bridge foreign { chain c { type filter hook forward priority 0; "+rule+" drop; }; }")
+			},
+			func() { in(t, underlay, "nft", "delete table bridge foreign") }
+	}
+	tunnels, mendTunnels := filter("ip protocol 4")
+	echoes, mendEchoes := filter("ip protocol { 1, 4 }")
+	for _, c := range []broken{
+		{name: "a filter of IP-in-IP between the nodes", code: 3, break_: tunnels, mend: mendTunnels,
+			want: []string{"unknown whether it arrives", "at " + n1.Name, "echo to the next node", "of 84 bytes by IP-in-IP", "a plain one did", "let IP protocol 4 pass"}},
+		{name: "a filter of all that is asked", code: 3, break_: echoes, mend: mendEchoes,
+			want: []string{"unknown whether it arrives", "nor did a plain one", "whether " + n2.Name + " is up"}},
+		{name: "an MTU between the nodes", code: 3, size: 1470, args: []string{from.Name, to.Name, "--size", "1470", "--df"},
+			break_: func() { in(t, underlay, "ip", "link", "set", "n2", "mtu", "1400") },
+			mend:   func() { in(t, underlay, "ip", "link", "set", "n2", "mtu", "1500") },
+			want:   []string{"unknown whether it arrives", "echoes of 1470 bytes", "one of 28 bytes did", "lose long packets"}},
+		{name: "nobody is asked", code: 0, args: []string{from.Name, to.Name, "--no-echo"}, break_: tunnels, mend: mendTunnels, notPingable: true,
+			want: []string{"arrives: "}},
+	} {
+		t.Run(c.name, func(t *testing.T) { c.check(t, from, to) })
+	}
+	out := in(t, n1.Netns, "margayctl", "trace", from.Name, to.Name, "--size", "1480", "--df")
+	if !strings.Contains(out, "1480 bytes by IP-in-IP to ") || strings.Count(out, "echo to the next node") != 2 {
+		t.Errorf("%s\nexpected an echo of each node's", out)
+	}
+}
