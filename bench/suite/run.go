@@ -19,10 +19,14 @@ type Config struct {
 	Paths     []rig.Path
 	Rounds    int // that count; one more comes before them and is discarded
 	Times     Times
-	Packets   int  // of one measurement of the loop; as many lookups, and a tenth as many updates
-	RTELPM    bool // look addresses up in DPDK's rte_lpm too, whose load takes minutes
-	Rig       rig.Options
-	Progress  func(Progress)
+	// Within is how long the run should take, Least how many rounds count in any case: a scenario that is behind its share of the
+	// time ends after those. Without Within every round is made.
+	Within   time.Duration
+	Least    int
+	Packets  int  // of one measurement of the loop; as many lookups, and a tenth as many updates
+	RTELPM   bool // look addresses up in DPDK's rte_lpm too, whose load takes minutes
+	Rig      rig.Options
+	Progress func(Progress)
 	// Save is called after each round with all that has been measured until then; it must not keep the outcome.
 	Save func(*Outcome) error
 }
@@ -86,6 +90,7 @@ func Run(ctx context.Context, c Config) (*Outcome, error) {
 	r.env = Env{Times: c.Times, Own: make(map[traffic.Profile]float64), OwnPaced: make(map[traffic.Profile]float64),
 		Alone: make(map[traffic.Profile]Alone), Note: r.note}
 	r.out.Alone = r.env.Alone
+	r.env.Late = r.late
 	r.plan()
 	err := r.run(ctx)
 	if errors.Is(err, context.Canceled) {
@@ -229,6 +234,10 @@ func (r *runner) rounds(ctx context.Context, s Scenario, all []subject) error {
 	series := make(map[string]map[string]*Series) // path, metric
 	failures := make(map[string]int)
 	for round := range r.Rounds + 1 {
+		if round > max(r.Least, 1) && r.late() {
+			r.shorten(s, len(all), round)
+			break
+		}
 		r.round = round
 		for _, one := range order(all, round) {
 			if failures[one.name] < 2 {
@@ -264,6 +273,22 @@ func (r *runner) rounds(ctx context.Context, s Scenario, all []subject) error {
 func (r *runner) count(s Scenario) {
 	r.done++
 	r.spent, r.ahead = r.spent+s.Cost(r.Times), r.ahead-s.Cost(r.Times)
+}
+
+// late tells whether the run has taken more than the share of its time that its measurements so far should have taken.
+func (r *runner) late() bool {
+	if r.Within == 0 || r.spent+r.ahead == 0 {
+		return false
+	}
+	return float64(time.Since(r.began)) > float64(r.Within)*float64(r.spent)/float64(r.spent+r.ahead)
+}
+
+// shorten leaves out a scenario's rounds from this one on. Their time counts as spent: the next scenario has it.
+func (r *runner) shorten(s Scenario, subjects, round int) {
+	r.note("%s: %d rounds count instead of %d, to end within %v", s.Name, round-1, r.Rounds, r.Within)
+	n := subjects * (r.Rounds + 1 - round)
+	r.total -= n
+	r.spent, r.ahead = r.spent+time.Duration(n)*s.Cost(r.Times), r.ahead-time.Duration(n)*s.Cost(r.Times)
 }
 
 func (r *runner) tell(p Progress) {

@@ -127,6 +127,24 @@ func TestFailure(t *testing.T) {
 	}
 }
 
+// TestWithin: a run behind its time makes the least rounds, and what it leaves out is no more to do; one in time makes them all.
+func TestWithin(t *testing.T) {
+	for _, c := range []struct {
+		within time.Duration
+		want   int // calls, the discarded round's included
+	}{{0, 6}, {time.Hour, 6}, {time.Second, 4}} {
+		s := Scenario{Name: "one", Metrics: []Metric{rate}, variants: 2, Cost: func(Times) time.Duration { return time.Second }}
+		r := &runner{Config: Config{Scenarios: []Scenario{s}, Rounds: 5, Least: 3, Within: c.within}, began: time.Now().Add(-time.Minute)}
+		r.plan()
+		calls := 0
+		one := func(context.Context) (Values, error) { calls++; return Values{"rate": 1}, nil }
+		err := r.rounds(t.Context(), s, []subject{{name: "a", measure: one}, {name: "b", measure: one}})
+		if err != nil || calls != 2*c.want || r.done != calls || r.total != calls || r.ahead != 0 || (len(r.out.Notes) > 0) != (c.want < 6) {
+			t.Errorf("within %v: %d calls, %d of %d done, %v ahead, notes %q, %v", c.within, calls, r.done, r.total, r.ahead, r.out.Notes, err)
+		}
+	}
+}
+
 // TestEnd: what was measured before the end, also in the round that did not end, is kept.
 func TestEnd(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())

@@ -38,6 +38,8 @@ type options struct {
 	only, scenarios []string
 	rounds          int
 	window          time.Duration
+	within          time.Duration
+	least           int // rounds that count in any case
 	vrouter         string
 	wireguard       string
 	results         string
@@ -74,16 +76,21 @@ with an attachment; then @BINARY for another vrouter than this checkout's.`,
   margay-bench --only vxlan,tun,tun@/tmp/other/vrouter --scenario tcp1,udp`,
 		Args: cobra.NoArgs, Version: version.String(), SilenceUsage: true, SilenceErrors: true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if cmd.Flags().Changed("rounds") && !cmd.Flags().Changed("within") {
+				o.within = 0
+			}
 			return o.run(cmd.Context(), cmd.OutOrStdout(), cmd.ErrOrStderr())
 		},
 	}
 	cmd.SetVersionTemplate(version.Line("margay-bench") + "\n")
 	f := cmd.Flags()
-	f.BoolVar(&o.short, "short", false, "two minutes instead of fifteen: fewer paths, scenarios and rounds")
+	f.BoolVar(&o.short, "short", false, "about two minutes instead of fifteen: fewer paths, scenarios and rounds")
 	f.BoolVar(&o.rteLPM, "rte-lpm", false, "look up in DPDK's rte_lpm too: it needs gcc, pkg-config and libdpdk-dev, and minutes to load")
 	f.StringSliceVar(&o.only, "only", nil, "`paths` to measure (default "+strings.Join(fullPaths, ",")+")")
 	f.StringSliceVar(&o.scenarios, "scenario", nil, "`scenarios` to run: "+strings.Join(names(suite.Scenarios()), ", ")+" (default all)")
 	f.IntVar(&o.rounds, "rounds", 5, "`number` of rounds that count; one more is discarded")
+	f.DurationVar(&o.within, "within", 15*time.Minute, "how long the run should take: one that is behind makes fewer rounds, at least 3;\n"+
+		"0 makes them all, which is the default with --rounds (with --short 2m and at least 1)")
 	f.DurationVar(&o.window, "window", 400*time.Millisecond, "how long one measurement lasts")
 	f.StringVar(&o.vrouter, "vrouter", "", "vrouter `binary` (default: built from the checkout)")
 	f.StringVar(&o.wireguard, "wireguard", "", "wireguard-go `binary` (default: built, version "+wireguardVersion+")")
@@ -100,6 +107,9 @@ func (o *options) run(ctx context.Context, stdout, stderr io.Writer) (err error)
 	}
 	if o.rounds < 1 || o.window < 50*time.Millisecond {
 		return fmt.Errorf("--rounds %d, --window %v: expected at least 1 and 50ms", o.rounds, o.window)
+	}
+	if o.within < 0 {
+		return fmt.Errorf("--within %v: expected a duration, or 0 for no limit", o.within)
 	}
 	paths, scenarios, err := o.choose()
 	if err != nil {
@@ -124,8 +134,8 @@ func (o *options) run(ctx context.Context, stdout, stderr io.Writer) (err error)
 	if r.Machine, err = thisMachine(); err != nil {
 		return err
 	}
-	c := suite.Config{Scenarios: scenarios, Paths: paths, Rounds: o.rounds, Packets: 3_000_000, RTELPM: o.rteLPM, Rig: tools.Options,
-		Times: suite.Times{Warm: o.window / 3, Window: o.window, Step: o.window / 2, Steps: 6}, Progress: progress(stderr)}
+	c := suite.Config{Scenarios: scenarios, Paths: paths, Rounds: o.rounds, Within: o.within, Least: o.least, Packets: 3_000_000, RTELPM: o.rteLPM, Rig: tools.Options,
+		Times: suite.Times{Warm: o.window / 3, Window: o.window, Step: o.window / 2, Steps: 5}, Progress: progress(stderr)}
 	if o.results != "" {
 		c.Save = func(out *suite.Outcome) error {
 			r.Renew(out)
@@ -174,6 +184,7 @@ func (o *options) choose() (paths []rig.Path, scenarios []suite.Scenario, err er
 	if only == nil {
 		only = fullPaths
 	}
+	o.least = 3
 	if o.short {
 		if o.only == nil {
 			only = shortPaths
@@ -182,6 +193,7 @@ func (o *options) choose() (paths []rig.Path, scenarios []suite.Scenario, err er
 			wanted = shortScenarios
 		}
 		o.rounds, o.window = min(o.rounds, 2), min(o.window, 250*time.Millisecond)
+		o.least, o.within = 1, min(o.within, 2*time.Minute)
 	}
 	for _, text := range append([]string{rig.KindWire}, only...) {
 		p, err := rig.ParsePath(text)

@@ -211,6 +211,7 @@ func TestCommandLine(t *testing.T) {
 		{"--only", "flannel", "expected wire, route"},
 		{"--scenario", "tcp", "expected some of tcp1"},
 		{"--output", "yaml", "expected table, markdown or json"},
+		{"--within", "-1s", "expected a duration"},
 		{"--rounds", "0", "expected at least 1"},
 		{"--window", "1ms", "expected at least"},
 		{"generator", "for the benchmark's own use"},
