@@ -36,12 +36,17 @@ test: setup build ## all tests: units, integration in network namespaces, a whol
 # The rest of the matrix: what depends on how packets come and go, on every attachment and I/O but the default ones.
 ATTACHMENTS := tun-plain:packet tun:packet tun:xdp veth:xdp direct:packet direct:xdp direct:tc
 ATTACHTESTS := TestEveryPodReachesEveryPod|TestHostReachesRemotePodAndBack|TestUnderlayCarriesOnlyIPIP|TestMasquerade|TestDecapsulationIsNoOpenDoor|TestVRouterKilled
+# And what a trace says of them, where packets go other ways than by the kernel's stack.
+TRACED := veth:xdp direct:tc
+TRACETESTS := TestTraceKnowsPodsAndFilters|TestTraceNamesTheCarrier|TestTraceMasquerade
 
 .PHONY: test-attachments
 test-attachments: build ## a part of the cluster's tests on each other attachment and I/O
 	@set -e; for c in $(ATTACHMENTS); do \
 		echo "test/cluster with --attach $${c%:*} --io $${c#*:}"; \
-		MARGAY_TEST_ATTACH=$${c%:*} MARGAY_TEST_IO=$${c#*:} go test -count=1 -timeout 10m -run '$(ATTACHTESTS)' ./test/cluster; \
+		tests='$(ATTACHTESTS)'; \
+		case ' $(TRACED) ' in *" $$c "*) tests="$$tests|$(TRACETESTS)" ;; esac; \
+		MARGAY_TEST_ATTACH=$${c%:*} MARGAY_TEST_IO=$${c#*:} go test -count=1 -timeout 10m -run "$$tests" ./test/cluster; \
 	done
 
 .PHONY: test-race
