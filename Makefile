@@ -33,9 +33,10 @@ test: setup build ## all tests: units, integration in network namespaces, a whol
 	go test -count=1 -timeout 20m -v ./test/...
 	@$(MAKE) --no-print-directory test-attachments
 
-# The rest of the matrix: what depends on how packets come and go, on every attachment and I/O but the default ones.
-ATTACHMENTS := tun-plain:packet tun:packet tun:xdp veth:xdp direct:packet direct:xdp direct:tc
-ATTACHTESTS := TestEveryPodReachesEveryPod|TestHostReachesRemotePodAndBack|TestUnderlayCarriesOnlyIPIP|TestMasquerade|TestDecapsulationIsNoOpenDoor|TestVRouterKilled
+# The rest of the matrix: what depends on how packets come and go, on every attachment and I/O but the default ones, and on
+# several queues: ATTACHMENT:IO[:QUEUES[:THREADS]].
+ATTACHMENTS := tun-plain:packet tun:packet tun:xdp:2:1 veth:packet:4:2 veth:xdp direct:packet:2 direct:xdp direct:tc:2
+ATTACHTESTS := TestEveryPodReachesEveryPod|TestHostReachesRemotePodAndBack|TestUnderlayCarriesOnlyIPIP|TestMasquerade|TestDecapsulationIsNoOpenDoor|TestVRouterKilled|TestServices|TestAttachmentChanges
 # And what a trace says of them, where packets go other ways than by the kernel's stack.
 TRACED := veth:xdp direct:tc
 TRACETESTS := TestTraceKnowsPodsAndFilters|TestTraceNamesTheCarrier|TestTraceMasquerade
@@ -43,10 +44,11 @@ TRACETESTS := TestTraceKnowsPodsAndFilters|TestTraceNamesTheCarrier|TestTraceMas
 .PHONY: test-attachments
 test-attachments: build ## a part of the cluster's tests on each other attachment and I/O
 	@set -e; for c in $(ATTACHMENTS); do \
-		echo "test/cluster with --attach $${c%:*} --io $${c#*:}"; \
-		tests='$(ATTACHTESTS)'; \
-		case ' $(TRACED) ' in *" $$c "*) tests="$$tests|$(TRACETESTS)" ;; esac; \
-		MARGAY_TEST_ATTACH=$${c%:*} MARGAY_TEST_IO=$${c#*:} go test -count=1 -timeout 10m -run "$$tests" ./test/cluster; \
+		IFS=: read -r attach io queues threads <<<"$$c"; \
+		echo "test/cluster with --attach $$attach --io $$io$${queues:+ --queues $$queues}$${threads:+ --threads-per-queue $$threads}"; \
+		tests='$(ATTACHTESTS)'; case ' $(TRACED) ' in *" $$attach:$$io "*) tests="$$tests|$(TRACETESTS)" ;; esac; \
+		MARGAY_TEST_ATTACH=$$attach MARGAY_TEST_IO=$$io MARGAY_TEST_QUEUES=$$queues MARGAY_TEST_THREADS=$$threads \
+			go test -count=1 -timeout 10m -run "$$tests" ./test/cluster; \
 	done
 
 .PHONY: test-race

@@ -22,7 +22,8 @@ import (
 
 const (
 	echoTries    = 3
-	echoPatience = 700 * time.Millisecond // after each try
+	echoPatience = 700 * time.Millisecond // after each try but the last
+	echoLast     = 2 * time.Second        // after that one: a busy node answers late, and a doubt would be wrong
 	maxEchoes    = 8                      // traces that ask so at a time
 	shortEcho    = 28                     // bytes: the IP header, and ICMP's without data
 )
@@ -46,11 +47,12 @@ type echoResult struct {
 // as well be the echo that is filtered somewhere.
 func (t *tracer) askFabric(outer bool) {
 	const rung = "echo to the next node"
-	i := slices.IndexFunc(t.cluster.members.all(), func(m Member) bool { return m.Address == t.seg.Next })
+	members := t.cluster.members.all() // in another order each time
+	i := slices.IndexFunc(members, func(m Member) bool { return m.Address == t.seg.Next })
 	if i < 0 || t.noEcho {
 		return
 	}
-	node := t.cluster.members.all()[i]
+	node := members[i]
 	t.mu.Lock()
 	self, tunnel := t.underlay.Prefix.Addr(), t.tunnel
 	t.mu.Unlock()
@@ -147,7 +149,11 @@ func ask(ctx context.Context, echoes ...echo) ([]echoResult, error) {
 			}
 			_, results[i].err = c.WriteToIP(echoes[i].message(id+uint16(i), uint16(try)), &net.IPAddr{IP: echoes[i].to.AsSlice()})
 		}
-		for over := time.After(echoPatience); over != nil; {
+		patience := echoPatience
+		if try == echoTries-1 {
+			patience = echoLast
+		}
+		for over := time.After(patience); over != nil; {
 			select {
 			case <-ctx.Done():
 				return nil, ctx.Err()

@@ -86,13 +86,13 @@ func (t *tracer) byXDP() bool {
 }
 
 // carrier notes who forwards the packet where programs of the vRouter's at tc may: they, before the kernel's stack sees it, or
-// a worker.
+// the stack and a worker.
 func (t *tracer) carrier(traced rpc.Traced) {
 	t.byTC = traced.ByTC
 	switch {
 	case traced.ByTC:
 		t.pass("vrouter", "forwarded by BPF at tc", "neither the kernel's stack nor user space sees it")
-	case traced.HandedOver != "":
-		t.pass("vrouter", "handed to user space", "the programs at tc leave it alone: "+traced.HandedOver)
+	case traced.LeftAlone != "":
+		t.pass("vrouter", "left alone by BPF at tc", traced.LeftAlone)
 	}
 }

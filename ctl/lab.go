@@ -81,6 +81,7 @@ is. A lab that fails, or is interrupted, is removed again.`,
 	f.StringVar(&o.Attach, "attach", "", "how packets come to the vrouters: tun, tun-plain, veth, direct or auto (default: the vrouter's)")
 	f.StringVar(&o.IO, "io", "", "how the vrouters read and write interfaces: packet, xdp or (with direct) tc (default: the vrouter's)")
 	f.IntVar(&o.Queues, "queues", 0, fmt.Sprintf("how many queues the vrouters have, up to %d (default: the vrouter's)", lab.MaxQueues))
+	f.IntVar(&o.Threads, "threads-per-queue", 0, "how many threads each queue of the vrouters has: 1 or 2 (default: the vrouter's)")
 	f.BoolVar(&o.NoNAT, "no-nat", false, "no masquerade for pods that leave the cluster (natOutgoing: false)")
 	f.StringVar(&o.BinDir, "bin-dir", "", "where vrouter, margay-agent and margay-cni are (default: beside margayctl)")
 	f.BoolVar(&o.KeepOnFailure, "keep-on-failure", false, "leave a lab that does not come up as it is")

@@ -47,6 +47,9 @@ func (l *Lab) startVRouter(s *state, n *node) (*child, error) {
 	if s.Queues != 0 {
 		argv = append(argv, "--queues", strconv.Itoa(s.Queues))
 	}
+	if s.Threads != 0 {
+		argv = append(argv, "--threads-per-queue", strconv.Itoa(s.Threads))
+	}
 	return daemon{netns: netnsPath(n.Name), argv: argv, log: filepath.Join(l.logsDir(n.Name), "vrouter.log")}.start()
 }
 

@@ -59,9 +59,10 @@ type state struct {
 	Subnet  netip.Prefix `json:"subnet"`
 	MTU     int          `json:"mtu"` // of the underlay, bytes
 	BinDir  string       `json:"binDir"`
-	Attach  string       `json:"attach,omitempty"` // the vrouters' --attach; empty: their default
-	IO      string       `json:"io,omitempty"`     // the vrouters' --io; empty: their default
-	Queues  int          `json:"queues,omitempty"` // the vrouters' --queues; 0: their default
+	Attach  string       `json:"attach,omitempty"`  // the vrouters' --attach; empty: their default
+	IO      string       `json:"io,omitempty"`      // the vrouters' --io; empty: their default
+	Queues  int          `json:"queues,omitempty"`  // the vrouters' --queues; 0: their default
+	Threads int          `json:"threads,omitempty"` // the vrouters' --threads-per-queue; 0: their default
 	Etcd    Process      `json:"etcd"`
 	Nodes   []*node      `json:"nodes"`
 }

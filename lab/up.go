@@ -28,6 +28,7 @@ type Options struct {
 	Attach    string // how packets come to the vrouters: tun, tun-plain, veth, direct, auto; empty: their default
 	IO        string // how they read and write interfaces: packet, xdp, tc; empty: their default
 	Queues    int    // how many queues they have, 0 to MaxQueues; 0: their default
+	Threads   int    // how many threads each queue has, 1 or 2; 0: their default
 	NoNAT     bool   // pods leave the cluster with their own address
 	// BinDir holds vrouter, margay-agent and margay-cni; empty: where the running program lies.
 	BinDir string
@@ -98,7 +99,7 @@ func (o *Options) check() (*datastore.IPPool, error) {
 		got, low, high int
 	}{
 		{"nodes", o.Nodes, 1, MaxNodes}, {"pods", o.Pods, 0, MaxPods}, {"mtu", o.MTU, MinMTU, MaxMTU},
-		{"queues", o.Queues, 0, MaxQueues},
+		{"queues", o.Queues, 0, MaxQueues}, {"threads-per-queue", o.Threads, 0, 2},
 	} {
 		if r.got < r.low || r.got > r.high {
 			return nil, fmt.Errorf("%s %d: expected %d to %d", r.flag, r.got, r.low, r.high)
@@ -175,7 +176,7 @@ func (h Host) reserve(o Options, pool *datastore.IPPool) (*Lab, *state, error) {
 		return nil, nil, err
 	}
 	s := &state{Version: stateVersion, Name: o.Name, Created: time.Now().UTC(), Phase: phaseStarting, Owner: self(),
-		Subnet: subnet, MTU: o.MTU, BinDir: binDir, Attach: o.Attach, IO: o.IO, Queues: o.Queues}
+		Subnet: subnet, MTU: o.MTU, BinDir: binDir, Attach: o.Attach, IO: o.IO, Queues: o.Queues, Threads: o.Threads}
 	for i := 1; i <= o.Nodes; i++ {
 		n := &node{Name: nodeName(o.Name, i), Index: i, Address: at(subnet, i), NextPod: o.Pods + 1}
 		for j := 1; j <= o.Pods; j++ {

@@ -78,9 +78,9 @@ type Programs interface {
 	HasPrograms() bool
 	// Carried returns what they have forwarded.
 	Carried() Carried
-	// HandsOver says why the programs would leave the packet b, which begins with its IP header, to a worker, as things stand:
+	// LeavesAlone says why the programs would not forward the packet b, which begins with its IP header, as things stand:
 	// d is Transit for one that a pod sends, and Decap for one from the underlay. It is empty for one that they forward.
-	HandsOver(d Direction, b []byte) string
+	LeavesAlone(d Direction, b []byte) string
 }
 
 // Carrier is who carries out what the ladder decides about a packet.

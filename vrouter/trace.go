@@ -30,10 +30,10 @@ type Traced struct {
 	Answer []byte
 	// OutInterface is the host's side of the pod's interface, for OutPod.
 	OutInterface string
-	// Carrier says who would carry out what the ladder decides; HandedOver why it is a worker where programs in the kernel
-	// carry other packets.
-	Carrier    Carrier
-	HandedOver string
+	// Carrier says who would carry out what the ladder decides; LeftAlone why it is a worker where programs in the kernel
+	// forward other packets.
+	Carrier   Carrier
+	LeftAlone string
 	// Route is the longest match for the inner destination, Back that for the inner source; the zero Route where there is
 	// none, or nobody came to ask.
 	Route, Back Route
@@ -208,7 +208,7 @@ func (r *Router) Trace(d Direction, b []byte) (Traced, error) {
 	t.climb(ladder)
 	t.Carrier = CarrierWorker
 	if port, ok := r.programs(); ok && d != Encap {
-		if t.HandedOver = port.HandsOver(d, b); t.HandedOver == "" {
+		if t.LeftAlone = port.LeavesAlone(d, b); t.LeftAlone == "" {
 			t.Carrier = CarrierTC
 		}
 	}

@@ -57,13 +57,13 @@ func run(m *testing.M) (code int) {
 	sweep()
 	began := time.Now()
 	up := []string{"lab", "up", "--name", labName, "--nodes", "3", "--pods", "2"}
-	// MARGAY_TEST_ATTACH puts the whole suite on another attachment than the default.
-	if attach := os.Getenv("MARGAY_TEST_ATTACH"); attach != "" {
-		up = append(up, "--attach", attach)
-	}
-	// And MARGAY_TEST_IO on another way to read and write interfaces.
-	if io := os.Getenv("MARGAY_TEST_IO"); io != "" {
-		up = append(up, "--io", io)
+	// These put the whole suite on another attachment than the default, another way to read and write interfaces, on as many
+	// queues, and on one thread or two for each.
+	for _, choice := range [][2]string{{"--attach", "MARGAY_TEST_ATTACH"}, {"--io", "MARGAY_TEST_IO"},
+		{"--queues", "MARGAY_TEST_QUEUES"}, {"--threads-per-queue", "MARGAY_TEST_THREADS"}} {
+		if value := os.Getenv(choice[1]); value != "" {
+			up = append(up, choice[0], value)
+		}
 	}
 	if out, err := ctl(up...); err != nil {
 		fmt.Fprintf(os.Stderr, "lab up: %v\n%s", err, out)

@@ -221,7 +221,7 @@ func TestTraceJSON(t *testing.T) {
 func TestTraceNamesTheCarrier(t *testing.T) {
 	from, to := node(t, 1).Pods[0], node(t, 2).Pods[0]
 	count := func(out, rung string) int { return strings.Count(out, rung) }
-	const programs, worker = "forwarded by BPF at tc", "handed to user space"
+	const programs, worker = "forwarded by BPF at tc", "left alone by BPF at tc"
 	ask := func(args ...string) string {
 		return in(t, node(t, 3).Netns, append([]string{"margayctl", "trace", from.Name, to.Name}, args...)...)
 	}

@@ -39,12 +39,23 @@ func TestEveryPodReachesEveryPod(t *testing.T) {
 
 // transfer sends a few hundred full segments from one pod to another and back.
 func transfer(from, to labPod, addr netip.Addr) error {
-	const size = 256 << 10
-	var l net.Listener
-	if err := enter(to.Netns, func() (err error) { l, err = net.Listen("tcp4", addr.String()+":0"); return err }); err != nil {
+	l, err := listen(to.Netns, addr)
+	if err != nil {
 		return err
 	}
 	defer l.Close()
+	return echoed(l, from.Netns, netip.MustParseAddrPort(l.Addr().String()))
+}
+
+// listen opens a TCP socket inside a namespace, on a port of the kernel's choice.
+func listen(ns string, addr netip.Addr) (l net.Listener, err error) {
+	err = enter(ns, func() (err error) { l, err = net.Listen("tcp4", addr.String()+":0"); return err })
+	return l, err
+}
+
+// echoed dials to, which is to lead to l, from a namespace, and sends a few hundred full segments there and back.
+func echoed(l net.Listener, from string, to netip.AddrPort) error {
+	const size = 256 << 10
 	served := make(chan error, 1)
 	go func() {
 		c, err := l.Accept()
@@ -56,8 +67,8 @@ func transfer(from, to labPod, addr netip.Addr) error {
 		_, err = io.Copy(c, io.LimitReader(c, size))
 		served <- err
 	}()
-	return enter(from.Netns, func() error {
-		c, err := net.DialTimeout("tcp4", l.Addr().String(), patience)
+	return enter(from, func() error {
+		c, err := net.DialTimeout("tcp4", to.String(), patience)
 		if err != nil {
 			return err
 		}

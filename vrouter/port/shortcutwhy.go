@@ -19,8 +19,8 @@ import (
 // HasPrograms implements vrouter.Programs.
 func (d *Direct) HasPrograms() bool { return d.pods.plan != nil }
 
-// HandsOver implements vrouter.Programs.
-func (d *Direct) HandsOver(direction vrouter.Direction, b []byte) string {
+// LeavesAlone implements vrouter.Programs.
+func (d *Direct) LeavesAlone(direction vrouter.Direction, b []byte) string {
 	if direction == vrouter.Decap {
 		return d.pods.plan.leavesArriving(b)
 	}

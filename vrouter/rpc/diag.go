@@ -52,10 +52,10 @@ type Traced struct {
 	OutInterface string // of the pod: the host's side
 	Pieces       int    // more than 1 when it has to be split; Packet is the first then
 	Answer       []byte // the ICMP error that its sender is told by
-	// ByTC says that BPF programs at tc carry it out, before the kernel's stack sees the packet; HandedOver why they do not,
+	// ByTC says that BPF programs at tc carry it out, before the kernel's stack sees the packet; LeftAlone why they do not,
 	// where there are such programs.
-	ByTC       bool
-	HandedOver string
+	ByTC      bool
+	LeftAlone string
 }
 
 // ErrNoSwitch is what Trace returns, wrapped, for Transit where the vRouter does not have the pods' own interfaces.
@@ -107,7 +107,7 @@ func (c *Client) Trace(ctx context.Context, d Direction, packet []byte) (Traced,
 	t := Traced{Forwarded: reply.GetForwarded(), Reason: reply.GetReason(), Packet: reply.GetPacket(), Out: reply.GetOut(),
 		OutInterface: reply.GetOutInterface(),
 		Pieces:       int(reply.GetPieces()), Answer: reply.GetAnswer(),
-		ByTC: reply.GetCarrier() == pb.Carrier_CARRIER_TC, HandedOver: reply.GetHandedOver()}
+		ByTC: reply.GetCarrier() == pb.Carrier_CARRIER_TC, LeftAlone: reply.GetLeftAlone()}
 	for _, r := range reply.GetRungs() {
 		t.Rungs = append(t.Rungs, Rung{Name: r.GetName(), Detail: r.GetDetail(), Passed: r.GetPassed()})
 	}
@@ -196,7 +196,7 @@ func (s *Server) Trace(_ context.Context, req *pb.TraceRequest) (*pb.TraceReply,
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
 	reply := &pb.TraceReply{Forwarded: t.Verdict == vrouter.VerdictForward, Packet: t.Packet, Out: string(t.Out), OutInterface: t.OutInterface,
-		Pieces: uint32(t.Pieces), Answer: t.Answer, Carrier: pb.Carrier_CARRIER_WORKER, HandedOver: t.HandedOver}
+		Pieces: uint32(t.Pieces), Answer: t.Answer, Carrier: pb.Carrier_CARRIER_WORKER, LeftAlone: t.LeftAlone}
 	if t.Carrier == vrouter.CarrierTC {
 		reply.Carrier = pb.Carrier_CARRIER_TC
 	}

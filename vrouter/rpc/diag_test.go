@@ -30,7 +30,7 @@ type programmed struct{ vrouter.SwitchPort }
 func (programmed) HasPrograms() bool        { return true }
 func (programmed) Carried() vrouter.Carried { return vrouter.Carried{} }
 
-func (programmed) HandsOver(_ vrouter.Direction, b []byte) string {
+func (programmed) LeavesAlone(_ vrouter.Direction, b []byte) string {
 	if packet.IPv4(b).TTL() > 10 {
 		return ""
 	}
@@ -54,7 +54,7 @@ func TestTraceTellsTheCarrier(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return fmt.Sprintf("%t %s", traced.ByTC, traced.HandedOver)
+		return fmt.Sprintf("%t %s", traced.ByTC, traced.LeftAlone)
 	}
 	if got := ask(Decap, 64); got != "false " {
 		t.Errorf("without programs: %s", got)

@@ -1354,7 +1354,7 @@ type TraceReply struct {
 	Pieces        uint32                 `protobuf:"varint,9,opt,name=pieces,proto3" json:"pieces,omitempty"`                                // more than 1 when it has to be split; packet is the first then
 	Answer        []byte                 `protobuf:"bytes,10,opt,name=answer,proto3" json:"answer,omitempty"`                                // the ICMP error that its sender is told by
 	Carrier       Carrier                `protobuf:"varint,11,opt,name=carrier,proto3,enum=margay.vrouter.v1.Carrier" json:"carrier,omitempty"`
-	HandedOver    string                 `protobuf:"bytes,12,opt,name=handed_over,json=handedOver,proto3" json:"handed_over,omitempty"` // for IO_TC and CARRIER_WORKER: why the programs leave it alone
+	LeftAlone     string                 `protobuf:"bytes,12,opt,name=left_alone,json=leftAlone,proto3" json:"left_alone,omitempty"` // for IO_TC and CARRIER_WORKER: why the programs leave it alone
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1466,9 +1466,9 @@ func (x *TraceReply) GetCarrier() Carrier {
 	return Carrier_CARRIER_UNSPECIFIED
 }
 
-func (x *TraceReply) GetHandedOver() string {
+func (x *TraceReply) GetLeftAlone() string {
 	if x != nil {
-		return x.HandedOver
+		return x.LeftAlone
 	}
 	return ""
 }
@@ -2056,7 +2056,7 @@ const file_vrouter_proto_rawDesc = "" +
 	"\x04Rung\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x16\n" +
-	"\x06passed\x18\x03 \x01(\bR\x06passed\"\xa5\x03\n" +
+	"\x06passed\x18\x03 \x01(\bR\x06passed\"\xa3\x03\n" +
 	"\n" +
 	"TraceReply\x12\x1c\n" +
 	"\tforwarded\x18\x01 \x01(\bR\tforwarded\x12\x16\n" +
@@ -2070,9 +2070,9 @@ const file_vrouter_proto_rawDesc = "" +
 	"\x06pieces\x18\t \x01(\rR\x06pieces\x12\x16\n" +
 	"\x06answer\x18\n" +
 	" \x01(\fR\x06answer\x124\n" +
-	"\acarrier\x18\v \x01(\x0e2\x1a.margay.vrouter.v1.CarrierR\acarrier\x12\x1f\n" +
-	"\vhanded_over\x18\f \x01(\tR\n" +
-	"handedOver\"(\n" +
+	"\acarrier\x18\v \x01(\x0e2\x1a.margay.vrouter.v1.CarrierR\acarrier\x12\x1d\n" +
+	"\n" +
+	"left_alone\x18\f \x01(\tR\tleftAlone\"(\n" +
 	"\x10ListDropsRequest\x12\x14\n" +
 	"\x05since\x18\x01 \x01(\x04R\x05since\"\xc8\x01\n" +
 	"\bDropFlow\x12:\n" +
