@@ -58,6 +58,9 @@ func (t *tracer) askFabric(outer bool) {
 	t.mu.Unlock()
 	how, device := "plain", ""
 	whole := echo{from: self, to: node.Address, size: max(shortEcho, t.pkt.TotalLen()), df: t.pkt.DF()}
+	if !outer && t.plainAlike(tunnel, node) {
+		whole.from, whole.to = tunnel, node.Tunnel
+	}
 	if outer {
 		how, device = "by IP-in-IP", tunnelDevice
 		whole = echo{from: tunnel, to: node.Tunnel, device: device, size: max(shortEcho, t.pkt.TotalLen()-ipipOverhead), df: t.pkt.DF()}
@@ -83,6 +86,16 @@ func (t *tracer) askFabric(outer bool) {
 	t.fabricSaid(rung, how, node, whole, outer, r)
 }
 
+// plainAlike reports whether what this node sends from its tunnel address to the other's goes unencapsulated as the packet, a pod's,
+// has gone. Networks there are that carry nothing but nodes' own addresses.
+func (t *tracer) plainAlike(tunnel netip.Addr, node Member) bool {
+	if !tunnel.IsValid() || !node.Tunnel.IsValid() || t.pkt.Dst() == node.Address {
+		return false
+	}
+	answer, err := t.kernel.askRoute(tunnel, node.Tunnel, "")
+	return err == nil && answer.reason == "" && answer.device == t.seg.Via && answer.gateway == t.seg.Next
+}
+
 // fabricSaid notes what became of the three echoes: the one like the packet, a short one the same way, and a plain one.
 func (t *tracer) fabricSaid(rung, how string, node Member, whole echo, outer bool, r []echoResult) {
 	const probe = "; or find out with --probe"
@@ -98,6 +111,9 @@ func (t *tracer) fabricSaid(rung, how string, node Member, whole echo, outer boo
 	case r[2].answered && outer:
 		t.doubt("agent", rung, "fabric_ipip", silence+", and a plain one did: IP-in-IP is filtered between the nodes, or the other does not answer on its tunnel address",
 			"let IP protocol 4 pass between the nodes (firewalls, security groups), and ICMP echo to "+whole.to.String()+probe)
+	case r[2].answered && whole.to != node.Address:
+		t.doubt("agent", rung, "fabric_addresses", silence+", and one from node to node did: the network between them seems not to carry pods' addresses",
+			"let packets with pods' addresses pass between the nodes (source and destination checks, security groups), or set ipipMode Always"+probe)
 	default:
 		t.doubt("agent", rung, "fabric_silent", silence+", nor did a plain one",
 			"see whether "+node.Name+" is up and answers ICMP echo, and what lies between"+probe)

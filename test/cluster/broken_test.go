@@ -174,7 +174,7 @@ func TestTraceKnowsPodsAndFilters(t *testing.T) {
 			break_: filter(n1.Netns, "forward", "ip saddr "+src+" ip daddr "+dst+" reject"), mend: flush(n1.Netns, "inet"),
 			want: []string{"at " + n1.Name, "kernel, packet filter, forward", "chain c of nftables' table inet foreign, rule with handle"}},
 		{name: "a filter on the receiving node", code: 1, kernel: true,
-			break_: filter(n2.Netns, "prerouting", "iifname vr0 ip protocol icmp drop"), mend: flush(n2.Netns, "inet"),
+			break_: filter(n2.Netns, "prerouting", "iifname vr0 ip daddr "+dst+" ip protocol icmp drop"), mend: flush(n2.Netns, "inet"),
 			want: []string{"at " + n2.Name, "kernel, packet filter, prerouting"}},
 		{name: "a filter for other packets", code: 0, passes: true,
 			break_: filter(n1.Netns, "forward", "tcp dport 443 drop"), mend: flush(n1.Netns, "inet"),
@@ -320,4 +320,15 @@ func TestTraceAsksTheNetwork(t *testing.T) {
 			t.Errorf("%s\nexpected an echo of each node's to the other", out)
 		}
 	}
+	t.Run("without encapsulation", func(t *testing.T) {
+		setMode(t, "CrossSubnet", "eth0")
+		t.Cleanup(func() { setMode(t, "Always", "vr0") })
+		until(t, "the echo goes unencapsulated, with addresses of pods", func() bool {
+			out, err := tryIn(n1.Netns, "margayctl", "trace", from.Name, to.Name)
+			return err == nil && strings.Contains(out, "84 bytes plain to "+tunnel(n2)+" and back in ")
+		})
+		break_, mend := filter("ip saddr != " + ip(t, n1.Address).String() + "/24 ip protocol icmp")
+		broken{code: 3, break_: break_, mend: mend,
+			want: []string{"unknown whether it arrives", "84 bytes plain", "seems not to carry pods' addresses"}}.check(t, from, to)
+	})
 }
