@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"encoding/json"
+	"fmt"
 	"net/netip"
 	"os"
 	"slices"
@@ -87,10 +88,11 @@ func (c broken) check(t *testing.T, from, to labPod) {
 	if c.size > 0 {
 		ping = append(ping, "-M", "do", "-s", strconv.Itoa(c.size-28))
 	}
-	_, err := tryIn(from.Netns, append(ping, target.String())...)
-	if got := err == nil; got != c.passes {
-		t.Errorf("a ping passes: %v; and the trace says %s", got, line)
-	}
+	// The trace reads what the kernel has now; who forwards is told of it a moment later.
+	until(t, fmt.Sprintf("a ping passes, as the trace says in %q: %v", line, c.passes), func() bool {
+		_, err := tryIn(from.Netns, append(ping, target.String())...)
+		return (err == nil) == c.passes
+	})
 }
 
 // TestTraceKnowsPodsAndFilters breaks what is inside the pods, in the node's packet filters, and between the nodes.
