@@ -50,7 +50,7 @@ type options struct {
 var (
 	fullPaths = []string{"route", "vxlan", "vxlan+rps", "wireguard", "tun-plain", "tun", "tun+nobpf", "veth", "veth+xdp", "veth+nobpf",
 		"direct", "direct+xdp", "direct+tc"}
-	shortPaths     = []string{"vxlan", "vxlan+rps", "tun", "tun+nobpf", "veth", "direct", "direct+xdp", "direct+tc"}
+	shortPaths     = []string{"vxlan", "vxlan+rps", "tun+nobpf", "veth", "direct+xdp", "direct+tc"}
 	shortScenarios = []string{"tcp1", "tcp1-off", "rr", "udp", "udp-lossless", suite.Loop, suite.Lookup, suite.Updates, suite.Load}
 )
 
@@ -91,7 +91,7 @@ with an attachment; then @BINARY for another vrouter than this checkout's.`,
 	f.IntVar(&o.rounds, "rounds", 5, "`number` of rounds that count; one more is discarded")
 	f.DurationVar(&o.within, "within", 15*time.Minute, "how long the run should take: one that is behind makes fewer rounds, at least 3;\n"+
 		"0 makes them all, which is the default with --rounds (with --short 2m and at least 1)")
-	f.DurationVar(&o.window, "window", 400*time.Millisecond, "how long one measurement lasts")
+	f.DurationVar(&o.window, "window", 350*time.Millisecond, "how long one measurement lasts")
 	f.StringVar(&o.vrouter, "vrouter", "", "vrouter `binary` (default: built from the checkout)")
 	f.StringVar(&o.wireguard, "wireguard", "", "wireguard-go `binary` (default: built, version "+wireguardVersion+")")
 	f.StringVar(&o.results, "results", "", "`directory` for report.md, report.json and the plots (default: none are written)")
@@ -134,7 +134,8 @@ func (o *options) run(ctx context.Context, stdout, stderr io.Writer) (err error)
 	if r.Machine, err = thisMachine(); err != nil {
 		return err
 	}
-	c := suite.Config{Scenarios: scenarios, Paths: paths, Rounds: o.rounds, Within: o.within, Least: o.least, Packets: 3_000_000, RTELPM: o.rteLPM, Rig: tools.Options,
+	c := suite.Config{Scenarios: scenarios, Paths: paths, Rounds: o.rounds, Within: o.within, Least: o.least, Packets: 3_000_000,
+		RTELPM: o.rteLPM, Rig: tools.Options,
 		Times: suite.Times{Warm: o.window / 3, Window: o.window, Step: o.window / 2, Steps: 5}, Progress: progress(stderr)}
 	if o.results != "" {
 		c.Save = func(out *suite.Outcome) error {
@@ -192,7 +193,7 @@ func (o *options) choose() (paths []rig.Path, scenarios []suite.Scenario, err er
 		if wanted == nil {
 			wanted = shortScenarios
 		}
-		o.rounds, o.window = min(o.rounds, 2), min(o.window, 250*time.Millisecond)
+		o.rounds, o.window = min(o.rounds, 2), min(o.window, 200*time.Millisecond)
 		o.least, o.within = 1, min(o.within, 2*time.Minute)
 	}
 	for _, text := range append([]string{rig.KindWire}, only...) {
