@@ -19,8 +19,7 @@ import (
 // podBox is a node whose pods have namespaces and interfaces of their own, and are mute. The first of them only receives.
 //
 // In `direct`, what a pod sends goes by the vRouter or by the kernel, and the test does not know which: so there is a marker
-// behind it on each way, to each place where something can come out. That none overtakes another takes one CPU for all. With
-// IOTC there is a third way, which needs no marker: what programs forward is out before the kernel looks at the next packet.
+// behind it on each way, to each place where something can come out. That none overtakes another takes one CPU for all.
 type podBox struct {
 	nodeBox
 	pods []*attached
@@ -120,7 +119,7 @@ func (n *podBox) of(address netip.Addr) *attached { return n.pods[address.As4()[
 type way int
 
 const (
-	quick  way = iota // the vRouter's workers'
+	quick  way = iota // the vRouter's
 	slow              // the kernel's, from the pod's interface on
 	handed            // the vRouter hands it to the kernel
 )
@@ -167,10 +166,7 @@ func (n *podBox) mark(src, dst netip.Addr, ttl byte, way way) []byte {
 	}
 	s := spec{src: src, dst: dst, ttl: ttl, protocol: 17, payload: append([]byte{0, markPort, 0, markPort + byte(way), 0, 0, 0, 0}, make([]byte, payload)...)}
 	binary.BigEndian.PutUint16(s.payload[4:], uint16(len(s.payload)))
-	switch way {
-	case quick:
-		return append(build(s), 0) // programs leave what is padded to a worker
-	case slow:
+	if way == slow {
 		s.options = []byte{1, 1, 1, 1}
 	}
 	return build(s)
@@ -205,9 +201,6 @@ func onDirect(t *testing.T, f func(t *testing.T, oracle *kernelBox, box *podBox,
 			f(t, oracle, box, world{nextPod: box.nextPod, neighbour: box.pods[0].address, mtu: mtu})
 			if c := box.Counters(); c["forwarded_local"] == 0 || c["forwarded_encap"] == 0 || c["forwarded_decap"] == 0 || c["forwarded_host"] == 0 {
 				t.Errorf("some way was not gone: %v", c)
-			}
-			if carried := box.Carried(); (carried > 0) != (d.IO == port.IOTC) {
-				t.Errorf("the kernel has carried %d packets", carried)
 			}
 			if lost := box.Balance(t); lost > 0 {
 				t.Errorf("the kernel has lost %d packets around the vRouter: %v", lost, box.Counters())
