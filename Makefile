@@ -37,14 +37,18 @@ test: setup build ## all tests: units, integration in network namespaces, a whol
 # several queues: ATTACHMENT:IO[:QUEUES[:THREADS]].
 ATTACHMENTS := tun-plain:packet tun:packet tun:xdp:2:1 veth:packet:4:2 veth:xdp direct:packet:2 direct:xdp direct:tc:2
 ATTACHTESTS := TestEveryPodReachesEveryPod|TestHostReachesRemotePodAndBack|TestUnderlayCarriesOnlyIPIP|TestMasquerade|TestDecapsulationIsNoOpenDoor|TestVRouterKilled|TestServices|TestAttachmentChanges
+# And what a trace says of them, where packets go other ways than by the kernel's stack.
+TRACED := veth:xdp direct:tc
+TRACETESTS := TestTraceKnowsPodsAndFilters|TestTraceNamesTheCarrier|TestTraceMasquerade
 
 .PHONY: test-attachments
 test-attachments: build ## a part of the cluster's tests on each other attachment and I/O
 	@set -e; for c in $(ATTACHMENTS); do \
 		IFS=: read -r attach io queues threads <<<"$$c"; \
 		echo "test/cluster with --attach $$attach --io $$io$${queues:+ --queues $$queues}$${threads:+ --threads-per-queue $$threads}"; \
+		tests='$(ATTACHTESTS)'; case ' $(TRACED) ' in *" $$attach:$$io "*) tests="$$tests|$(TRACETESTS)" ;; esac; \
 		MARGAY_TEST_ATTACH=$$attach MARGAY_TEST_IO=$$io MARGAY_TEST_QUEUES=$$queues MARGAY_TEST_THREADS=$$threads \
-			go test -count=1 -timeout 10m -run '$(ATTACHTESTS)' ./test/cluster; \
+			go test -count=1 -timeout 10m -run "$$tests" ./test/cluster; \
 	done
 
 .PHONY: test-race

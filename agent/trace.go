@@ -30,6 +30,7 @@ type tracer struct {
 
 	state      api.ConnState
 	noEcho     bool
+	byTC       bool     // programs of the vRouter's at tc forward it here, and not a worker
 	node       *filters // this node's, once they have been read
 	redirected bool     // a filter has made this host the destination
 	// strayWhy, strayFix are about a frame that the pod addresses to nobody; empty for one that is well addressed.
@@ -199,13 +200,15 @@ func (t *tracer) fromUnderlay() {
 		}
 		return
 	}
-	if !t.takenFromWire(t.underlayName()) || !t.byXDP() && !t.nodeHook(netfilter.Ingress, t.underlayName(), "") {
+	traced, err := t.askVRouter(rpc.Decap)
+	// Programs at tc come before a device's ingress filter, and before no other.
+	early := t.byXDP() || err == nil && traced.ByTC
+	if !t.takenFromWire(t.underlayName()) || !early && !t.nodeHook(netfilter.Ingress, t.underlayName(), "") {
 		return
 	}
 	if !t.vrouterAlive() {
 		return
 	}
-	traced, err := t.askVRouter(rpc.Decap)
 	if err != nil {
 		t.vrouterSilent(err)
 		return
@@ -327,6 +330,7 @@ func (t *tracer) askVRouter(d rpc.Direction) (rpc.Traced, error) {
 
 // follow goes on from what the vRouter has done with the packet; false when it has handed the packet to the kernel.
 func (t *tracer) follow(traced rpc.Traced) bool {
+	t.carrier(traced)
 	for i, r := range traced.Rungs {
 		detail := r.Detail
 		if traced.Route.Prefix.IsValid() && strings.HasPrefix(r.Name, "route to") {
@@ -399,7 +403,9 @@ func (t *tracer) leave(answer kernelAnswer, outer bool) {
 		if err != nil {
 			t.caveat("the masquerade rules could not be read: %s", err)
 		} else if masquerade {
-			t.pass("kernel", "masquerade", t.pkt.Src().String()+" becomes the node's own address on "+answer.device)
+			was := t.pkt.Src()
+			t.masquerade(t.kernel.nl, answer.device)
+			t.pass("kernel", "masquerade", fmt.Sprintf("%s becomes the node's own address on %s, %s", was, answer.device, t.pkt.Src()))
 		}
 	}
 	mac, passes := t.resolve(answer.device, answer.gateway)

@@ -22,7 +22,8 @@ import (
 
 const (
 	echoTries    = 3
-	echoPatience = 700 * time.Millisecond // after each try
+	echoPatience = 700 * time.Millisecond // after each try but the last
+	echoLast     = 2 * time.Second        // after that one: a busy node answers late, and a doubt would be wrong
 	maxEchoes    = 8                      // traces that ask so at a time
 	shortEcho    = 28                     // bytes: the IP header, and ICMP's without data
 )
@@ -46,16 +47,20 @@ type echoResult struct {
 // as well be the echo that is filtered somewhere.
 func (t *tracer) askFabric(outer bool) {
 	const rung = "echo to the next node"
-	i := slices.IndexFunc(t.cluster.members.all(), func(m Member) bool { return m.Address == t.seg.Next })
+	members := t.cluster.members.all() // in another order each time
+	i := slices.IndexFunc(members, func(m Member) bool { return m.Address == t.seg.Next })
 	if i < 0 || t.noEcho {
 		return
 	}
-	node := t.cluster.members.all()[i]
+	node := members[i]
 	t.mu.Lock()
 	self, tunnel := t.underlay.Prefix.Addr(), t.tunnel
 	t.mu.Unlock()
 	how, device := "plain", ""
 	whole := echo{from: self, to: node.Address, size: max(shortEcho, t.pkt.TotalLen()), df: t.pkt.DF()}
+	if !outer && t.plainAlike(tunnel, node) {
+		whole.from, whole.to = tunnel, node.Tunnel
+	}
 	if outer {
 		how, device = "by IP-in-IP", tunnelDevice
 		whole = echo{from: tunnel, to: node.Tunnel, device: device, size: max(shortEcho, t.pkt.TotalLen()-ipipOverhead), df: t.pkt.DF()}
@@ -81,6 +86,16 @@ func (t *tracer) askFabric(outer bool) {
 	t.fabricSaid(rung, how, node, whole, outer, r)
 }
 
+// plainAlike reports whether what this node sends from its tunnel address to the other's goes unencapsulated as the packet, a pod's,
+// has gone. Networks there are that carry nothing but nodes' own addresses.
+func (t *tracer) plainAlike(tunnel netip.Addr, node Member) bool {
+	if !tunnel.IsValid() || !node.Tunnel.IsValid() || t.pkt.Dst() == node.Address {
+		return false
+	}
+	answer, err := t.kernel.askRoute(tunnel, node.Tunnel, "")
+	return err == nil && answer.reason == "" && answer.device == t.seg.Via && answer.gateway == t.seg.Next
+}
+
 // fabricSaid notes what became of the three echoes: the one like the packet, a short one the same way, and a plain one.
 func (t *tracer) fabricSaid(rung, how string, node Member, whole echo, outer bool, r []echoResult) {
 	const probe = "; or find out with --probe"
@@ -96,6 +111,9 @@ func (t *tracer) fabricSaid(rung, how string, node Member, whole echo, outer boo
 	case r[2].answered && outer:
 		t.doubt("agent", rung, "fabric_ipip", silence+", and a plain one did: IP-in-IP is filtered between the nodes, or the other does not answer on its tunnel address",
 			"let IP protocol 4 pass between the nodes (firewalls, security groups), and ICMP echo to "+whole.to.String()+probe)
+	case r[2].answered && whole.to != node.Address:
+		t.doubt("agent", rung, "fabric_addresses", silence+", and one from node to node did: the network between them seems not to carry pods' addresses",
+			"let packets with pods' addresses pass between the nodes (source and destination checks, security groups), or set ipipMode Always"+probe)
 	default:
 		t.doubt("agent", rung, "fabric_silent", silence+", nor did a plain one",
 			"see whether "+node.Name+" is up and answers ICMP echo, and what lies between"+probe)
@@ -147,7 +165,11 @@ func ask(ctx context.Context, echoes ...echo) ([]echoResult, error) {
 			}
 			_, results[i].err = c.WriteToIP(echoes[i].message(id+uint16(i), uint16(try)), &net.IPAddr{IP: echoes[i].to.AsSlice()})
 		}
-		for over := time.After(echoPatience); over != nil; {
+		patience := echoPatience
+		if try == echoTries-1 {
+			patience = echoLast
+		}
+		for over := time.After(patience); over != nil; {
 			select {
 			case <-ctx.Done():
 				return nil, ctx.Err()

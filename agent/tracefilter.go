@@ -73,11 +73,8 @@ func (t *tracer) filtered(f *filters, by, place string, h netfilter.Hook, in, ou
 	name := fmt.Sprintf("packet filter, %s%s", h, place)
 	switch o.Verdict {
 	case netfilter.Drop:
-		if h != netfilter.Ingress || place != "" { // programs at tc come before a device's ingress filter, and before no other
-			t.drop(by, name, "filtered", "it is dropped by "+o.Where, o.Fix)
-			return false
-		}
-		return t.dropInStack(by, name, "filtered", "it is dropped by "+o.Where, o.Fix)
+		t.drop(by, name, "filtered", "it is dropped by "+o.Where, o.Fix)
+		return false
 	case netfilter.CannotTell:
 		t.doubt(by, name, "filter", "it may be dropped by "+o.Where+", which depends on what a trace does not know ("+o.Why+")",
 			"find out with --probe, which sends a real packet")
@@ -93,17 +90,28 @@ func (t *tracer) filtered(f *filters, by, place string, h netfilter.Hook, in, ou
 	case o.Source.IsValid():
 		t.pass(by, "source rewritten", fmt.Sprintf("to %s, by %s", o.Source, o.Rewriter))
 	case o.Masqueraded:
-		if routes, err := f.nl.RouteGetWithOptions(t.pkt.Dst().AsSlice(), &netlink.RouteGetOptions{Oif: out}); err == nil && len(routes) > 0 {
-			if source, ok := netip.AddrFromSlice(routes[0].Src); ok {
-				t.pkt = withSource(t.pkt, source.Unmap())
-				t.pass(by, "source rewritten", fmt.Sprintf("to %s, by %s", source.Unmap(), o.Rewriter))
-			}
+		if t.masquerade(f.nl, out) {
+			t.pass(by, "source rewritten", fmt.Sprintf("to %s, by %s", t.pkt.Src(), o.Rewriter))
 		}
 	case o.Redirected:
 		t.pass(by, "destination rewritten", "to this host itself, by "+o.Rewriter)
 		t.redirected = true
 	}
 	return true
+}
+
+// masquerade gives the packet the source that a packet of the namespace's own would have that leaves by out. It is false where
+// there is none.
+func (t *tracer) masquerade(nl *netlink.Handle, out string) bool {
+	routes, err := nl.RouteGetWithOptions(t.pkt.Dst().AsSlice(), &netlink.RouteGetOptions{Oif: out})
+	if err != nil || len(routes) == 0 {
+		return false
+	}
+	source, ok := netip.AddrFromSlice(routes[0].Src)
+	if ok {
+		t.pkt = withSource(t.pkt, source.Unmap())
+	}
+	return ok
 }
 
 // nodeFilters are this node's own. They are read once for a trace; nil, with the trace ended, where they cannot be.

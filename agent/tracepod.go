@@ -155,9 +155,12 @@ func (t *tracer) enterPod(device string, p *podSide) bool {
 	if length := t.pkt.TotalLen(); length > a.MTU+vlanHeader {
 		why := fmt.Sprintf("%d bytes do not fit the MTU %d of %s in the pod that it is for: they are dropped without a word", length, a.MTU, a.Name)
 		fix := fmt.Sprintf("send at most %d bytes, or ip link set %s mtu, in the pod, as the host's side has it", a.MTU, a.Name)
-		if !t.dropInStack("pod", "the pod's MTU", "mtu", why, fix) {
+		if !t.byTC {
+			t.drop("pod", "the pod's MTU", "mtu", why, fix)
 			return false
 		}
+		// Programs may hand a packet to the pod's side itself, where nobody compares.
+		t.doubt("pod", "the pod's MTU", "mtu", why+", unless BPF at tc hands them over", fix+"; or find out with --probe")
 	}
 	f, err := loadFilters(p.nl, t.state)
 	if err != nil {

@@ -4,10 +4,11 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"strings"
 	"time"
 
 	"github.com/vishvananda/netlink"
+
+	"margay/vrouter/rpc"
 )
 
 // What lies between two nodes a trace does not see; this file holds what each end knows of it.
@@ -81,23 +82,17 @@ func (t *tracer) takenFromWire(device string) bool {
 // byXDP reports whether the vRouter exchanges packets with the underlay before the kernel has seen them.
 func (t *tracer) byXDP() bool {
 	st, _ := t.plane.status()
-	return strings.Contains(st.Port, "xdp")
+	return st.IO == rpc.IOXDP
 }
 
-// byTC reports whether programs of the vRouter's may forward a packet to or from a pod before the kernel's stack sees it.
-// Which packets they take depends on what they have learnt by then, so what only the stack does is a doubt.
-func (t *tracer) byTC() bool {
-	st, _ := t.plane.status()
-	return strings.Contains(st.Port, " by tc")
-}
-
-// dropInStack ends the trace where the kernel's stack drops the packet, unless the packet may be spared the stack; then it
-// notes the doubt, and is true.
-func (t *tracer) dropInStack(by, name, reason, why, fix string) bool {
-	if !t.byTC() {
-		t.drop(by, name, reason, why, fix)
-		return false
+// carrier notes who forwards the packet where programs of the vRouter's at tc may: they, before the kernel's stack sees it, or
+// the stack and a worker.
+func (t *tracer) carrier(traced rpc.Traced) {
+	t.byTC = traced.ByTC
+	switch {
+	case traced.ByTC:
+		t.pass("vrouter", "forwarded by BPF at tc", "neither the kernel's stack nor user space sees it")
+	case traced.LeftAlone != "":
+		t.pass("vrouter", "left alone by BPF at tc", traced.LeftAlone)
 	}
-	t.doubt(by, name, reason, why+"; what is forwarded by BPF at tc does not come by there", fix+"; or find out with --probe")
-	return true
 }

@@ -159,11 +159,20 @@ func runTrace(ctx context.Context, f *fleet, p *probe, from, to string, oneWay b
 		if strings.HasPrefix(last.Via, "cali") {
 			back.Entry = api.EntryPod
 		}
+		// The way back through a network that has kept silent need not be asked, too.
+		f.noEcho = f.noEcho || r.There.doubts("fabric_")
 		w := f.follow(ctx, back, p.build(arrived.Dst(), arrived.Src(), true), arrived.Src(), &r.There)
 		r.Back = &w
 	}
 	r.judge()
 	return r, nil
+}
+
+// doubts reports whether the way has a doubt whose reason begins with some letters.
+func (w *way) doubts(reason string) bool {
+	return slices.ContainsFunc(w.Segments, func(s api.Segment) bool {
+		return slices.ContainsFunc(s.Doubts, func(d api.Doubt) bool { return strings.HasPrefix(d.Reason, reason) })
+	})
 }
 
 // follow asks node after node; question, for an answer, is the way that the packet went to which it is one.

@@ -71,14 +71,30 @@ func (r *Router) KindTo(a netip.Addr) (Kind, bool) {
 // bytes of both as a worker would count them.
 type Carried struct{ Encap, Decap, Local Counter }
 
-// Carrier is a port that forwards some packets without a worker. Carried may be called from any goroutine at any time.
-type Carrier interface {
+// Programs is a port that may have programs in the kernel forward some packets without a worker. Its methods may be called
+// from any goroutine at any time.
+type Programs interface {
+	// HasPrograms reports whether it does.
+	HasPrograms() bool
+	// Carried returns what they have forwarded.
 	Carried() Carried
+	// LeavesAlone says why the programs would not forward the packet b, which begins with its IP header, as things stand:
+	// d is Transit for one that a pod sends, and Decap for one from the underlay. It is empty for one that they forward.
+	LeavesAlone(d Direction, b []byte) string
 }
+
+// Carrier is who carries out what the ladder decides about a packet.
+type Carrier string
+
+// The carriers.
+const (
+	CarrierWorker Carrier = "user space" // a worker
+	CarrierTC     Carrier = "tc"         // BPF programs at tc, before the kernel's stack sees the packet
+)
 
 // countCarried adds what a port has forwarded by itself.
 func countCarried(p Port, forwarded *[pathCount]Counter) {
-	c, ok := p.(Carrier)
+	c, ok := p.(Programs)
 	if !ok {
 		return
 	}

@@ -30,6 +30,10 @@ type Traced struct {
 	Answer []byte
 	// OutInterface is the host's side of the pod's interface, for OutPod.
 	OutInterface string
+	// Carrier says who would carry out what the ladder decides; LeftAlone why it is a worker where programs in the kernel
+	// forward other packets.
+	Carrier   Carrier
+	LeftAlone string
 	// Route is the longest match for the inner destination, Back that for the inner source; the zero Route where there is
 	// none, or nobody came to ask.
 	Route, Back Route
@@ -202,7 +206,23 @@ func (r *Router) Trace(d Direction, b []byte) (Traced, error) {
 		r.traceOut(w, first, &t.Traced)
 	}
 	t.climb(ladder)
+	t.Carrier = CarrierWorker
+	if port, ok := r.programs(); ok && d != Encap {
+		if t.LeftAlone = port.LeavesAlone(d, b); t.LeftAlone == "" {
+			t.Carrier = CarrierTC
+		}
+	}
 	return t.Traced, nil
+}
+
+// programs returns the port that has programs forward packets without a worker, if there is one.
+func (r *Router) programs() (Programs, bool) {
+	for _, w := range r.Workers() {
+		if port, ok := w.in.(Programs); ok {
+			return port, port.HasPrograms()
+		}
+	}
+	return nil, false
 }
 
 // traceOut says where a forwarded packet leaves.

@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -130,7 +129,8 @@ func TestPerPacket(t *testing.T) {
 	}
 }
 
-// TestSweep: what belongs to processes that are no more goes, and nothing else.
+// TestSweep: what belongs to processes that are no more goes, and nothing else. A benchmark that another package's test runs at
+// the same time may sweep it first, so only what is left tells.
 func TestSweep(t *testing.T) {
 	run := runName(os.Getpid())
 	dead := "mgb4194304" // above the highest process id there can be
@@ -148,13 +148,12 @@ func TestSweep(t *testing.T) {
 	if err := os.MkdirAll(filepath.Join(dir, "node1"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	removed, err := Sweep()
-	if err != nil {
+	if _, err := Sweep(); err != nil {
 		t.Fatal(err)
 	}
 	for _, path := range []string{"/run/netns/" + s.Name, dir} {
-		if _, err := os.Stat(path); !os.IsNotExist(err) || !slices.Contains(removed, path) {
-			t.Errorf("%s: %v, removed %v: expected to be swept", path, err, removed)
+		if _, err := os.Stat(path); !os.IsNotExist(err) {
+			t.Errorf("%s: %v: expected to be swept", path, err)
 		}
 	}
 	if _, err := os.Stat("/run/netns/" + own.Name); err != nil {

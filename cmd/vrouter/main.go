@@ -202,7 +202,7 @@ func (o *options) run(ctx context.Context) (err error) {
 	}
 	log.Info("vrouter is up", "version", version.String(), "device", ports.Device.Name(), "socket", o.socket)
 
-	server := rpc.NewServer(router, version.String(), ports.String)
+	server := rpc.NewServer(router, version.String(), ports.String, rpc.IO(ports.IO))
 	serveErr := server.Serve(ctx, listener)
 	cancel()
 	ports.Stop()

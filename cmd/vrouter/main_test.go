@@ -442,20 +442,48 @@ func TestOtherAttachment(t *testing.T) {
 	}
 }
 
-// TestXDPWithoutBPF: what needs BPF is refused at start, with what to choose instead.
-func TestXDPWithoutBPF(t *testing.T) {
+// TestRefused: what the capabilities, the limits or the devices do not allow is refused at start, with what to do or to
+// choose instead.
+func TestRefused(t *testing.T) {
 	exe, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := newSpace(t)
-	for _, attach := range []string{"auto", "tun", "veth"} {
+	const (
+		noBPF  = "-all,+net_admin,+net_raw"
+		noLock = "-all,+net_admin,+net_raw,+bpf"
+		orVeth = "add the capabilities BPF and NET_ADMIN, or choose --attach veth"
+		orAF   = "add the capabilities BPF and NET_ADMIN, or choose --io packet"
+		lock   = "raise the limit of locked memory (ulimit -l), add the capability IPC_LOCK, lower --xdp-frames, or choose --io packet"
+	)
+	for _, c := range []struct{ capabilities, args, want string }{
+		{noBPF, "--attach auto --io xdp", orAF},
+		{noBPF, "--attach tun --io xdp", orAF},
+		{noBPF, "--attach tun --io xdp --queues 2", orAF},
+		{noBPF, "--attach veth --io xdp", orAF},
+		{noBPF, "--attach direct", "BPF for --attach direct: operation not permitted: " + orVeth},
+		{noBPF, "--attach direct --io xdp", "BPF for --attach direct --io xdp: operation not permitted: " + orVeth},
+		{noBPF, "--attach direct --io tc", "BPF for --attach direct --io tc: operation not permitted: " + orVeth},
+		{noBPF, "--attach direct --io tc --queues 2", "BPF for --attach direct --io tc: operation not permitted: " + orVeth},
+		{noLock, "--attach tun --io xdp", lock},
+		{noLock, "--attach veth --io xdp", lock},
+		{noLock, "--attach direct --io xdp", lock},
+		{"-all,+net_admin", "--attach auto", "run as root, or with the capabilities NET_ADMIN and NET_RAW"},
+		{"-all,+net_raw", "--attach auto", "run as root, or with the capabilities NET_ADMIN and NET_RAW"},
+		{"-all,+net_raw", "--attach veth --queues 2", "run as root, or with the capabilities NET_ADMIN and NET_RAW"},
+		{"+all", "--attach veth --tun taken", "taken-io is there: remove it, or choose another --tun"},
+		{"+all", "--attach auto --tun other", "an interface of that name and another kind is there: remove it, or choose another --tun"},
+	} {
+		s := newSpace(t)
 		dir := t.TempDir()
-		cmd := exec.Command("setpriv", "--bounding-set", "-all,+net_admin,+net_raw", exe,
-			"--socket", filepath.Join(dir, "vrouter.sock"), "--state-dir", dir, "--attach", attach, "--io", "xdp")
+		cmd := exec.Command("prlimit", append([]string{"--memlock=65536", "setpriv", "--bounding-set", c.capabilities, exe,
+			"--socket", filepath.Join(dir, "vrouter.sock"), "--state-dir", dir}, strings.Fields(c.args)...)...)
 		cmd.Env = append(os.Environ(), "MARGAY_TEST_VROUTER=1")
 		s.do(t, func() error {
-			expectRefused(t, cmd, "add the capabilities BPF and NET_ADMIN, or choose --io packet")
+			if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "other"}, PeerName: "taken-io"}); err != nil {
+				return err
+			}
+			expectRefused(t, cmd, c.want)
 			return nil
 		})
 	}

@@ -37,13 +37,13 @@ func TestSpoofedSourceIsDropped(t *testing.T) {
 		}
 		return netlink.AddrAdd(l, &netlink.Addr{IPNet: hostNet(false1)})
 	})
-	if _, ok := exchange(t, a, b, false1, addrB); ok {
+	if _, ok := exchange(t, a, b, false1, addrB, moment); ok {
 		t.Error("a false source got through")
 	}
 	if got := n.counter("spoofed"); got == 0 {
 		t.Error("not counted")
 	}
-	if _, ok := exchange(t, a, b, addrA, addrB); !ok {
+	if _, ok := exchange(t, a, b, addrA, addrB, patience); !ok {
 		t.Error("the true source did not get through")
 	}
 	// The counters outlive a rebuild.
@@ -112,7 +112,7 @@ func TestMasquerade(t *testing.T) {
 		if err := n.server.SetPools(tc.nat, tc.all); err != nil {
 			t.Fatal(err)
 		}
-		if seen, ok := exchange(t, a, out, addr, target); !ok || seen != tc.want {
+		if seen, ok := exchange(t, a, out, addr, target, patience); !ok || seen != tc.want {
 			t.Errorf("%s: seen from %s (%v), want %s", tc.name, seen, ok, tc.want)
 		}
 	}

@@ -16,8 +16,9 @@ import (
 	"margay/cni"
 )
 
-// reaches says whether a datagram gets from one pod (nil: the node) to another over IPv6, under that source address.
-func reaches(t *testing.T, from, to *pod, source, target netip.Addr) bool {
+// reaches says whether a datagram gets from one pod (nil: the node) to another over IPv6 within limit, under that source
+// address.
+func reaches(t *testing.T, from, to *pod, source, target netip.Addr, limit time.Duration) bool {
 	t.Helper()
 	var rx, tx *net.UDPConn
 	listen := func(conn **net.UDPConn, a netip.Addr, port uint16) func() error {
@@ -39,7 +40,7 @@ func reaches(t *testing.T, from, to *pod, source, target netip.Addr) bool {
 	if _, err := tx.WriteToUDPAddrPort([]byte("x"), netip.AddrPortFrom(target, 7006)); err != nil {
 		t.Fatal(err)
 	}
-	rx.SetReadDeadline(time.Now().Add(3 * time.Second))
+	rx.SetReadDeadline(time.Now().Add(limit))
 	_, peer, err := rx.ReadFromUDPAddrPort(make([]byte, 10))
 	return err == nil && (!source.IsValid() || source.IsUnspecified() || peer.Addr() == source)
 }
@@ -62,10 +63,10 @@ func TestIPv6Pods(t *testing.T) {
 		t.Fatalf("result %s", raw6)
 	}
 	first, second := netip.MustParseAddr("fd00:244::1"), netip.MustParseAddr("fd00:244::2")
-	if !reaches(t, both, six, first, second) || !reaches(t, six, both, second, first) {
+	if !reaches(t, both, six, first, second, patience) || !reaches(t, six, both, second, first, patience) {
 		t.Error("the pods do not reach each other over IPv6")
 	}
-	if !reaches(t, nil, six, netip.IPv6Unspecified(), second) {
+	if !reaches(t, nil, six, netip.IPv6Unspecified(), second, patience) {
 		t.Error("the node does not reach its pod over IPv6")
 	}
 	spoofed := netip.MustParseAddr("fd00:244::99")
@@ -76,7 +77,7 @@ func TestIPv6Pods(t *testing.T) {
 		}
 		return netlink.AddrAdd(l, &netlink.Addr{IPNet: hostNet(spoofed), Flags: nodad(spoofed)})
 	})
-	if reaches(t, both, six, spoofed, second) {
+	if reaches(t, both, six, spoofed, second, moment) {
 		t.Error("a packet under another's address got through")
 	}
 	check := n.conf(`,"prevResult":` + string(raw))
@@ -164,7 +165,7 @@ func TestDiscoveryIsCountedApart(t *testing.T) {
 	n := newNode(t)
 	n.start()
 	n.add(newPod(t, 0))
-	for limit := time.Now().Add(30 * time.Second); n.counter(fwDiscovery) == 0; time.Sleep(20 * time.Millisecond) {
+	for limit := time.Now().Add(patience); n.counter(fwDiscovery) == 0; time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(limit) {
 			t.Fatal("the pod's kernel has not asked for routers, neighbours or groups")
 		}

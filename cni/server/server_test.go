@@ -55,8 +55,14 @@ func calis(t *testing.T) (names []string) {
 	return names
 }
 
-// exchange sends a datagram from one pod to another and reports whether it arrived, and from where.
-func exchange(t *testing.T, from, to *pod, source, target netip.Addr) (seen string, ok bool) {
+// How long a datagram is waited for: one that must come, and one that must not.
+const (
+	patience = 60 * time.Second
+	moment   = 3 * time.Second
+)
+
+// exchange sends a datagram from one pod to another and reports whether it arrived within limit, and from where.
+func exchange(t *testing.T, from, to *pod, source, target netip.Addr, limit time.Duration) (seen string, ok bool) {
 	t.Helper()
 	var rx, tx *net.UDPConn
 	listen := func(conn **net.UDPConn, a netip.Addr, port int) func() error {
@@ -78,7 +84,7 @@ func exchange(t *testing.T, from, to *pod, source, target netip.Addr) (seen stri
 	if _, err := tx.WriteToUDPAddrPort([]byte("x"), netip.AddrPortFrom(target, 7000)); err != nil {
 		t.Fatal(err)
 	}
-	rx.SetReadDeadline(time.Now().Add(3 * time.Second))
+	rx.SetReadDeadline(time.Now().Add(limit))
 	_, peer, err := rx.ReadFromUDPAddrPort(make([]byte, 10))
 	return peer.Addr().Unmap().String(), err == nil
 }
@@ -92,7 +98,7 @@ func TestAddCheckDel(t *testing.T) {
 	if want := (&cni.Request{ContainerID: a.id, IfName: "eth0", Pod: cni.PodArgs{Namespace: "default", Name: a.name}}).HostName(); hostA != want {
 		t.Errorf("host side %s, want %s", hostA, want)
 	}
-	if seen, ok := exchange(t, a, b, addrA, addrB); !ok || seen != addrA.String() {
+	if seen, ok := exchange(t, a, b, addrA, addrB, patience); !ok || seen != addrA.String() {
 		t.Errorf("pod to pod: %v from %s", ok, seen)
 	}
 	a.do(t, func() error {
@@ -262,7 +268,7 @@ func TestRestartKeepsPods(t *testing.T) {
 	}
 	n.start()
 	n.must("CHECK", a, n.conf(`,"prevResult":`+string(result)))
-	if _, ok := exchange(t, b, a, addrB, addrA); !ok {
+	if _, ok := exchange(t, b, a, addrB, addrA, patience); !ok {
 		t.Error("pods do not talk after the restart")
 	}
 	if elements, err := n.server.fw.conn.GetSetElements(n.server.fw.families[0].nat); err != nil || len(elements) < 2 {

@@ -34,7 +34,7 @@ func serve(t *testing.T, cfg embedded.Config) (url string, stop func()) {
 	case err := <-ended:
 		ended <- nil
 		t.Fatalf("serve: %v", err)
-	case <-time.After(30 * time.Second):
+	case <-time.After(60 * time.Second):
 		t.Fatal("serve: not ready")
 	}
 	return url, stop
@@ -64,7 +64,7 @@ func TestDataSurvivesARestart(t *testing.T) {
 		t.Fatalf("get after the restart: %q, %v", kv.Value, err)
 	}
 	// The watch may only have begun after the restart: keep writing until it says so.
-	deadline := time.After(20 * time.Second)
+	deadline := time.After(60 * time.Second)
 	for rev := kv.Revision; ; {
 		if rev, err = s.Update(ctx, "/calico/x", []byte("2"), rev); err != nil {
 			t.Fatal(err)

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"net/netip"
+	"os"
 	"os/exec"
 	"strconv"
 	"strings"
@@ -213,6 +214,44 @@ func TestTraceJSON(t *testing.T) {
 	}
 	if !strings.Contains(route, "tunnel "+ip(t, n2.Address).String()) || !strings.Contains(route, "by BGP from "+ip(t, n2.Address).String()) {
 		t.Errorf("the route is %q: expected the tunnel and the peer", route)
+	}
+}
+
+// TestTraceNamesTheCarrier: where programs at tc may forward, each node on the way says whether they do, and why not.
+func TestTraceNamesTheCarrier(t *testing.T) {
+	from, to := node(t, 1).Pods[0], node(t, 2).Pods[0]
+	count := func(out, rung string) int { return strings.Count(out, rung) }
+	const programs, worker = "forwarded by BPF at tc", "left alone by BPF at tc"
+	ask := func(args ...string) string {
+		return in(t, node(t, 3).Netns, append([]string{"margayctl", "trace", from.Name, to.Name}, args...)...)
+	}
+	if os.Getenv("MARGAY_TEST_IO") != "tc" {
+		if out := ask(); count(out, programs)+count(out, worker) > 0 {
+			t.Errorf("there are no programs at tc:\n%s", out)
+		}
+		return
+	}
+	// Before the first packet the programs know no hardware address of the other node's.
+	until(t, "the programs at tc carry it there and back", func() bool {
+		pings(from.Netns, ip(t, to.Address))
+		return count(ask(), programs) == 4
+	})
+	if out := ask("--size", "3000", "--one-way"); count(out, worker) != 2 || count(out, "it is a fragment") != 2 || count(out, programs) > 0 {
+		t.Errorf("a fragment:\n%s", out)
+	}
+}
+
+// TestTraceMasquerade: a packet of a pod's to another node has that of its own node as source when it gets there, and so its answer
+// goes to the node.
+func TestTraceMasquerade(t *testing.T) {
+	n1, n2 := node(t, 1), node(t, 2)
+	from := n1.Pods[0]
+	line, code := trace(t, from.Name, n2.Name)
+	if passes := answers(from.Netns, ip(t, n2.Address)); !passes || code != 0 || !strings.HasPrefix(line, "arrives: ") {
+		t.Errorf("%d, %s; a ping passes: %v", code, line, passes)
+	}
+	if out := in(t, n1.Netns, "margayctl", "trace", from.Name, n2.Name); !strings.Contains(out, "becomes the node's own address on eth0, "+ip(t, n1.Address).String()) {
+		t.Error(out)
 	}
 }
 

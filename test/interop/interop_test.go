@@ -96,13 +96,22 @@ func setsockopt(conn *net.UDPConn, option, value int) (err error) {
 	return errors.Join(controlErr, err)
 }
 
-// echo sends one datagram and returns the type of service with which it came to the machine, and that of the answer.
+// echo sends one datagram and returns the type of service with which it came to the machine, and that of the answer. It waits
+// for as long as a machine without KVM may take.
 func echo(conn *net.UDPConn, size int) (there, back byte, err error) {
+	return echoIn(conn, size, 60*time.Second)
+}
+
+// moment is for an answer that is to be asked for again, or must not come.
+const moment = 5 * time.Second
+
+// echoIn is echo with a limit.
+func echoIn(conn *net.UDPConn, size int, limit time.Duration) (there, back byte, err error) {
 	want := make([]byte, size)
 	if _, err := rand.Read(want); err != nil {
 		return 0, 0, err
 	}
-	if err := conn.SetDeadline(time.Now().Add(5 * time.Second)); err != nil {
+	if err := conn.SetDeadline(time.Now().Add(limit)); err != nil {
 		return 0, 0, err
 	}
 	if _, err := conn.Write(want); err != nil {
@@ -140,7 +149,7 @@ func withKernel(t *testing.T, driver port.Options) {
 	startMachine(t, dir)
 	conn := n.dialUDP(t, pod)
 	for deadline := time.Now().Add(60 * time.Second); ; {
-		if _, _, err := echo(conn, 1); err == nil {
+		if _, _, err := echoIn(conn, 1, moment); err == nil {
 			break
 		} else if time.Now().After(deadline) {
 			t.Fatalf("the machine does not answer: %v; %v", err, n.Counters())
@@ -162,7 +171,7 @@ func withKernel(t *testing.T, driver port.Options) {
 func ping(t *testing.T, n *side) {
 	n.pods[pod].Do(t, func() error {
 		for _, size := range []string{"0", "56", "1452", "1453", "8000"} {
-			out, err := exec.Command("ping", "-n", "-c", "3", "-i", "0.05", "-W", "3", "-M", "dont", "-s", size, peerPod.String()).CombinedOutput()
+			out, err := exec.Command("ping", "-n", "-c", "3", "-i", "0.05", "-W", "20", "-M", "dont", "-s", size, peerPod.String()).CombinedOutput()
 			if err != nil || !strings.Contains(string(out), " 0% packet loss") {
 				t.Errorf("%s bytes: %v\n%s", size, err, out)
 			}
@@ -276,7 +285,7 @@ func marks(t *testing.T, n *side, conn *net.UDPConn) {
 		}
 		return true
 	})
-	if _, _, err := echo(conn, 100); !errors.Is(err, os.ErrDeadlineExceeded) || n.Counters()["drop_ecn_illegal"] != before+1 {
+	if _, _, err := echoIn(conn, 100, moment); !errors.Is(err, os.ErrDeadlineExceeded) || n.Counters()["drop_ecn_illegal"] != before+1 {
 		t.Errorf("a mark on what is not ECN-capable: %v, counted %d", err, n.Counters()["drop_ecn_illegal"]-before)
 	}
 }

@@ -175,7 +175,7 @@ func IsOutcome(counter string) bool {
 }
 
 // Patience is how long what has to come is waited for.
-const Patience = 20 * time.Second
+const Patience = 60 * time.Second
 
 // Until waits until condition is true, for as long as Patience.
 func Until(t testing.TB, what string, condition func() bool) {

@@ -79,6 +79,11 @@ func TestOptions(t *testing.T) {
 		`--busy-poll -1: expected 0 to 1000000`:                        func(o *port.Options) { o.BusyPoll, o.IO = -1, port.IOXDP },
 		`--xdp-frames 3000: expected a power of two from 128 to 65536`: func(o *port.Options) { o.Frames = 3000 },
 		`--xdp-frames 64: expected a power of two`:                     func(o *port.Options) { o.Frames = 64 },
+		`--io tc: not with --attach veth: expected --attach direct`:    func(o *port.Options) { o.Attach, o.IO = port.AttachVeth, port.IOTC },
+		`--queues -1: expected 1 to 256`:                               func(o *port.Options) { o.Queues = -1 },
+		`--queues 257: expected 1 to 256`:                              func(o *port.Options) { o.Queues = 257 },
+		`--threads-per-queue 3: expected 1 or 2`:                       func(o *port.Options) { o.Threads = 3 },
+		`--spin -1: expected 0 to 1000000`:                             func(o *port.Options) { o.Spin = -1 },
 		`--busy-poll 10: it is for --io xdp`:                           func(o *port.Options) { o.BusyPoll = 10 },
 	} {
 		o := good

@@ -70,7 +70,7 @@ type bypassSockets struct {
 
 // newBypass tells at start whether the kernel has what is needed.
 func newBypass(queues int, o XDPOptions) (_ *bypass, err error) {
-	if err := probeXDP(); err != nil {
+	if err := probeXDP(o); err != nil {
 		return nil, err
 	}
 	b := &bypass{options: o, epoll: -1}
@@ -96,22 +96,22 @@ func newBypass(queues int, o XDPOptions) (_ *bypass, err error) {
 // all returns the queues' bypasses, this one first.
 func (b *bypass) all() []*bypass { return append([]*bypass{b}, b.more...) }
 
-// probeXDP asks the kernel for an AF_XDP socket and a program, and gives both back.
-func probeXDP() error {
+// probeXDP asks the kernel for an AF_XDP socket, its memory and a program, and gives all back.
+func probeXDP(o XDPOptions) error {
 	x := &xsk{}
 	var err error
 	if x.fd, err = unix.Socket(unix.AF_XDP, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0); err != nil {
 		return explainXSK("AF_XDP socket", err)
 	}
-	x.frame = smallFrame
-	if err := x.register(1); err != nil {
-		return errors.Join(explainXSK("memory of the AF_XDP socket", err), x.close())
-	}
 	program, err := newXDP(1, nil)
 	if err != nil {
 		return errors.Join(err, x.close())
 	}
-	return errors.Join(program.close(), x.close())
+	x.frame = smallFrame
+	if err = x.register(o.frames() + sendFrames); err != nil {
+		err = explainXSK("memory of the AF_XDP socket", err)
+	}
+	return errors.Join(err, program.close(), x.close())
 }
 
 // watch makes epoll readable when fd is. Without AF_XDP there is no epoll.

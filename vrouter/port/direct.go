@@ -282,7 +282,7 @@ func (d *Direct) follow(r *vrouter.Router) {
 	}
 }
 
-// Carried implements vrouter.Carrier.
+// Carried implements vrouter.Programs.
 func (d *Direct) Carried() vrouter.Carried {
 	if d.lead != nil || d.pods.plan == nil { // the first queue tells of all
 		return vrouter.Carried{}

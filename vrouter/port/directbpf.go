@@ -77,7 +77,7 @@ func newSteering(io string) (_ *steering, err error) {
 	s := &steering{prefixes: make(map[netip.Prefix]owning)}
 	defer func() {
 		if err != nil {
-			err = errors.Join(explainSteering(err), s.close())
+			err = errors.Join(explainSteering(err, io), s.close())
 		}
 	}()
 	if s.owned, err = ebpf.NewMap(&ebpf.MapSpec{Name: "margay_owned", Type: ebpf.LPMTrie, KeySize: 8, ValueSize: 4,
@@ -132,16 +132,19 @@ func newSteering(io string) (_ *steering, err error) {
 	return s, closeLinks(probe)
 }
 
-// explainSteering makes the kernel's answer a Missing.
-func explainSteering(err error) error {
-	const do = "choose --attach tun"
+// explainSteering makes the kernel's answer a Missing. What tc and xdp need beside the rest may be all that it lacks.
+func explainSteering(err error, io string) error {
+	what, do := "BPF for --attach direct", "choose --attach veth"
+	if io != IOPacket {
+		what, do = what+" --io "+io, doPacket+", or --attach veth"
+	}
 	switch {
 	case errors.Is(err, unix.EPERM):
-		return &Missing{What: "BPF for --attach direct", Err: unix.EPERM, Do: "add the capabilities BPF and NET_ADMIN, or " + do}
+		return &Missing{What: what, Err: unix.EPERM, Do: "add the capabilities BPF and NET_ADMIN, or choose --attach veth"}
 	case errors.Is(err, ebpf.ErrNotSupported):
-		return &Missing{What: "BPF for --attach direct (TCX, Linux 6.6)", Err: ebpf.ErrNotSupported, Do: do}
+		return &Missing{What: what + " (TCX, Linux 6.6)", Err: ebpf.ErrNotSupported, Do: do}
 	}
-	return &Missing{What: "BPF for --attach direct (TCX, Linux 6.6)", Err: unwrapErrno(err), Do: do}
+	return &Missing{What: what + " (TCX, Linux 6.6)", Err: unwrapErrno(err), Do: do}
 }
 
 // attach puts the TCX programs onto an interface of the calling thread's namespace: the one that records, and the one

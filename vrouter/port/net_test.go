@@ -345,7 +345,7 @@ var datagrams atomic.Uint32
 func answered(conn *net.UDPConn, size int) bool { return answeredIn(conn, size, 250*time.Millisecond) }
 
 // answers is answered for what must come: on a busy machine a quarter of a second is no time.
-func answers(conn *net.UDPConn, size int) bool { return answeredIn(conn, size, 20*time.Second) }
+func answers(conn *net.UDPConn, size int) bool { return answeredIn(conn, size, 60*time.Second) }
 
 func answeredIn(conn *net.UDPConn, size int, patience time.Duration) bool {
 	if conn.SetDeadline(time.Now().Add(patience)) != nil {

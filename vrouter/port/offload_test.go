@@ -52,7 +52,7 @@ func segmented(t *testing.T, conn *net.UDPConn, ordered bool) {
 		if _, err := conn.Write(want); err != nil {
 			t.Fatal(err)
 		}
-		if err := conn.SetReadDeadline(time.Now().Add(5 * time.Second)); err != nil {
+		if err := conn.SetReadDeadline(time.Now().Add(60 * time.Second)); err != nil {
 			t.Fatal(err)
 		}
 		var answers [][]byte

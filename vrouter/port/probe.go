@@ -27,8 +27,9 @@ func ProbeAll() []Probe {
 		{"TUN offloads", false, "superpackets that come whole from the pods (--attach tun)", probeTUN((*TUN).openOffload)},
 		{"sockets", true, "sending and receiving IP-in-IP", probeUnderlay()},
 		{"BPF at tc egress", false, "superpackets that leave whole for other nodes", probeRetag()},
-		{"BPF for direct", false, "--attach direct", probeSteering()},
-		{"AF_XDP", false, "--io xdp", probeXDP()},
+		{"BPF for direct", false, "--attach direct", probeSteering(IOPacket)},
+		{"BPF for tc", false, "--attach direct --io tc", probeSteering(IOTC)},
+		{"AF_XDP", false, "--io xdp", probeXDP(XDPOptions{})},
 	}
 }
 
@@ -68,8 +69,8 @@ func probeRetag() error {
 	return r.close()
 }
 
-func probeSteering() error {
-	s, err := newSteering(IOPacket)
+func probeSteering(io string) error {
+	s, err := newSteering(io)
 	if err != nil {
 		return err
 	}

@@ -220,6 +220,10 @@ func shortcutDeparts(t *testing.T, o vrouter.Options) {
 		if (verdict == redirected) != want {
 			t.Fatalf("verdict %d, %+v, %v: % x", int32(verdict), traced, err, p)
 		}
+		// A trace takes a packet to be at the interface of the pod whose source it has.
+		if why := b.plan.leavesDeparting(p); (why == "") != want && packet.IPv4(p).Src() == boxPods[0] {
+			t.Fatalf("verdict %d, and why it is left alone: %q: % x", int32(verdict), why, p)
+		}
 		if verdict != redirected {
 			if !bytes.Equal(frame[ethernetHeader:], p) {
 				t.Fatalf("left alone, but not as it was:\n% x\n% x", p, frame[ethernetHeader:])
@@ -324,6 +328,9 @@ func shortcutArrives(t *testing.T, o vrouter.Options) {
 		if (verdict == redirected) != want {
 			t.Fatalf("verdict %d, %+v: % x", int32(verdict), traced, p)
 		}
+		if why := b.plan.leavesArriving(p); (why == "") != want {
+			t.Fatalf("verdict %d, and why it is left alone: %q: % x", int32(verdict), why, p)
+		}
 		if verdict != redirected {
 			if !bytes.Equal(frame[ethernetHeader:], p) {
 				t.Fatalf("left alone, but not as it was:\n% x\n% x", p, frame[ethernetHeader:])
@@ -386,6 +393,9 @@ func TestShortcutFlows(t *testing.T) {
 		if verdict, _ := b.run(t, b.plan.arrival, outer); (verdict == redirected) == known {
 			t.Errorf("noted %v: arriving: verdict %d", known, int32(verdict))
 		}
+		if why := b.plan.leavesArriving(outer); (why == "") == known {
+			t.Errorf("noted %v: arriving: why it is left alone: %q", known, why)
+		}
 	}
 }
 
@@ -399,6 +409,9 @@ func TestShortcutStandsAside(t *testing.T) {
 		t.Helper()
 		if verdict, _ := b.run(t, b.claim, p); verdict != want {
 			t.Errorf("%s: verdict %d", when, verdict)
+		}
+		if why := b.plan.leavesDeparting(p); (why == "") != (want == redirected) {
+			t.Errorf("%s: why it is left alone: %q", when, why)
 		}
 	}
 	expect("at first", redirected)

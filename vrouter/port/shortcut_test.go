@@ -57,7 +57,7 @@ func TestShortcutCarries(t *testing.T) {
 	exchange := func() {
 		t.Helper()
 		for range 100 {
-			if !answered(far, 200) || !answered(near, 200) {
+			if !answers(far, 200) || !answers(near, 200) {
 				t.Fatal("no answer")
 			}
 		}

@@ -51,9 +51,14 @@ func removePair(name string) error {
 		return nil // whatever it is, opening the device will tell
 	}
 	if err := links.LinkDel(link); err != nil {
-		return fmt.Errorf("remove the veth device %s of an earlier vrouter: %w", name, err)
+		return explainRemoval(name, err)
 	}
 	return nil
+}
+
+// explainRemoval is for a pair that cannot be removed.
+func explainRemoval(name string, err error) error {
+	return explainSocket("removal of the veth device "+name+" of an earlier vrouter", err)
 }
 
 // removeTUN removes the TUN device that a vRouter has left, which no process has open.
@@ -80,7 +85,7 @@ func (v *Veth) ensurePair() (host, twin netlink.Link, err error) {
 	host, err = links.LinkByName(name)
 	if err == nil && isPair(links, host) && receiveQueues(v.fd, twinName(name)) < queues {
 		if err := links.LinkDel(host); err != nil {
-			return nil, nil, fmt.Errorf("remove the veth device %s of an earlier vrouter: %w", name, err)
+			return nil, nil, explainRemoval(name, err)
 		}
 		host, err = links.LinkByName(name)
 	}

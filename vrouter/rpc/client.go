@@ -135,6 +135,7 @@ func (c *Client) status(reply *pb.StatusReply, err error) (Status, error) {
 		Nodes:      int(reply.GetNodes()),
 		Started:    time.Unix(0, reply.GetStartedUnixNano()),
 		Port:       reply.GetPort(),
+		IO:         ioFromWire[reply.GetIo()],
 		Pods:       int(reply.GetPods()),
 	}
 	for i, p := range reply.GetPathMtus() {

@@ -52,6 +52,10 @@ type Traced struct {
 	OutInterface string // of the pod: the host's side
 	Pieces       int    // more than 1 when it has to be split; Packet is the first then
 	Answer       []byte // the ICMP error that its sender is told by
+	// ByTC says that BPF programs at tc carry it out, before the kernel's stack sees the packet; LeftAlone why they do not,
+	// where there are such programs.
+	ByTC      bool
+	LeftAlone string
 }
 
 // ErrNoSwitch is what Trace returns, wrapped, for Transit where the vRouter does not have the pods' own interfaces.
@@ -102,7 +106,8 @@ func (c *Client) Trace(ctx context.Context, d Direction, packet []byte) (Traced,
 	}
 	t := Traced{Forwarded: reply.GetForwarded(), Reason: reply.GetReason(), Packet: reply.GetPacket(), Out: reply.GetOut(),
 		OutInterface: reply.GetOutInterface(),
-		Pieces:       int(reply.GetPieces()), Answer: reply.GetAnswer()}
+		Pieces:       int(reply.GetPieces()), Answer: reply.GetAnswer(),
+		ByTC: reply.GetCarrier() == pb.Carrier_CARRIER_TC, LeftAlone: reply.GetLeftAlone()}
 	for _, r := range reply.GetRungs() {
 		t.Rungs = append(t.Rungs, Rung{Name: r.GetName(), Detail: r.GetDetail(), Passed: r.GetPassed()})
 	}
@@ -191,7 +196,10 @@ func (s *Server) Trace(_ context.Context, req *pb.TraceRequest) (*pb.TraceReply,
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
 	reply := &pb.TraceReply{Forwarded: t.Verdict == vrouter.VerdictForward, Packet: t.Packet, Out: string(t.Out), OutInterface: t.OutInterface,
-		Pieces: uint32(t.Pieces), Answer: t.Answer}
+		Pieces: uint32(t.Pieces), Answer: t.Answer, Carrier: pb.Carrier_CARRIER_WORKER, LeftAlone: t.LeftAlone}
+	if t.Carrier == vrouter.CarrierTC {
+		reply.Carrier = pb.Carrier_CARRIER_TC
+	}
 	if !reply.Forwarded {
 		reply.Reason = t.Reason.String()
 	}
@@ -281,21 +289,29 @@ func capturedToWire(p vrouter.Captured) *pb.CapturedPacket {
 	return w
 }
 
-// The two tables are each other's inverse.
+// Each two tables are each other's inverse.
 var (
+	ioToWire = map[IO]pb.IO{
+		IOPacket: pb.IO_IO_PACKET,
+		IOXDP:    pb.IO_IO_XDP,
+		IOTC:     pb.IO_IO_TC,
+	}
+	ioFromWire      = inverse(ioToWire)
 	directionToWire = map[vrouter.Direction]pb.Direction{
 		vrouter.Encap:   pb.Direction_DIRECTION_ENCAP,
 		vrouter.Decap:   pb.Direction_DIRECTION_DECAP,
 		vrouter.Transit: pb.Direction_DIRECTION_TRANSIT,
 	}
-	directionFromWire = func() map[pb.Direction]vrouter.Direction {
-		m := make(map[pb.Direction]vrouter.Direction, len(directionToWire))
-		for d, w := range directionToWire {
-			m[w] = d
-		}
-		return m
-	}()
+	directionFromWire = inverse(directionToWire)
 )
+
+func inverse[K, V comparable](m map[K]V) map[V]K {
+	out := make(map[V]K, len(m))
+	for k, v := range m {
+		out[v] = k
+	}
+	return out
+}
 
 // directionName is for people, and knows that a vRouter may be newer.
 func directionName(w pb.Direction) string {

@@ -3,6 +3,7 @@ package rpc
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"net/netip"
 	"path/filepath"
 	"strings"
@@ -21,6 +22,53 @@ func udp(src, dst string) []byte {
 	copy(b[16:], netip.MustParseAddr(dst).AsSlice())
 	binary.BigEndian.PutUint16(b[10:], packet.Checksum(b[:20], 0))
 	return b
+}
+
+// programmed is a port that is never used, with programs that forward what has more than ten hops to live.
+type programmed struct{ vrouter.SwitchPort }
+
+func (programmed) HasPrograms() bool        { return true }
+func (programmed) Carried() vrouter.Carried { return vrouter.Carried{} }
+
+func (programmed) LeavesAlone(_ vrouter.Direction, b []byte) string {
+	if packet.IPv4(b).TTL() > 10 {
+		return ""
+	}
+	return "it is old"
+}
+
+// TestTraceTellsTheCarrier: a trace says whether a worker forwards a packet, and why it does where programs forward others.
+func TestTraceTellsTheCarrier(t *testing.T) {
+	router := vrouter.New()
+	socket := filepath.Join(t.TempDir(), "vrouter.sock")
+	start(t, router, socket)
+	c, ctx := dial(t, socket), within(t)
+	if err := c.Update(ctx, Update{Config: &config, AddNodes: []netip.Addr{gateway}, Set: routes}); err != nil {
+		t.Fatal(err)
+	}
+	ask := func(d Direction, ttl byte) string {
+		t.Helper()
+		p := udp("10.244.1.1", "10.244.2.1")
+		p[8] = ttl
+		traced, err := c.Trace(ctx, d, p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return fmt.Sprintf("%t %s", traced.ByTC, traced.LeftAlone)
+	}
+	if got := ask(Decap, 64); got != "false " {
+		t.Errorf("without programs: %s", got)
+	}
+	router.NewSwitch(programmed{})
+	for _, e := range []struct {
+		d    Direction
+		ttl  byte
+		want string
+	}{{Decap, 64, "true "}, {Decap, 10, "false it is old"}, {Encap, 64, "false "}} {
+		if got := ask(e.d, e.ttl); got != e.want {
+			t.Errorf("%v, TTL %d: %s, expected %s", e.d, e.ttl, got, e.want)
+		}
+	}
 }
 
 // TestDiagnostics asks a vRouter that runs on ports in memory for all that explains it.

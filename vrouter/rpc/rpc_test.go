@@ -31,7 +31,7 @@ func start(t *testing.T, router *vrouter.Router, socket string) func() {
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() {
-		done <- NewServer(router, "test", func() string { return "vr0, eth0" }).Serve(ctx, l)
+		done <- NewServer(router, "test", func() string { return "vr0, eth0" }, IOTC).Serve(ctx, l)
 	}()
 	stopped := false
 	stop := func() {
@@ -90,7 +90,7 @@ func TestSynchronisation(t *testing.T) {
 		t.Fatal(err)
 	}
 	if before.Restored || before.Configured || before.APIVersion != APIVersion || before.Version != "test" || before.Instance == "" ||
-		before.Port != "vr0, eth0" || time.Since(before.Started) > time.Minute {
+		before.Port != "vr0, eth0" || before.IO != IOTC || time.Since(before.Started) > time.Minute {
 		t.Errorf("first status %+v", before)
 	}
 	if err := c.Update(ctx, Update{Config: &config, AddNodes: []netip.Addr{config.NodeAddress, gateway}, Set: routes,
@@ -174,7 +174,7 @@ func TestRefused(t *testing.T) {
 
 // TestMalformed sends what no client of ours does: addresses of odd lengths and the like.
 func TestMalformed(t *testing.T) {
-	s := NewServer(vrouter.New(), "test", func() string { return "" })
+	s := NewServer(vrouter.New(), "test", func() string { return "" }, "")
 	for name, req := range map[string]*pb.UpdateRequest{
 		"config.node_address": {Config: &pb.Config{NodeAddress: []byte{1}}},
 		"add_nodes[1]":        {AddNodes: [][]byte{{1, 2, 3, 4}, {1, 2, 3}}},

@@ -97,18 +97,20 @@ type Server struct {
 	instance string
 	started  time.Time
 	port     func() string
+	io       IO
 	grpc     *grpc.Server
 }
 
-// NewServer returns a server for router. version is the binary's, and port describes the ports in words; both are for
-// Status.
-func NewServer(router *vrouter.Router, version string, port func() string) *Server {
+// NewServer returns a server for router. version is the binary's, port describes the ports in words, and io is how they
+// read and write Ethernet interfaces; all three are for Status.
+func NewServer(router *vrouter.Router, version string, port func() string, io IO) *Server {
 	s := &Server{
 		router:   router,
 		version:  version,
 		instance: rand.Text(),
 		started:  time.Now(),
 		port:     port,
+		io:       io,
 		grpc:     grpc.NewServer(grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage)),
 	}
 	pb.RegisterVRouterServer(s.grpc, s)
@@ -205,6 +207,7 @@ func (s *Server) reply() *pb.StatusReply {
 		Nodes:           uint32(now.Nodes),
 		StartedUnixNano: s.started.UnixNano(),
 		Port:            s.port(),
+		Io:              ioToWire[s.io],
 		Pods:            uint32(now.Pods),
 	}
 	for _, p := range s.router.PathMTUs() {

@@ -91,7 +91,18 @@ type Status struct {
 	PathMTUs   []PathMTU // sorted by gateway
 	Started    time.Time
 	Port       string // the ports in words, for people
+	IO         IO     // empty: an older vRouter, which does not tell
 }
+
+// IO is how packets go between Ethernet interfaces and the vRouter.
+type IO string
+
+// What IO may be: the values of the vRouter's --io.
+const (
+	IOPacket IO = "packet" // AF_PACKET, behind the programs and filters of the interface's ingress
+	IOXDP    IO = "xdp"    // AF_XDP, before the kernel has seen them
+	IOTC     IO = "tc"     // as IOPacket, and programs at tc forward some that the vRouter does not see
+)
 
 // ErrUnavailable is what every call returns, wrapped, while no vRouter answers on the socket.
 var ErrUnavailable = errors.New("not reachable")

@@ -137,9 +137,9 @@ func TestInterrupted(t *testing.T) {
 		}
 		until(t, "processes end", func() bool { return len(processes(t, pid)) == 0 })
 		if signal == syscall.SIGKILL {
-			removed, err := rig.Sweep()
-			if err != nil || len(removed) == 0 {
-				t.Errorf("swept %v, %v", removed, err)
+			// The SIGKILL has left namespaces, which another package's test may have swept already.
+			if _, err := rig.Sweep(); err != nil {
+				t.Error(err)
 			}
 		}
 		if found := left(t, pid); len(found) > 0 {

@@ -81,6 +81,59 @@ func (Kind) EnumDescriptor() ([]byte, []int) {
 	return file_vrouter_proto_rawDescGZIP(), []int{0}
 }
 
+// IO is how packets go between Ethernet interfaces and the vRouter.
+type IO int32
+
+const (
+	IO_IO_UNSPECIFIED IO = 0
+	IO_IO_PACKET      IO = 1 // AF_PACKET, behind the programs and filters of the interface's ingress
+	IO_IO_XDP         IO = 2 // AF_XDP, before the kernel has seen them
+	IO_IO_TC          IO = 3 // as IO_PACKET, and programs at tc forward some that the vRouter does not see
+)
+
+// Enum value maps for IO.
+var (
+	IO_name = map[int32]string{
+		0: "IO_UNSPECIFIED",
+		1: "IO_PACKET",
+		2: "IO_XDP",
+		3: "IO_TC",
+	}
+	IO_value = map[string]int32{
+		"IO_UNSPECIFIED": 0,
+		"IO_PACKET":      1,
+		"IO_XDP":         2,
+		"IO_TC":          3,
+	}
+)
+
+func (x IO) Enum() *IO {
+	p := new(IO)
+	*p = x
+	return p
+}
+
+func (x IO) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (IO) Descriptor() protoreflect.EnumDescriptor {
+	return file_vrouter_proto_enumTypes[1].Descriptor()
+}
+
+func (IO) Type() protoreflect.EnumType {
+	return &file_vrouter_proto_enumTypes[1]
+}
+
+func (x IO) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use IO.Descriptor instead.
+func (IO) EnumDescriptor() ([]byte, []int) {
+	return file_vrouter_proto_rawDescGZIP(), []int{1}
+}
+
 type Direction int32
 
 const (
@@ -117,11 +170,11 @@ func (x Direction) String() string {
 }
 
 func (Direction) Descriptor() protoreflect.EnumDescriptor {
-	return file_vrouter_proto_enumTypes[1].Descriptor()
+	return file_vrouter_proto_enumTypes[2].Descriptor()
 }
 
 func (Direction) Type() protoreflect.EnumType {
-	return &file_vrouter_proto_enumTypes[1]
+	return &file_vrouter_proto_enumTypes[2]
 }
 
 func (x Direction) Number() protoreflect.EnumNumber {
@@ -130,7 +183,57 @@ func (x Direction) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Direction.Descriptor instead.
 func (Direction) EnumDescriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{1}
+	return file_vrouter_proto_rawDescGZIP(), []int{2}
+}
+
+// Carrier is who carries out what the ladder decides.
+type Carrier int32
+
+const (
+	Carrier_CARRIER_UNSPECIFIED Carrier = 0
+	Carrier_CARRIER_WORKER      Carrier = 1 // the vRouter's process
+	Carrier_CARRIER_TC          Carrier = 2 // BPF programs at tc
+)
+
+// Enum value maps for Carrier.
+var (
+	Carrier_name = map[int32]string{
+		0: "CARRIER_UNSPECIFIED",
+		1: "CARRIER_WORKER",
+		2: "CARRIER_TC",
+	}
+	Carrier_value = map[string]int32{
+		"CARRIER_UNSPECIFIED": 0,
+		"CARRIER_WORKER":      1,
+		"CARRIER_TC":          2,
+	}
+)
+
+func (x Carrier) Enum() *Carrier {
+	p := new(Carrier)
+	*p = x
+	return p
+}
+
+func (x Carrier) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Carrier) Descriptor() protoreflect.EnumDescriptor {
+	return file_vrouter_proto_enumTypes[3].Descriptor()
+}
+
+func (Carrier) Type() protoreflect.EnumType {
+	return &file_vrouter_proto_enumTypes[3]
+}
+
+func (x Carrier) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Carrier.Descriptor instead.
+func (Carrier) EnumDescriptor() ([]byte, []int) {
+	return file_vrouter_proto_rawDescGZIP(), []int{3}
 }
 
 // Prefix is an address prefix in canonical form: no bits set beyond its length.
@@ -444,6 +547,7 @@ type StatusReply struct {
 	Port            string                 `protobuf:"bytes,11,opt,name=port,proto3" json:"port,omitempty"` // the ports in words
 	Pods            uint32                 `protobuf:"varint,12,opt,name=pods,proto3" json:"pods,omitempty"`
 	PathMtus        []*PathMTU             `protobuf:"bytes,13,rep,name=path_mtus,json=pathMtus,proto3" json:"path_mtus,omitempty"` // sorted by gateway
+	Io              IO                     `protobuf:"varint,14,opt,name=io,proto3,enum=margay.vrouter.v1.IO" json:"io,omitempty"`  // how packets go to and from Ethernet interfaces
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -567,6 +671,13 @@ func (x *StatusReply) GetPathMtus() []*PathMTU {
 		return x.PathMtus
 	}
 	return nil
+}
+
+func (x *StatusReply) GetIo() IO {
+	if x != nil {
+		return x.Io
+	}
+	return IO_IO_UNSPECIFIED
 }
 
 // PathMTU is what routers on the way to a node have told of a link narrower than ours.
@@ -1242,6 +1353,8 @@ type TraceReply struct {
 	OutInterface  string                 `protobuf:"bytes,8,opt,name=out_interface,json=outInterface,proto3" json:"out_interface,omitempty"` // for pod: the host's side of its interface
 	Pieces        uint32                 `protobuf:"varint,9,opt,name=pieces,proto3" json:"pieces,omitempty"`                                // more than 1 when it has to be split; packet is the first then
 	Answer        []byte                 `protobuf:"bytes,10,opt,name=answer,proto3" json:"answer,omitempty"`                                // the ICMP error that its sender is told by
+	Carrier       Carrier                `protobuf:"varint,11,opt,name=carrier,proto3,enum=margay.vrouter.v1.Carrier" json:"carrier,omitempty"`
+	LeftAlone     string                 `protobuf:"bytes,12,opt,name=left_alone,json=leftAlone,proto3" json:"left_alone,omitempty"` // for IO_TC and CARRIER_WORKER: why the programs leave it alone
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1344,6 +1457,20 @@ func (x *TraceReply) GetAnswer() []byte {
 		return x.Answer
 	}
 	return nil
+}
+
+func (x *TraceReply) GetCarrier() Carrier {
+	if x != nil {
+		return x.Carrier
+	}
+	return Carrier_CARRIER_UNSPECIFIED
+}
+
+func (x *TraceReply) GetLeftAlone() string {
+	if x != nil {
+		return x.LeftAlone
+	}
+	return ""
 }
 
 type ListDropsRequest struct {
@@ -1871,7 +1998,7 @@ const file_vrouter_proto_rawDesc = "" +
 	"\tinterface\x18\x02 \x01(\tR\tinterface\"0\n" +
 	"\rStatusRequest\x12\x1f\n" +
 	"\vapi_version\x18\x01 \x01(\rR\n" +
-	"apiVersion\"\xa4\x03\n" +
+	"apiVersion\"\xcb\x03\n" +
 	"\vStatusReply\x12\x1f\n" +
 	"\vapi_version\x18\x01 \x01(\rR\n" +
 	"apiVersion\x12\x18\n" +
@@ -1889,7 +2016,8 @@ const file_vrouter_proto_rawDesc = "" +
 	" \x01(\x03R\x0fstartedUnixNano\x12\x12\n" +
 	"\x04port\x18\v \x01(\tR\x04port\x12\x12\n" +
 	"\x04pods\x18\f \x01(\rR\x04pods\x127\n" +
-	"\tpath_mtus\x18\r \x03(\v2\x1a.margay.vrouter.v1.PathMTUR\bpathMtus\"\x8d\x01\n" +
+	"\tpath_mtus\x18\r \x03(\v2\x1a.margay.vrouter.v1.PathMTUR\bpathMtus\x12%\n" +
+	"\x02io\x18\x0e \x01(\x0e2\x15.margay.vrouter.v1.IOR\x02io\"\x8d\x01\n" +
 	"\aPathMTU\x12\x18\n" +
 	"\agateway\x18\x01 \x01(\fR\agateway\x12\x10\n" +
 	"\x03mtu\x18\x02 \x01(\rR\x03mtu\x12*\n" +
@@ -1928,7 +2056,7 @@ const file_vrouter_proto_rawDesc = "" +
 	"\x04Rung\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x16\n" +
-	"\x06passed\x18\x03 \x01(\bR\x06passed\"\xce\x02\n" +
+	"\x06passed\x18\x03 \x01(\bR\x06passed\"\xa3\x03\n" +
 	"\n" +
 	"TraceReply\x12\x1c\n" +
 	"\tforwarded\x18\x01 \x01(\bR\tforwarded\x12\x16\n" +
@@ -1941,7 +2069,10 @@ const file_vrouter_proto_rawDesc = "" +
 	"\rout_interface\x18\b \x01(\tR\foutInterface\x12\x16\n" +
 	"\x06pieces\x18\t \x01(\rR\x06pieces\x12\x16\n" +
 	"\x06answer\x18\n" +
-	" \x01(\fR\x06answer\"(\n" +
+	" \x01(\fR\x06answer\x124\n" +
+	"\acarrier\x18\v \x01(\x0e2\x1a.margay.vrouter.v1.CarrierR\acarrier\x12\x1d\n" +
+	"\n" +
+	"left_alone\x18\f \x01(\tR\tleftAlone\"(\n" +
 	"\x10ListDropsRequest\x12\x14\n" +
 	"\x05since\x18\x01 \x01(\x04R\x05since\"\xc8\x01\n" +
 	"\bDropFlow\x12:\n" +
@@ -1988,12 +2119,23 @@ const file_vrouter_proto_rawDesc = "" +
 	"\n" +
 	"KIND_LOCAL\x10\x02\x12\x0f\n" +
 	"\vKIND_TUNNEL\x10\x03\x12\x0f\n" +
-	"\vKIND_DIRECT\x10\x04*g\n" +
+	"\vKIND_DIRECT\x10\x04*>\n" +
+	"\x02IO\x12\x12\n" +
+	"\x0eIO_UNSPECIFIED\x10\x00\x12\r\n" +
+	"\tIO_PACKET\x10\x01\x12\n" +
+	"\n" +
+	"\x06IO_XDP\x10\x02\x12\t\n" +
+	"\x05IO_TC\x10\x03*g\n" +
 	"\tDirection\x12\x19\n" +
 	"\x15DIRECTION_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fDIRECTION_ENCAP\x10\x01\x12\x13\n" +
 	"\x0fDIRECTION_DECAP\x10\x02\x12\x15\n" +
-	"\x11DIRECTION_TRANSIT\x10\x032\xd6\x05\n" +
+	"\x11DIRECTION_TRANSIT\x10\x03*F\n" +
+	"\aCarrier\x12\x17\n" +
+	"\x13CARRIER_UNSPECIFIED\x10\x00\x12\x12\n" +
+	"\x0eCARRIER_WORKER\x10\x01\x12\x0e\n" +
+	"\n" +
+	"CARRIER_TC\x10\x022\xd6\x05\n" +
 	"\aVRouter\x12M\n" +
 	"\tGetStatus\x12 .margay.vrouter.v1.StatusRequest\x1a\x1e.margay.vrouter.v1.StatusReply\x12H\n" +
 	"\x05Begin\x12\x1f.margay.vrouter.v1.BeginRequest\x1a\x1e.margay.vrouter.v1.StatusReply\x12J\n" +
@@ -2018,83 +2160,87 @@ func file_vrouter_proto_rawDescGZIP() []byte {
 	return file_vrouter_proto_rawDescData
 }
 
-var file_vrouter_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
+var file_vrouter_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
 var file_vrouter_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
 var file_vrouter_proto_goTypes = []any{
 	(Kind)(0),                   // 0: margay.vrouter.v1.Kind
-	(Direction)(0),              // 1: margay.vrouter.v1.Direction
-	(*Prefix)(nil),              // 2: margay.vrouter.v1.Prefix
-	(*Route)(nil),               // 3: margay.vrouter.v1.Route
-	(*Config)(nil),              // 4: margay.vrouter.v1.Config
-	(*Pod)(nil),                 // 5: margay.vrouter.v1.Pod
-	(*StatusRequest)(nil),       // 6: margay.vrouter.v1.StatusRequest
-	(*StatusReply)(nil),         // 7: margay.vrouter.v1.StatusReply
-	(*PathMTU)(nil),             // 8: margay.vrouter.v1.PathMTU
-	(*BeginRequest)(nil),        // 9: margay.vrouter.v1.BeginRequest
-	(*UpdateRequest)(nil),       // 10: margay.vrouter.v1.UpdateRequest
-	(*UpdateReply)(nil),         // 11: margay.vrouter.v1.UpdateReply
-	(*EndRequest)(nil),          // 12: margay.vrouter.v1.EndRequest
-	(*EndReply)(nil),            // 13: margay.vrouter.v1.EndReply
-	(*ListRoutesRequest)(nil),   // 14: margay.vrouter.v1.ListRoutesRequest
-	(*ListRoutesReply)(nil),     // 15: margay.vrouter.v1.ListRoutesReply
-	(*ListCountersRequest)(nil), // 16: margay.vrouter.v1.ListCountersRequest
-	(*Counter)(nil),             // 17: margay.vrouter.v1.Counter
-	(*ListCountersReply)(nil),   // 18: margay.vrouter.v1.ListCountersReply
-	(*TraceRequest)(nil),        // 19: margay.vrouter.v1.TraceRequest
-	(*Rung)(nil),                // 20: margay.vrouter.v1.Rung
-	(*TraceReply)(nil),          // 21: margay.vrouter.v1.TraceReply
-	(*ListDropsRequest)(nil),    // 22: margay.vrouter.v1.ListDropsRequest
-	(*DropFlow)(nil),            // 23: margay.vrouter.v1.DropFlow
-	(*DropSample)(nil),          // 24: margay.vrouter.v1.DropSample
-	(*ListDropsReply)(nil),      // 25: margay.vrouter.v1.ListDropsReply
-	(*CaptureRequest)(nil),      // 26: margay.vrouter.v1.CaptureRequest
-	(*CapturedPacket)(nil),      // 27: margay.vrouter.v1.CapturedPacket
-	(*CaptureReply)(nil),        // 28: margay.vrouter.v1.CaptureReply
+	(IO)(0),                     // 1: margay.vrouter.v1.IO
+	(Direction)(0),              // 2: margay.vrouter.v1.Direction
+	(Carrier)(0),                // 3: margay.vrouter.v1.Carrier
+	(*Prefix)(nil),              // 4: margay.vrouter.v1.Prefix
+	(*Route)(nil),               // 5: margay.vrouter.v1.Route
+	(*Config)(nil),              // 6: margay.vrouter.v1.Config
+	(*Pod)(nil),                 // 7: margay.vrouter.v1.Pod
+	(*StatusRequest)(nil),       // 8: margay.vrouter.v1.StatusRequest
+	(*StatusReply)(nil),         // 9: margay.vrouter.v1.StatusReply
+	(*PathMTU)(nil),             // 10: margay.vrouter.v1.PathMTU
+	(*BeginRequest)(nil),        // 11: margay.vrouter.v1.BeginRequest
+	(*UpdateRequest)(nil),       // 12: margay.vrouter.v1.UpdateRequest
+	(*UpdateReply)(nil),         // 13: margay.vrouter.v1.UpdateReply
+	(*EndRequest)(nil),          // 14: margay.vrouter.v1.EndRequest
+	(*EndReply)(nil),            // 15: margay.vrouter.v1.EndReply
+	(*ListRoutesRequest)(nil),   // 16: margay.vrouter.v1.ListRoutesRequest
+	(*ListRoutesReply)(nil),     // 17: margay.vrouter.v1.ListRoutesReply
+	(*ListCountersRequest)(nil), // 18: margay.vrouter.v1.ListCountersRequest
+	(*Counter)(nil),             // 19: margay.vrouter.v1.Counter
+	(*ListCountersReply)(nil),   // 20: margay.vrouter.v1.ListCountersReply
+	(*TraceRequest)(nil),        // 21: margay.vrouter.v1.TraceRequest
+	(*Rung)(nil),                // 22: margay.vrouter.v1.Rung
+	(*TraceReply)(nil),          // 23: margay.vrouter.v1.TraceReply
+	(*ListDropsRequest)(nil),    // 24: margay.vrouter.v1.ListDropsRequest
+	(*DropFlow)(nil),            // 25: margay.vrouter.v1.DropFlow
+	(*DropSample)(nil),          // 26: margay.vrouter.v1.DropSample
+	(*ListDropsReply)(nil),      // 27: margay.vrouter.v1.ListDropsReply
+	(*CaptureRequest)(nil),      // 28: margay.vrouter.v1.CaptureRequest
+	(*CapturedPacket)(nil),      // 29: margay.vrouter.v1.CapturedPacket
+	(*CaptureReply)(nil),        // 30: margay.vrouter.v1.CaptureReply
 }
 var file_vrouter_proto_depIdxs = []int32{
-	2,  // 0: margay.vrouter.v1.Route.prefix:type_name -> margay.vrouter.v1.Prefix
+	4,  // 0: margay.vrouter.v1.Route.prefix:type_name -> margay.vrouter.v1.Prefix
 	0,  // 1: margay.vrouter.v1.Route.kind:type_name -> margay.vrouter.v1.Kind
-	4,  // 2: margay.vrouter.v1.StatusReply.config:type_name -> margay.vrouter.v1.Config
-	8,  // 3: margay.vrouter.v1.StatusReply.path_mtus:type_name -> margay.vrouter.v1.PathMTU
-	4,  // 4: margay.vrouter.v1.UpdateRequest.config:type_name -> margay.vrouter.v1.Config
-	3,  // 5: margay.vrouter.v1.UpdateRequest.set:type_name -> margay.vrouter.v1.Route
-	2,  // 6: margay.vrouter.v1.UpdateRequest.del:type_name -> margay.vrouter.v1.Prefix
-	5,  // 7: margay.vrouter.v1.UpdateRequest.add_pods:type_name -> margay.vrouter.v1.Pod
-	3,  // 8: margay.vrouter.v1.ListRoutesReply.routes:type_name -> margay.vrouter.v1.Route
-	17, // 9: margay.vrouter.v1.ListCountersReply.counters:type_name -> margay.vrouter.v1.Counter
-	1,  // 10: margay.vrouter.v1.TraceRequest.direction:type_name -> margay.vrouter.v1.Direction
-	20, // 11: margay.vrouter.v1.TraceReply.rungs:type_name -> margay.vrouter.v1.Rung
-	3,  // 12: margay.vrouter.v1.TraceReply.route:type_name -> margay.vrouter.v1.Route
-	3,  // 13: margay.vrouter.v1.TraceReply.back:type_name -> margay.vrouter.v1.Route
-	1,  // 14: margay.vrouter.v1.DropFlow.direction:type_name -> margay.vrouter.v1.Direction
-	1,  // 15: margay.vrouter.v1.DropSample.direction:type_name -> margay.vrouter.v1.Direction
-	23, // 16: margay.vrouter.v1.ListDropsReply.flows:type_name -> margay.vrouter.v1.DropFlow
-	24, // 17: margay.vrouter.v1.ListDropsReply.samples:type_name -> margay.vrouter.v1.DropSample
-	1,  // 18: margay.vrouter.v1.CapturedPacket.direction:type_name -> margay.vrouter.v1.Direction
-	27, // 19: margay.vrouter.v1.CaptureReply.packets:type_name -> margay.vrouter.v1.CapturedPacket
-	6,  // 20: margay.vrouter.v1.VRouter.GetStatus:input_type -> margay.vrouter.v1.StatusRequest
-	9,  // 21: margay.vrouter.v1.VRouter.Begin:input_type -> margay.vrouter.v1.BeginRequest
-	10, // 22: margay.vrouter.v1.VRouter.Update:input_type -> margay.vrouter.v1.UpdateRequest
-	12, // 23: margay.vrouter.v1.VRouter.End:input_type -> margay.vrouter.v1.EndRequest
-	14, // 24: margay.vrouter.v1.VRouter.ListRoutes:input_type -> margay.vrouter.v1.ListRoutesRequest
-	16, // 25: margay.vrouter.v1.VRouter.ListCounters:input_type -> margay.vrouter.v1.ListCountersRequest
-	19, // 26: margay.vrouter.v1.VRouter.Trace:input_type -> margay.vrouter.v1.TraceRequest
-	22, // 27: margay.vrouter.v1.VRouter.ListDrops:input_type -> margay.vrouter.v1.ListDropsRequest
-	26, // 28: margay.vrouter.v1.VRouter.Capture:input_type -> margay.vrouter.v1.CaptureRequest
-	7,  // 29: margay.vrouter.v1.VRouter.GetStatus:output_type -> margay.vrouter.v1.StatusReply
-	7,  // 30: margay.vrouter.v1.VRouter.Begin:output_type -> margay.vrouter.v1.StatusReply
-	11, // 31: margay.vrouter.v1.VRouter.Update:output_type -> margay.vrouter.v1.UpdateReply
-	13, // 32: margay.vrouter.v1.VRouter.End:output_type -> margay.vrouter.v1.EndReply
-	15, // 33: margay.vrouter.v1.VRouter.ListRoutes:output_type -> margay.vrouter.v1.ListRoutesReply
-	18, // 34: margay.vrouter.v1.VRouter.ListCounters:output_type -> margay.vrouter.v1.ListCountersReply
-	21, // 35: margay.vrouter.v1.VRouter.Trace:output_type -> margay.vrouter.v1.TraceReply
-	25, // 36: margay.vrouter.v1.VRouter.ListDrops:output_type -> margay.vrouter.v1.ListDropsReply
-	28, // 37: margay.vrouter.v1.VRouter.Capture:output_type -> margay.vrouter.v1.CaptureReply
-	29, // [29:38] is the sub-list for method output_type
-	20, // [20:29] is the sub-list for method input_type
-	20, // [20:20] is the sub-list for extension type_name
-	20, // [20:20] is the sub-list for extension extendee
-	0,  // [0:20] is the sub-list for field type_name
+	6,  // 2: margay.vrouter.v1.StatusReply.config:type_name -> margay.vrouter.v1.Config
+	10, // 3: margay.vrouter.v1.StatusReply.path_mtus:type_name -> margay.vrouter.v1.PathMTU
+	1,  // 4: margay.vrouter.v1.StatusReply.io:type_name -> margay.vrouter.v1.IO
+	6,  // 5: margay.vrouter.v1.UpdateRequest.config:type_name -> margay.vrouter.v1.Config
+	5,  // 6: margay.vrouter.v1.UpdateRequest.set:type_name -> margay.vrouter.v1.Route
+	4,  // 7: margay.vrouter.v1.UpdateRequest.del:type_name -> margay.vrouter.v1.Prefix
+	7,  // 8: margay.vrouter.v1.UpdateRequest.add_pods:type_name -> margay.vrouter.v1.Pod
+	5,  // 9: margay.vrouter.v1.ListRoutesReply.routes:type_name -> margay.vrouter.v1.Route
+	19, // 10: margay.vrouter.v1.ListCountersReply.counters:type_name -> margay.vrouter.v1.Counter
+	2,  // 11: margay.vrouter.v1.TraceRequest.direction:type_name -> margay.vrouter.v1.Direction
+	22, // 12: margay.vrouter.v1.TraceReply.rungs:type_name -> margay.vrouter.v1.Rung
+	5,  // 13: margay.vrouter.v1.TraceReply.route:type_name -> margay.vrouter.v1.Route
+	5,  // 14: margay.vrouter.v1.TraceReply.back:type_name -> margay.vrouter.v1.Route
+	3,  // 15: margay.vrouter.v1.TraceReply.carrier:type_name -> margay.vrouter.v1.Carrier
+	2,  // 16: margay.vrouter.v1.DropFlow.direction:type_name -> margay.vrouter.v1.Direction
+	2,  // 17: margay.vrouter.v1.DropSample.direction:type_name -> margay.vrouter.v1.Direction
+	25, // 18: margay.vrouter.v1.ListDropsReply.flows:type_name -> margay.vrouter.v1.DropFlow
+	26, // 19: margay.vrouter.v1.ListDropsReply.samples:type_name -> margay.vrouter.v1.DropSample
+	2,  // 20: margay.vrouter.v1.CapturedPacket.direction:type_name -> margay.vrouter.v1.Direction
+	29, // 21: margay.vrouter.v1.CaptureReply.packets:type_name -> margay.vrouter.v1.CapturedPacket
+	8,  // 22: margay.vrouter.v1.VRouter.GetStatus:input_type -> margay.vrouter.v1.StatusRequest
+	11, // 23: margay.vrouter.v1.VRouter.Begin:input_type -> margay.vrouter.v1.BeginRequest
+	12, // 24: margay.vrouter.v1.VRouter.Update:input_type -> margay.vrouter.v1.UpdateRequest
+	14, // 25: margay.vrouter.v1.VRouter.End:input_type -> margay.vrouter.v1.EndRequest
+	16, // 26: margay.vrouter.v1.VRouter.ListRoutes:input_type -> margay.vrouter.v1.ListRoutesRequest
+	18, // 27: margay.vrouter.v1.VRouter.ListCounters:input_type -> margay.vrouter.v1.ListCountersRequest
+	21, // 28: margay.vrouter.v1.VRouter.Trace:input_type -> margay.vrouter.v1.TraceRequest
+	24, // 29: margay.vrouter.v1.VRouter.ListDrops:input_type -> margay.vrouter.v1.ListDropsRequest
+	28, // 30: margay.vrouter.v1.VRouter.Capture:input_type -> margay.vrouter.v1.CaptureRequest
+	9,  // 31: margay.vrouter.v1.VRouter.GetStatus:output_type -> margay.vrouter.v1.StatusReply
+	9,  // 32: margay.vrouter.v1.VRouter.Begin:output_type -> margay.vrouter.v1.StatusReply
+	13, // 33: margay.vrouter.v1.VRouter.Update:output_type -> margay.vrouter.v1.UpdateReply
+	15, // 34: margay.vrouter.v1.VRouter.End:output_type -> margay.vrouter.v1.EndReply
+	17, // 35: margay.vrouter.v1.VRouter.ListRoutes:output_type -> margay.vrouter.v1.ListRoutesReply
+	20, // 36: margay.vrouter.v1.VRouter.ListCounters:output_type -> margay.vrouter.v1.ListCountersReply
+	23, // 37: margay.vrouter.v1.VRouter.Trace:output_type -> margay.vrouter.v1.TraceReply
+	27, // 38: margay.vrouter.v1.VRouter.ListDrops:output_type -> margay.vrouter.v1.ListDropsReply
+	30, // 39: margay.vrouter.v1.VRouter.Capture:output_type -> margay.vrouter.v1.CaptureReply
+	31, // [31:40] is the sub-list for method output_type
+	22, // [22:31] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_vrouter_proto_init() }
@@ -2107,7 +2253,7 @@ func file_vrouter_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vrouter_proto_rawDesc), len(file_vrouter_proto_rawDesc)),
-			NumEnums:      2,
+			NumEnums:      4,
 			NumMessages:   27,
 			NumExtensions: 0,
 			NumServices:   1,
