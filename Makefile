@@ -57,7 +57,7 @@ test-race: setup ## the race detector on daemons and tools, and on IPAM's simula
 	CGO_ENABLED=1 go test -race -count=1 -timeout 20m -run 'TestCrowdedCluster' ./bench/addr
 
 .PHONY: bench bench-short
-bench: setup ## Margay beside its peers, in network namespaces, into bench/results/: about eighteen minutes
+bench: setup ## Margay beside its peers, in network namespaces, into bench/results/: about fifteen minutes
 	@go build -trimpath -ldflags '$(LDFLAGS)' -o bin/margay-bench ./bench/cmd/margay-bench
 	@bin/margay-bench --results bench/results
 

@@ -149,9 +149,8 @@ func (r *runner) expected(s Scenario) int {
 
 // expect adds n subjects of a scenario to what there is to do.
 func (r *runner) expect(s Scenario, n int) {
-	n *= r.Rounds + 1
-	r.total += n
-	r.ahead += time.Duration(n) * s.Cost(r.Times)
+	r.total += n * (r.Rounds + 1)
+	r.ahead += time.Duration(n) * (s.Cost(r.Times.discarded()) + time.Duration(r.Rounds)*s.Cost(r.Times))
 }
 
 // left estimates the time until the run's end by what its measurements have taken so far, compared with what they should take;
@@ -229,7 +228,10 @@ func (r *runner) rounds(ctx context.Context, s Scenario, all []subject) error {
 	series := make(map[string]map[string]*Series) // path, metric
 	failures := make(map[string]int)
 	for round := range r.Rounds + 1 {
-		r.round = round
+		r.round, r.env.Times = round, r.Times
+		if round == 0 {
+			r.env.Times = r.Times.discarded()
+		}
 		for _, one := range order(all, round) {
 			if failures[one.name] < 2 {
 				values, err := one.measure(ctx)
@@ -263,7 +265,7 @@ func (r *runner) rounds(ctx context.Context, s Scenario, all []subject) error {
 // count notes that a measurement is over.
 func (r *runner) count(s Scenario) {
 	r.done++
-	r.spent, r.ahead = r.spent+s.Cost(r.Times), r.ahead-s.Cost(r.Times)
+	r.spent, r.ahead = r.spent+s.Cost(r.env.Times), r.ahead-s.Cost(r.env.Times)
 }
 
 func (r *runner) tell(p Progress) {

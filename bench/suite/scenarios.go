@@ -57,6 +57,12 @@ type Times struct {
 	Steps        int
 }
 
+// discarded are the times of the round that does not count: it warms caches, neighbours and connection tracking, for which half is
+// enough.
+func (t Times) discarded() Times {
+	return Times{Warm: t.Warm / 2, Window: t.Window / 2, Step: t.Step / 2, Steps: (t.Steps + 1) / 2}
+}
+
 // What comes to the times of a measurement, about: starting its processes, and waiting for the last packets.
 const (
 	startTraffic = 100 * time.Millisecond

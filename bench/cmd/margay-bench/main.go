@@ -48,7 +48,7 @@ type options struct {
 var (
 	fullPaths = []string{"route", "vxlan", "vxlan+rps", "wireguard", "tun-plain", "tun", "tun+nobpf", "veth", "veth+xdp", "veth+nobpf",
 		"direct", "direct+xdp", "direct+tc"}
-	shortPaths     = []string{"vxlan", "vxlan+rps", "tun", "tun+nobpf", "veth", "direct", "direct+xdp", "direct+tc"}
+	shortPaths     = []string{"vxlan", "vxlan+rps", "tun+nobpf", "veth", "direct+xdp", "direct+tc"}
 	shortScenarios = []string{"tcp1", "tcp1-off", "rr", "udp", "udp-lossless", suite.Loop, suite.Lookup, suite.Updates, suite.Load}
 )
 
@@ -84,7 +84,7 @@ with an attachment; then @BINARY for another vrouter than this checkout's.`,
 	f.StringSliceVar(&o.only, "only", nil, "`paths` to measure (default "+strings.Join(fullPaths, ",")+")")
 	f.StringSliceVar(&o.scenarios, "scenario", nil, "`scenarios` to run: "+strings.Join(names(suite.Scenarios()), ", ")+" (default all)")
 	f.IntVar(&o.rounds, "rounds", 5, "`number` of rounds that count; one more is discarded")
-	f.DurationVar(&o.window, "window", 400*time.Millisecond, "how long one measurement lasts")
+	f.DurationVar(&o.window, "window", 350*time.Millisecond, "how long one measurement lasts")
 	f.StringVar(&o.vrouter, "vrouter", "", "vrouter `binary` (default: built from the checkout)")
 	f.StringVar(&o.wireguard, "wireguard", "", "wireguard-go `binary` (default: built, version "+wireguardVersion+")")
 	f.StringVar(&o.results, "results", "", "`directory` for report.md, report.json and the plots (default: none are written)")
@@ -125,7 +125,7 @@ func (o *options) run(ctx context.Context, stdout, stderr io.Writer) (err error)
 		return err
 	}
 	c := suite.Config{Scenarios: scenarios, Paths: paths, Rounds: o.rounds, Packets: 3_000_000, RTELPM: o.rteLPM, Rig: tools.Options,
-		Times: suite.Times{Warm: o.window / 3, Window: o.window, Step: o.window / 2, Steps: 6}, Progress: progress(stderr)}
+		Times: suite.Times{Warm: o.window / 3, Window: o.window, Step: o.window / 2, Steps: 5}, Progress: progress(stderr)}
 	if o.results != "" {
 		c.Save = func(out *suite.Outcome) error {
 			r.Renew(out)
@@ -181,7 +181,7 @@ func (o *options) choose() (paths []rig.Path, scenarios []suite.Scenario, err er
 		if wanted == nil {
 			wanted = shortScenarios
 		}
-		o.rounds, o.window = min(o.rounds, 2), min(o.window, 250*time.Millisecond)
+		o.rounds, o.window = min(o.rounds, 2), min(o.window, 200*time.Millisecond)
 	}
 	for _, text := range append([]string{rig.KindWire}, only...) {
 		p, err := rig.ParsePath(text)
