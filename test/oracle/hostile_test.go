@@ -42,7 +42,9 @@ func hostile(t *testing.T, driver port.Options) {
 			node.Until(t, c.name+": "+c.counter, func() bool { return box.Counters()[c.counter] > before })
 		}
 	}
-	box.Balance(t)
+	if lost := box.Balance(t); lost > 0 {
+		t.Errorf("the kernel has lost %d packets around the vRouter: %v", lost, box.Counters())
+	}
 }
 
 // strangers are the packets that are no ICMP errors.

@@ -525,6 +525,10 @@ func TestShortcutFull(t *testing.T) {
 	if err := b.router.Update(vrouter.Update{Del: []netip.Prefix{late.Prefix}}); err != nil {
 		t.Fatal(err)
 	}
+	b.refresh(t)
+	if b.plan.gateways[late.NextHop.Gateway] != nil {
+		t.Error("a gateway for which there was no room is kept without a route")
+	}
 }
 
 // TestNumbers: a number is not given out again before it has rested.

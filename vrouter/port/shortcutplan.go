@@ -35,6 +35,7 @@ type shortcutPlan struct {
 
 	mu       sync.Mutex // gateways, and closed, for who counts
 	gateways map[netip.Addr]*shortcutGateway
+	byWay    map[uint32]netip.Addr // the gateways again, by their way
 	closed   bool
 }
 
@@ -51,7 +52,8 @@ type tcxPlace struct {
 }
 
 func newShortcutPlan(s *steering, underlay *Underlay, host string, poke func()) *shortcutPlan {
-	p := &shortcutPlan{shortcut: s.shortcut, steering: s, underlay: underlay, host: host, poke: poke, gateways: make(map[netip.Addr]*shortcutGateway)}
+	p := &shortcutPlan{shortcut: s.shortcut, steering: s, underlay: underlay, host: host, poke: poke, gateways: make(map[netip.Addr]*shortcutGateway),
+		byWay: make(map[uint32]netip.Addr)}
 	underlay.frames.resolver.watch(p)
 	return p
 }
@@ -179,24 +181,27 @@ func (p *shortcutPlan) setGateway(prefix netip.Prefix, on bool, gateway netip.Ad
 		p.mu.Lock()
 		g := p.gateways[gateway]
 		if g == nil {
-			g = &shortcutGateway{way: p.newWay(now)}
-			p.gateways[gateway] = g
+			if way = p.newWay(now); way != 0 {
+				g = &shortcutGateway{way: way}
+				p.gateways[gateway], p.byWay[way] = g, gateway
+			}
 		}
-		g.routes++
+		if g != nil { // else there is no room, and the prefix is the vRouter's
+			g.routes++
+			way = g.way
+		}
 		p.mu.Unlock()
-		way = g.way
 		p.dirty.Store(true)
 	}
 	err := p.steering.own(prefix, ownedRoute, on, way)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for a, g := range p.gateways {
-		if old != 0 && g.way == old {
-			if g.routes--; g.routes == 0 {
-				delete(p.gateways, a)
-				p.freeWay(g.way, now)
-			}
-			break
+	if a, ok := p.byWay[old]; ok {
+		g := p.gateways[a]
+		if g.routes--; g.routes == 0 {
+			delete(p.gateways, a)
+			delete(p.byWay, old)
+			p.freeWay(old, now)
 		}
 	}
 	return err
@@ -230,9 +235,6 @@ func (p *shortcutPlan) refresh(devices map[string]device, pods map[uint32]shortc
 	atomic.StoreUint32(&p.rule.uniform, uniform)
 	room, inKernel := true, int32(0)
 	for address, g := range p.gateways {
-		if g.way == 0 {
-			continue
-		}
 		h := hopToNode(terms, table, address, router.OuterOffset(address))
 		room = p.lead(g.way, h, now) && room
 		if h.flags&hopSend != 0 {
