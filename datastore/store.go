@@ -11,6 +11,8 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
@@ -31,6 +33,13 @@ var (
 
 // pageSize is the number of keys that List asks for at a time: a page of blocks stays well under etcd's message limit.
 const pageSize = 500
+
+// reconnect is how soon etcd is tried again when it does not answer. gRPC's own waits grow to two minutes; a datastore that is
+// back after an hour should be found as soon as one that is back after a second, and within the time of one operation.
+var reconnect = grpc.ConnectParams{
+	Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
+	MinConnectTimeout: DefaultDialTimeout,
+}
 
 // KV is one key as it was read.
 type KV struct {
@@ -72,6 +81,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 		Username:             cfg.Username,
 		Password:             cfg.Password,
 		Logger:               zap.NewNop(),
+		DialOptions:          []grpc.DialOption{grpc.WithConnectParams(reconnect)},
 	})
 	s := &Store{client: client, endpoints: names, timeout: timeout}
 	if err != nil {
