@@ -176,7 +176,7 @@ func ask(ctx context.Context, echoes ...echo) ([]echoResult, error) {
 			case <-over:
 				over = nil
 			case a := <-answers:
-				if a.try < 0 || a.try > try {
+				if a.try > try {
 					continue
 				}
 				results[a.which] = echoResult{answered: true, after: time.Since(sent[a.try])}

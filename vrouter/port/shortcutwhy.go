@@ -126,10 +126,8 @@ func (p *shortcutPlan) leavesFlow(v packet.IPv4) string {
 		if len(up) < 4 {
 			return "it has no ports"
 		}
-		var key [16]byte // stackFlow
-		copy(key[:], v[12:20])
-		copy(key[8:], up[:4])
-		binary.NativeEndian.PutUint32(key[12:], uint32(protocol))
+		key := vrouter.Flow{Source: netip.AddrPortFrom(v.Src(), binary.BigEndian.Uint16(up)),
+			Destination: netip.AddrPortFrom(v.Dst(), binary.BigEndian.Uint16(up[2:])), Protocol: v.Protocol()}.Key()
 		var is uint32
 		if p.steering.flows.Lookup(key[:], &is) == nil {
 			return "the kernel has a part in its flow"

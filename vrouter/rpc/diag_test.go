@@ -1,6 +1,7 @@
 package rpc
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -37,8 +38,9 @@ func (programmed) LeavesAlone(_ vrouter.Direction, b []byte) string {
 	return "it is old"
 }
 
-// TestTraceTellsTheCarrier: a trace says whether a worker forwards a packet, and why it does where programs forward others.
-func TestTraceTellsTheCarrier(t *testing.T) {
+// configured returns a vRouter that serves, with a configuration, a node and routes to it, and a client of its.
+func configured(t *testing.T) (*vrouter.Router, *Client, context.Context) {
+	t.Helper()
 	router := vrouter.New()
 	socket := filepath.Join(t.TempDir(), "vrouter.sock")
 	start(t, router, socket)
@@ -46,6 +48,12 @@ func TestTraceTellsTheCarrier(t *testing.T) {
 	if err := c.Update(ctx, Update{Config: &config, AddNodes: []netip.Addr{gateway}, Set: routes}); err != nil {
 		t.Fatal(err)
 	}
+	return router, c, ctx
+}
+
+// TestTraceTellsTheCarrier: a trace says whether a worker forwards a packet, and why it does where programs forward others.
+func TestTraceTellsTheCarrier(t *testing.T) {
+	router, c, ctx := configured(t)
 	ask := func(d Direction, ttl byte) string {
 		t.Helper()
 		p := udp("10.244.1.1", "10.244.2.1")
@@ -73,13 +81,7 @@ func TestTraceTellsTheCarrier(t *testing.T) {
 
 // TestDiagnostics asks a vRouter that runs on ports in memory for all that explains it.
 func TestDiagnostics(t *testing.T) {
-	router := vrouter.New()
-	socket := filepath.Join(t.TempDir(), "vrouter.sock")
-	start(t, router, socket)
-	c, ctx := dial(t, socket), within(t)
-	if err := c.Update(ctx, Update{Config: &config, AddNodes: []netip.Addr{gateway}, Set: routes}); err != nil {
-		t.Fatal(err)
-	}
+	router, c, ctx := configured(t)
 	in, out := port.NewMem("vr0", 8), port.NewMem("eth0", 8)
 	worker := router.NewWorker(vrouter.Encap, in, out)
 	done := make(chan error, 1)
