@@ -207,7 +207,7 @@ func (w KernelRoute) String() string {
 			fmt.Fprintf(&b, " nexthop via %s dev %s", gw, w.Device)
 		}
 	}
-	if w.Gateway.IsValid() && w.Metric != 0 {
+	if w.Metric != 0 {
 		fmt.Fprintf(&b, " metric %d", w.Metric)
 	}
 	return b.String()
