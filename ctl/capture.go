@@ -9,9 +9,7 @@ import (
 	"os/signal"
 	"slices"
 	"strings"
-	"sync"
 	"syscall"
-	"time"
 
 	"github.com/spf13/cobra"
 
@@ -187,111 +185,6 @@ type nopCloser struct{ io.Writer }
 
 func (nopCloser) Close() error { return nil }
 
-// captureSink writes what all sources give.
-type captureSink struct {
-	o    *captureOptions
-	out  io.Writer
-	errs io.Writer
-	many bool
-
-	mu    sync.Mutex
-	pcap  *pcapng // nil: text
-	count int
-	lost  map[string]uint64
-	// The sources that run, and those of which nothing is known yet.
-	began, waiting int
-	failed         bool
-}
-
-// errEnough ends a capture that has what was asked for.
-var errEnough = errors.New("enough")
-
-// collect captures from all sources at once, until ctx is done or there is enough. A source that fails is said, and the
-// others go on; the error then is that something is missing.
-func (s *captureSink) collect(ctx context.Context, sources []captureSource, req api.CaptureRequest) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	s.waiting = len(sources)
-	var all sync.WaitGroup
-	for _, src := range sources {
-		all.Go(func() {
-			began := false
-			err := src.capture(ctx, req, func(c api.Captured) error {
-				if !began {
-					began = true
-					s.begin()
-				}
-				return s.take(src.name, c)
-			})
-			switch {
-			case errors.Is(err, errEnough):
-				cancel()
-			case err != nil && ctx.Err() == nil:
-				s.fail(err, !began)
-			}
-		})
-	}
-	all.Wait()
-	if s.failed {
-		return ExitError{1}
-	}
-	return nil
-}
-
-// begin notes a source that runs, and fail one that does not, or not any more. Once nothing is waited for, it is said that the
-// capture runs.
-func (s *captureSink) begin() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.began++
-	s.answered()
-}
-
-func (s *captureSink) fail(err error, atOnce bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.failed = true
-	fmt.Fprintln(s.errs, err)
-	if atOnce {
-		s.answered()
-	}
-}
-
-func (s *captureSink) answered() {
-	if s.waiting--; s.waiting == 0 && s.began > 0 {
-		fmt.Fprintln(s.errs, "capturing; stop with Ctrl-C")
-	}
-}
-
-// take writes one packet.
-func (s *captureSink) take(name string, c api.Captured) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if c.Packet == nil && c.Length == 0 {
-		s.lost[name] = max(s.lost[name], c.Lost)
-		return nil
-	}
-	if s.o.count > 0 && s.count >= s.o.count {
-		return errEnough
-	}
-	s.count++
-	port := name + "/" + c.Port
-	var err error
-	if s.pcap != nil {
-		err = s.pcap.packet(port, c.Time, c.Packet, c.Length, verdictText(c))
-	} else {
-		prefix := c.Port
-		if s.many {
-			prefix = port
-		}
-		_, err = fmt.Fprintf(s.out, "%s %s %s [%s]\n", c.Time.Local().Format("15:04:05.000000"), prefix, describe(c.Packet, c.Length), verdictText(c))
-	}
-	if err == nil && s.count == s.o.count {
-		err = errEnough
-	}
-	return err
-}
-
 // verdictText says what became of a packet.
 func verdictText(c api.Captured) string {
 	var text string
@@ -315,28 +208,4 @@ func verdictText(c api.Captured) string {
 		text += "; checksum to be completed"
 	}
 	return text
-}
-
-// finish writes what was lost, and says it.
-func (s *captureSink) finish() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	var errs []error
-	for _, name := range sortedKeys(s.lost) {
-		n := s.lost[name]
-		if n > 0 {
-			fmt.Fprintf(s.errs, "%s: %d packets were lost for want of room\n", name, n)
-		}
-		if s.pcap == nil {
-			continue
-		}
-		for port := range s.pcap.interfaces {
-			if strings.HasPrefix(port, name+"/") { // the loss is the node's: it stands with one of its ports
-				errs = append(errs, s.pcap.lost(port, time.Now(), n))
-				break
-			}
-		}
-	}
-	fmt.Fprintf(s.errs, "%d packets captured\n", s.count)
-	return errors.Join(errs...)
 }
