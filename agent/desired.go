@@ -92,6 +92,11 @@ const widestBlock = 20
 // tunnelDevice is the vRouter's device, to which the kernel routes the pools that need encapsulation.
 const tunnelDevice = "vr0"
 
+// tunnelGateway is the next hop of all routes to the tunnel device. Nobody has it, and nobody is asked for it; but a packet that
+// comes out of the tunnel and goes back into it is no reason for an ICMP redirect then, which would tell its sender that the
+// destination is on his link (RFC 1812, 5.2.7.2), and the kernel needs one neighbour for the tunnel and not one for each pod.
+var tunnelGateway = netip.MustParseAddr(podGateway)
+
 // ipipOverhead is the outer header's size, bytes (RFC 2003).
 const ipipOverhead = 20
 

@@ -90,9 +90,11 @@ func TestDropsNamePodAndPacket(t *testing.T) {
 }
 
 // TestAddressOfNoPod: what goes to an address of a node's block that no pod has, from this node and from another, is counted, and
-// its sender is told.
+// its sender is told: that, and no more.
 func TestAddressOfNoPod(t *testing.T) {
 	n1 := node(t, 1)
+	redirects := func() string { return in(t, n1.Netns, "nstat", "-asz", "IcmpOutRedirects") }
+	redirected := redirects()
 	last := ip(t, n1.Pods[0].Address).As4()
 	last[3] |= 62 // of a block of 64, far behind those that were given out
 	nobody := netip.AddrFrom4(last).String()
@@ -130,6 +132,9 @@ func TestAddressOfNoPod(t *testing.T) {
 		if first, _, _ := strings.Cut(trace, "\n"); err == nil || !strings.Contains(first, "at "+n1.Name+", vrouter, ") || !strings.Contains(first, "no pod has it") {
 			t.Errorf("trace: %v\n%s", err, trace)
 		}
+	}
+	if now := redirects(); now != redirected {
+		t.Errorf("the kernel has sent ICMP redirects: %s, and before %s", now, redirected)
 	}
 }
 
