@@ -40,7 +40,11 @@ tcp, udp, icmp, ip[…], and, or, not; docs/trace.md lists it. It is asked about
 inner one, with --outer about the outer.
 
 Forwarding never waits for a capture. What finds no room is lost, and counted; Ctrl-C ends a capture, and closes the file
-properly. With --socket the vRouter of this node is asked directly, when neither etcd nor an agent is there.`,
+properly. A vRouter or an agent that is restarted meanwhile is asked again, for half a minute. With --socket the vRouter of
+this node is asked directly, when neither etcd nor an agent is there.
+
+The exit status is 1 when something is missing: a node did not answer, or not all the time, or FILE cannot be written, which
+ends the capture; what was written until then can be read.`,
 		Example: `  margayctl capture lab-node1-pod1
   margayctl capture any 'tcp port 80 and tcp[tcpflags] & tcp-syn != 0' -c 10
   margayctl capture lab-node2 not icmp -w - | tshark -r -
@@ -86,7 +90,7 @@ func (o *captureOptions) run(cmd *cobra.Command, target, filter string) error {
 	if err != nil {
 		return err
 	}
-	s := &captureSink{o: o, out: w, errs: cmd.ErrOrStderr(), many: len(sources) > 1, lost: map[string]uint64{}}
+	s := &captureSink{o: o, out: w, errs: cmd.ErrOrStderr(), many: len(sources) > 1, lost: map[string]lostPackets{}}
 	if o.file != "" {
 		if s.pcap, err = newPcapng(w); err != nil {
 			return errors.Join(err, w.Close())
@@ -94,7 +98,11 @@ func (o *captureOptions) run(cmd *cobra.Command, target, filter string) error {
 	}
 	req := api.CaptureRequest{Filter: filter, Outer: o.outer, SnapLen: o.snaplen}
 	err = s.collect(ctx, sources, req)
-	return errors.Join(err, s.finish(), w.Close())
+	err = errors.Join(err, s.finish())
+	if errors.Is(err, errWrite) {
+		s.cut()
+	}
+	return errors.Join(err, w.Close())
 }
 
 // sources finds whom to ask, and makes a filter of a pod.
@@ -103,12 +111,8 @@ func (o *captureOptions) sources(ctx context.Context, cmd *cobra.Command, target
 		if target != "any" {
 			return nil, "", fmt.Errorf("%q: with --socket expected any: who has which address is in the datastore", target)
 		}
-		c, err := rpc.Dial(o.local)
-		if err != nil {
-			return nil, "", err
-		}
 		return []captureSource{{o.local, func(ctx context.Context, r api.CaptureRequest, got func(api.Captured) error) error {
-			return captureLocal(ctx, c, r, got)
+			return captureLocal(ctx, o.local, r, got)
 		}}}, filter, nil
 	}
 	open, cancel := context.WithTimeout(ctx, callTimeout)
@@ -151,7 +155,11 @@ func (o *captureOptions) sources(ctx context.Context, cmd *cobra.Command, target
 }
 
 // captureLocal is a capture without an agent.
-func captureLocal(ctx context.Context, c *rpc.Client, r api.CaptureRequest, got func(api.Captured) error) error {
+func captureLocal(ctx context.Context, socket string, r api.CaptureRequest, got func(api.Captured) error) error {
+	c, err := rpc.Dial(socket)
+	if err != nil {
+		return err
+	}
 	defer c.Close()
 	return c.Capture(ctx, rpc.CaptureOptions{Filter: r.Filter, Outer: r.Outer, SnapLen: r.SnapLen},
 		func(packets []rpc.CapturedPacket, lost uint64) error {

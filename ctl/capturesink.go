@@ -30,9 +30,10 @@ type captureSink struct {
 	mu    sync.Mutex
 	pcap  *pcapng // nil: text
 	held  []heldPacket
-	count int   // of the packets taken, written or held
+	taken int // of the packets, written or held
+	count int // of those written
+	lost  map[string]lostPackets
 	err   error // of writing: nothing is written any more
-	lost  map[string]uint64
 	// The sources that run, and those of which nothing is known yet.
 	began, waiting int
 	failed         bool
@@ -48,35 +49,30 @@ type heldPacket struct {
 // errEnough ends a capture that has what was asked for.
 var errEnough = errors.New("enough")
 
-// collect captures from all sources at once, until ctx is done or there is enough. A source that fails is said, and the
-// others go on; the error then is that something is missing.
+// collect captures from all sources at once, until ctx is done, there is enough, or what is captured cannot be written. A source
+// that fails is said, and the others go on; the error then is that something is missing.
 func (s *captureSink) collect(ctx context.Context, sources []captureSource, req api.CaptureRequest) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
 	s.waiting = len(sources)
 	var all, writer sync.WaitGroup
 	writer.Go(func() { s.write(ctx, cancel) })
 	for _, src := range sources {
 		all.Go(func() {
-			began := false
-			err := src.capture(ctx, req, func(c api.Captured) error {
-				if !began {
-					began = true
-					s.begin()
-				}
-				return s.take(src.name, c)
-			})
-			switch {
-			case errors.Is(err, errEnough):
-				cancel()
-			case err != nil && ctx.Err() == nil:
-				s.fail(err, !began)
+			switch err := s.follow(ctx, src, req); {
+			case errors.Is(err, errEnough), errors.Is(err, errWrite):
+				cancel(err)
+			case err != nil:
+				s.fail(err)
 			}
 		})
 	}
 	all.Wait()
-	cancel()
+	cancel(nil)
 	writer.Wait()
+	if err := context.Cause(ctx); errors.Is(err, errWrite) {
+		return err
+	}
 	if s.failed {
 		return ExitError{1}
 	}
@@ -84,7 +80,7 @@ func (s *captureSink) collect(ctx context.Context, sources []captureSource, req 
 }
 
 // write writes what has waited long enough until ctx is done, which it makes it when nothing can be written.
-func (s *captureSink) write(ctx context.Context, cancel func()) {
+func (s *captureSink) write(ctx context.Context, cancel context.CancelCauseFunc) {
 	tick := time.NewTicker(captureHold / 4)
 	defer tick.Stop()
 	for {
@@ -96,15 +92,14 @@ func (s *captureSink) write(ctx context.Context, cancel func()) {
 			err := s.release(func(p heldPacket) bool { return now.Sub(p.arrived) >= captureHold })
 			s.mu.Unlock()
 			if err != nil {
-				cancel()
+				cancel(err)
 				return
 			}
 		}
 	}
 }
 
-// begin notes a source that runs, and fail one that does not, or not any more. Once nothing is waited for, it is said that the
-// capture runs.
+// begin notes a source that runs, and refused one that does not. Once nothing is waited for, it is said that the capture runs.
 func (s *captureSink) begin() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -112,14 +107,18 @@ func (s *captureSink) begin() {
 	s.answered()
 }
 
-func (s *captureSink) fail(err error, atOnce bool) {
+func (s *captureSink) refused() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.answered()
+}
+
+// fail says that something is missing.
+func (s *captureSink) fail(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.failed = true
 	fmt.Fprintln(s.errs, err)
-	if atOnce {
-		s.answered()
-	}
 }
 
 func (s *captureSink) answered() {
@@ -133,25 +132,24 @@ func (s *captureSink) take(name string, c api.Captured) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if c.Packet == nil && c.Length == 0 {
-		s.lost[name] = max(s.lost[name], c.Lost)
+		l := s.lost[name]
+		l.now = max(l.now, c.Lost)
+		s.lost[name] = l
 		return nil
 	}
-	if s.o.count > 0 && s.count >= s.o.count {
+	if s.o.count > 0 && s.taken >= s.o.count {
 		return errEnough
 	}
-	s.count++
+	s.taken++
 	s.held = append(s.held, heldPacket{name, time.Now(), c})
-	if s.count == s.o.count {
+	if s.taken == s.o.count {
 		return errEnough
 	}
 	if len(s.held) < captureHeld {
 		return nil
 	}
 	written := 0
-	if s.release(func(heldPacket) bool { written++; return written <= captureHeld/2 }) != nil {
-		return errEnough // finish says it
-	}
-	return nil
+	return s.release(func(heldPacket) bool { written++; return written <= captureHeld/2 })
 }
 
 // release writes held packets, the earliest first, up to one that is not ripe. The caller holds mu.
@@ -159,7 +157,11 @@ func (s *captureSink) release(ripe func(heldPacket) bool) error {
 	slices.SortStableFunc(s.held, func(a, b heldPacket) int { return a.Time.Compare(b.Time) })
 	n := 0
 	for ; n < len(s.held) && s.err == nil && ripe(s.held[n]); n++ {
-		s.err = s.put(s.held[n])
+		if err := s.put(s.held[n]); err != nil {
+			s.err = fmt.Errorf("%w: %w", errWrite, err)
+			break
+		}
+		s.count++
 	}
 	s.held = slices.Delete(s.held, 0, n)
 	return s.err
@@ -178,22 +180,28 @@ func (s *captureSink) put(p heldPacket) error {
 	return err
 }
 
-// finish writes what was lost, and says it.
+// finish writes what is held, and says what was lost.
 func (s *captureSink) finish() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	broken := s.err != nil // has been said
 	errs := []error{s.release(func(heldPacket) bool { return true })}
+	if broken {
+		errs = nil
+	}
 	for _, name := range sortedKeys(s.lost) {
-		n := s.lost[name]
+		n := s.lost[name].all()
 		if n > 0 {
 			fmt.Fprintf(s.errs, "%s: %d packets were lost for want of room\n", name, n)
 		}
-		if s.pcap == nil {
+		if s.pcap == nil || s.pcap.failed != nil {
 			continue
 		}
 		for port := range s.pcap.interfaces {
 			if strings.HasPrefix(port, name+"/") { // the loss is the node's: it stands with one of its ports
-				errs = append(errs, s.pcap.lost(port, time.Now(), n))
+				if err := s.pcap.lost(port, time.Now(), n); err != nil {
+					errs = append(errs, fmt.Errorf("%w: %w", errWrite, err))
+				}
 				break
 			}
 		}
