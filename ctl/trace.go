@@ -187,6 +187,8 @@ func (f *fleet) follow(ctx context.Context, from place, pkt []byte, dst netip.Ad
 			w.Fix = "start the agent of " + node + ", and see that its --diag-port can be reached from here"
 			if _, ok := f.members[node]; !ok {
 				w.Fix = "the datastore has no Node " + node + " either: start its agent, which registers it"
+			} else if !errors.Is(err, api.ErrUnreachable) { // it has answered, and refused
+				w.Fix = "see what it says; where versions differ, upgrade the older one of margayctl and the agent of " + node
 			}
 			return w
 		}
