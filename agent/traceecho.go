@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"margay/agent/api"
 	"margay/vrouter/packet"
 )
 
@@ -94,7 +95,9 @@ func (t *tracer) askFabric(outer bool) {
 		t.doubt("agent", rung, "fabric_not_asked", err.Error(), "find out with --probe")
 		return
 	}
+	t.seg.Echo = &api.Echo{From: whole.from, To: whole.to, IPIP: outer, Size: whole.size, DF: whole.df, Answered: r[0].answered}
 	if n := len(echoes) - 1; n > 2 && r[n].answered {
+		t.seg.Echo.Answered = true
 		t.pass("agent", rung, fmt.Sprintf("%d bytes %s to %s, the destination itself, and back in %s; %s does not answer", whole.size, how, dst,
 			r[n].after.Round(10*time.Microsecond), whole.to))
 		return
