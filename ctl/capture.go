@@ -42,7 +42,11 @@ tcp, udp, icmp, ip[…], and, or, not; docs/trace.md lists it. It is asked about
 inner one, with --outer about the outer.
 
 Forwarding never waits for a capture. What finds no room is lost, and counted; Ctrl-C ends a capture, and closes the file
-properly. With --socket the vRouter of this node is asked directly, when neither etcd nor an agent is there.`,
+properly. A vRouter or an agent that is restarted meanwhile is asked again, for half a minute. With --socket the vRouter of
+this node is asked directly, when neither etcd nor an agent is there.
+
+The exit status is 1 when something is missing: a node did not answer, or not all the time, or FILE cannot be written, which
+ends the capture; what was written until then can be read.`,
 		Example: `  margayctl capture lab-node1-pod1
   margayctl capture any 'tcp port 80 and tcp[tcpflags] & tcp-syn != 0' -c 10
   margayctl capture lab-node2 not icmp -w - | tshark -r -
@@ -88,7 +92,7 @@ func (o *captureOptions) run(cmd *cobra.Command, target, filter string) error {
 	if err != nil {
 		return err
 	}
-	s := &captureSink{o: o, out: w, errs: cmd.ErrOrStderr(), many: len(sources) > 1, lost: map[string]uint64{}}
+	s := &captureSink{o: o, out: w, errs: cmd.ErrOrStderr(), many: len(sources) > 1, lost: map[string]lostPackets{}}
 	if o.file != "" {
 		if s.pcap, err = newPcapng(w); err != nil {
 			return errors.Join(err, w.Close())
@@ -96,7 +100,11 @@ func (o *captureOptions) run(cmd *cobra.Command, target, filter string) error {
 	}
 	req := api.CaptureRequest{Filter: filter, Outer: o.outer, SnapLen: o.snaplen}
 	err = s.collect(ctx, sources, req)
-	return errors.Join(err, s.finish(), w.Close())
+	err = errors.Join(err, s.finish())
+	if errors.Is(err, errWrite) {
+		s.cut()
+	}
+	return errors.Join(err, w.Close())
 }
 
 // sources finds whom to ask, and makes a filter of a pod.
@@ -105,12 +113,8 @@ func (o *captureOptions) sources(ctx context.Context, cmd *cobra.Command, target
 		if target != "any" {
 			return nil, "", fmt.Errorf("%q: with --socket expected any: who has which address is in the datastore", target)
 		}
-		c, err := rpc.Dial(o.local)
-		if err != nil {
-			return nil, "", err
-		}
 		return []captureSource{{o.local, func(ctx context.Context, r api.CaptureRequest, got func(api.Captured) error) error {
-			return captureLocal(ctx, c, r, got)
+			return captureLocal(ctx, o.local, r, got)
 		}}}, filter, nil
 	}
 	open, cancel := context.WithTimeout(ctx, callTimeout)
@@ -153,7 +157,11 @@ func (o *captureOptions) sources(ctx context.Context, cmd *cobra.Command, target
 }
 
 // captureLocal is a capture without an agent.
-func captureLocal(ctx context.Context, c *rpc.Client, r api.CaptureRequest, got func(api.Captured) error) error {
+func captureLocal(ctx context.Context, socket string, r api.CaptureRequest, got func(api.Captured) error) error {
+	c, err := rpc.Dial(socket)
+	if err != nil {
+		return err
+	}
 	defer c.Close()
 	return c.Capture(ctx, rpc.CaptureOptions{Filter: r.Filter, Outer: r.Outer, SnapLen: r.SnapLen},
 		func(packets []rpc.CapturedPacket, lost uint64) error {
@@ -197,7 +205,7 @@ type captureSink struct {
 	mu    sync.Mutex
 	pcap  *pcapng // nil: text
 	count int
-	lost  map[string]uint64
+	lost  map[string]lostPackets
 	// The sources that run, and those of which nothing is known yet.
 	began, waiting int
 	failed         bool
@@ -206,40 +214,34 @@ type captureSink struct {
 // errEnough ends a capture that has what was asked for.
 var errEnough = errors.New("enough")
 
-// collect captures from all sources at once, until ctx is done or there is enough. A source that fails is said, and the
-// others go on; the error then is that something is missing.
+// collect captures from all sources at once, until ctx is done, there is enough, or what is captured cannot be written. A source
+// that fails is said, and the others go on; the error then is that something is missing.
 func (s *captureSink) collect(ctx context.Context, sources []captureSource, req api.CaptureRequest) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
 	s.waiting = len(sources)
 	var all sync.WaitGroup
 	for _, src := range sources {
 		all.Go(func() {
-			began := false
-			err := src.capture(ctx, req, func(c api.Captured) error {
-				if !began {
-					began = true
-					s.begin()
-				}
-				return s.take(src.name, c)
-			})
-			switch {
-			case errors.Is(err, errEnough):
-				cancel()
-			case err != nil && ctx.Err() == nil:
-				s.fail(err, !began)
+			switch err := s.follow(ctx, src, req); {
+			case errors.Is(err, errEnough), errors.Is(err, errWrite):
+				cancel(err)
+			case err != nil:
+				s.fail(err)
 			}
 		})
 	}
 	all.Wait()
+	if err := context.Cause(ctx); errors.Is(err, errWrite) {
+		return err
+	}
 	if s.failed {
 		return ExitError{1}
 	}
 	return nil
 }
 
-// begin notes a source that runs, and fail one that does not, or not any more. Once nothing is waited for, it is said that the
-// capture runs.
+// begin notes a source that runs, and refused one that does not. Once nothing is waited for, it is said that the capture runs.
 func (s *captureSink) begin() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -247,14 +249,18 @@ func (s *captureSink) begin() {
 	s.answered()
 }
 
-func (s *captureSink) fail(err error, atOnce bool) {
+func (s *captureSink) refused() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.answered()
+}
+
+// fail says that something is missing.
+func (s *captureSink) fail(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.failed = true
 	fmt.Fprintln(s.errs, err)
-	if atOnce {
-		s.answered()
-	}
 }
 
 func (s *captureSink) answered() {
@@ -268,7 +274,9 @@ func (s *captureSink) take(name string, c api.Captured) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if c.Packet == nil && c.Length == 0 {
-		s.lost[name] = max(s.lost[name], c.Lost)
+		l := s.lost[name]
+		l.now = max(l.now, c.Lost)
+		s.lost[name] = l
 		return nil
 	}
 	if s.o.count > 0 && s.count >= s.o.count {
@@ -286,10 +294,14 @@ func (s *captureSink) take(name string, c api.Captured) error {
 		}
 		_, err = fmt.Fprintf(s.out, "%s %s %s [%s]\n", c.Time.Local().Format("15:04:05.000000"), prefix, describe(c.Packet, c.Length), verdictText(c))
 	}
-	if err == nil && s.count == s.o.count {
-		err = errEnough
+	switch {
+	case err != nil:
+		s.count--
+		return fmt.Errorf("%w: %w", errWrite, err)
+	case s.count == s.o.count:
+		return errEnough
 	}
-	return err
+	return nil
 }
 
 // verdictText says what became of a packet.
@@ -317,22 +329,24 @@ func verdictText(c api.Captured) string {
 	return text
 }
 
-// finish writes what was lost, and says it.
+// finish says what was lost, and writes it.
 func (s *captureSink) finish() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var errs []error
 	for _, name := range sortedKeys(s.lost) {
-		n := s.lost[name]
+		n := s.lost[name].all()
 		if n > 0 {
 			fmt.Fprintf(s.errs, "%s: %d packets were lost for want of room\n", name, n)
 		}
-		if s.pcap == nil {
+		if s.pcap == nil || s.pcap.failed != nil {
 			continue
 		}
 		for port := range s.pcap.interfaces {
 			if strings.HasPrefix(port, name+"/") { // the loss is the node's: it stands with one of its ports
-				errs = append(errs, s.pcap.lost(port, time.Now(), n))
+				if err := s.pcap.lost(port, time.Now(), n); err != nil {
+					errs = append(errs, fmt.Errorf("%w: %w", errWrite, err))
+				}
 				break
 			}
 		}

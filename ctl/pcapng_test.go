@@ -86,7 +86,7 @@ func fakeSource(name string, lines ...api.Captured) captureSource {
 func collectAll(t *testing.T, o captureOptions, ctx context.Context, sources ...captureSource) (out, errs string, err error) {
 	t.Helper()
 	var w, e bytes.Buffer
-	s := &captureSink{o: &o, out: &w, errs: &e, many: len(sources) > 1, lost: map[string]uint64{}}
+	s := &captureSink{o: &o, out: &w, errs: &e, many: len(sources) > 1, lost: map[string]lostPackets{}}
 	err = s.collect(ctx, sources, api.CaptureRequest{})
 	if finish := s.finish(); finish != nil {
 		t.Error(finish)
