@@ -87,6 +87,12 @@ func TestDropsNamePodAndPacket(t *testing.T) {
 	if text := in(t, node(t, 3).Netns, "margayctl", "drops", "--node", n1.Name); !strings.Contains(text, "from "+pod.Name+" (") {
 		t.Errorf("%s", text)
 	}
+	if byCounter := drops(t, "--node", n1.Name, "--reason", "drop_no_route").Drops; len(byCounter) != 1 || byCounter[0].Reason != "no_route" {
+		t.Errorf("a reason named as its counter: %+v", byCounter)
+	}
+	if text := in(t, node(t, 3).Netns, "margayctl", "drops", "--reason", "no_rout"); !strings.Contains(text, `for the reason "no_rout"; there are drops for `) || !strings.Contains(text, "no_route") {
+		t.Errorf("a reason that is none: %s", text)
+	}
 }
 
 // TestAddressOfNoPod: what goes to an address of a node's block that no pod has, from this node and from another, is counted, and
