@@ -92,8 +92,8 @@ type nodeBox struct {
 	peer     *tap
 	peerMAC  net.HardwareAddr
 	nodeMAC  net.HardwareAddr
-	sent     uint32
 	injected [2]uint64
+	markers
 }
 
 // newNodeBox starts the vRouter with a driver in a namespace. Its pods are behind the TUN device in0.
@@ -161,60 +161,43 @@ func update() vrouter.Update {
 // marker is what has come of the packet. An inward packet may come out at either end, so it has a marker each way.
 func (n *nodeBox) route(t testing.TB, d direction, b []byte) result {
 	t.Helper()
-	n.injected[d]++
+	atPeer, atPods := awaited{}, awaited{}
 	var r result
 	if d == inward {
 		n.peer.send(t, n.peerMAC, n.nodeMAC, tunnel(b))
-		mark := n.marker(remoteHost, podHost)
-		n.peer.send(t, n.peerMAC, n.nodeMAC, tunnel(mark))
-		n.injected[inward]++
-		r.back = n.backUntil(t, mark)
+		n.peer.send(t, n.peerMAC, n.nodeMAC, tunnel(n.udp(atPods, markHost, podHost, 64, 0, 0, nil)))
+		n.injected[inward] += 2
+		var came [][]byte
+		r.back = atPods.until(t, "toward the pods", func() []byte {
+			if len(came) == 0 {
+				came = n.in.wait(t)
+			}
+			b := came[0]
+			came = came[1:]
+			return b
+		})
+		r.back = append(r.back, came...)
 	} else {
 		n.in.write(t, b)
+		n.injected[outward]++
 	}
-	mark := n.marker(podHost, remoteHost)
-	n.in.write(t, mark)
+	n.in.write(t, n.udp(atPeer, podHost, markHost, 64, 0, 0, nil))
 	n.injected[outward]++
-	for {
-		got := n.peer.next(t)
-		inner, ok := untunnel(t, got)
-		if !ok {
-			continue
-		}
-		if isMarker(inner) {
-			break
-		}
-		r.out = append(r.out, inner)
-	}
+	r.out = n.atPeer(t, atPeer)
 	r.back = append(r.back, n.in.read(t)...)
 	return r
 }
 
-// backUntil reads what comes out toward the pods until mark does.
-func (n *nodeBox) backUntil(t testing.TB, mark []byte) [][]byte {
+// atPeer returns what comes to the other node through the tunnel besides markers, until the last one that is awaited.
+func (n *nodeBox) atPeer(t testing.TB, marks awaited) [][]byte {
 	t.Helper()
-	var out [][]byte
-	for {
-		for _, b := range n.in.wait(t) {
-			if isMarker(b) {
-				return out
+	return marks.until(t, "at the other node", func() []byte {
+		for {
+			if inner, ok := untunnel(t, n.peer.next(t)); ok {
+				return inner
 			}
-			out = append(out, b)
 		}
-	}
-}
-
-// marker is a packet that passes every router.
-func (n *nodeBox) marker(src, dst netip.Addr) []byte {
-	n.sent++
-	payload := binary.BigEndian.AppendUint32([]byte{0, markPort, 0, markPort, 0, 12, 0, 0}, n.sent)
-	return build(spec{src: src, dst: dst, ttl: 64, protocol: 17, payload: payload})
-}
-
-const markPort = 4
-
-func isMarker(b []byte) bool {
-	return len(b) == 32 && b[9] == 17 && b[21] == markPort && b[23] == markPort
+	})
 }
 
 // tunnel is what the other node sends: b in IP-in-IP, by RFC 2003 section 3.1.

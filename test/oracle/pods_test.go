@@ -19,11 +19,12 @@ import (
 // podBox is a node whose pods have namespaces and interfaces of their own, and are mute. The first of them only receives.
 //
 // In `direct`, what a pod sends goes by the vRouter or by the kernel, and the test does not know which: so there is a marker
-// behind it on each way, to each place where something can come out. That none overtakes another takes one CPU for all.
+// behind it on each way, to each place where something can come out. That none overtakes another takes one CPU for all. With
+// IOTC there is a third way, which needs no marker: what programs forward is out before the kernel looks at the next packet.
 type podBox struct {
 	nodeBox
 	pods []*attached
-	last int
+	turn int
 }
 
 // attached is a pod with an eye on its interface.
@@ -69,8 +70,8 @@ func newPodBox(t testing.TB, driver port.Options, options vrouter.Options, mtu i
 
 // nextPod returns the sender's turn.
 func (n *podBox) nextPod() netip.Addr {
-	n.last = n.last%(len(n.pods)-1) + 1
-	return n.pods[n.last].address
+	n.turn = n.turn%(len(n.pods)-1) + 1
+	return n.pods[n.turn].address
 }
 
 // route sends a packet, and markers behind it.
@@ -80,18 +81,17 @@ func (n *podBox) route(t testing.TB, in input) result {
 		return n.arrive(t, tunnel(in.bytes), in.pod)
 	}
 	pod, neighbour := n.of(in.pod), n.pods[0]
+	atPeer, atPod, atNeighbour := awaited{}, awaited{}, awaited{}
 	send := func(b []byte) { pod.tap.send(t, pod.mac, node.PodMAC, b) }
 	send(in.bytes)
-	for _, way := range []way{quick, slow} {
-		send(n.mark(pod.address, remoteHost, 64, way))
-		send(n.mark(pod.address, remoteHost, 1, way)) // errors
-		send(n.mark(pod.address, neighbour.address, 64, way))
+	for _, way := range []way{quick, slow, handed} {
+		send(n.mark(atPeer, pod.address, markHost, 64, way))
+		// An error about what comes from a pod goes back to it.
+		send(n.mark(atPod, pod.address, neighbour.address, 1, way))
+		send(n.mark(atNeighbour, pod.address, neighbour.address, 64, way))
 	}
-	send(n.mark(pod.address, neighbour.address, 64, handed))
-	send(n.mark(pod.address, neighbour.address, 1, handed))
-	send(n.mark(pod.address, remoteHost, 64, handed))
-	r := result{out: n.atPeer(t, 3), back: untilMarks(t, pod.tap, 3)}
-	r.back = append(r.back, untilMarks(t, neighbour.tap, 3)...)
+	r := result{out: n.atPeer(t, atPeer), back: pod.until(t, atPod)}
+	r.back = append(r.back, neighbour.until(t, atNeighbour)...)
 	return r
 }
 
@@ -99,94 +99,52 @@ func (n *podBox) route(t testing.TB, in input) result {
 func (n *podBox) arrive(t testing.TB, outer []byte, to netip.Addr) result {
 	t.Helper()
 	pod := n.of(to)
+	atPeer, atPod := awaited{}, awaited{}
 	for _, b := range [][]byte{
 		outer,
-		tunnel(n.mark(remoteHost, pod.address, 64, quick)), // the vRouter's way
-		tunnel(n.mark(remoteHost, pod.address, 64, slow)),  // the kernel's
-		tunnel(n.mark(remoteHost, pod.address, 1, slow)),   // the kernel's errors
+		tunnel(n.mark(atPod, markHost, pod.address, 64, quick)),
+		tunnel(n.mark(atPod, markHost, pod.address, 64, slow)),
+		tunnel(n.mark(atPeer, markHost, pod.address, 1, slow)), // the kernel's errors
 	} {
 		if b != nil {
 			n.peer.send(t, n.peerMAC, n.nodeMAC, b)
 		}
 	}
-	return result{out: n.atPeer(t, 1), back: untilMarks(t, pod.tap, 2)}
+	return result{out: n.atPeer(t, atPeer), back: pod.until(t, atPod)}
 }
 
 // of returns the pod that has an address.
 func (n *podBox) of(address netip.Addr) *attached { return n.pods[address.As4()[3]-1] }
 
+// until returns what comes to the pod besides markers, until the last one that is awaited.
+func (p *attached) until(t testing.TB, marks awaited) [][]byte {
+	t.Helper()
+	return marks.until(t, "at pod "+p.address.String(), func() []byte { return p.tap.next(t) })
+}
+
 // way is whose a marker is.
 type way int
 
 const (
-	quick  way = iota // the vRouter's
+	quick  way = iota // the vRouter's workers'
 	slow              // the kernel's, from the pod's interface on
 	handed            // the vRouter hands it to the kernel
 )
 
-// atPeer returns what comes to the other node, as far as so many markers.
-func (n *podBox) atPeer(t testing.TB, marks int) (out [][]byte) {
-	t.Helper()
-	for marks > 0 {
-		inner, ok := untunnel(t, n.peer.next(t))
-		switch {
-		case !ok:
-		case isMark(inner):
-			marks--
-		default:
-			out = append(out, inner)
-		}
-	}
-	return out
-}
-
-// untilMarks returns what comes by a tap, as far as so many markers.
-func untilMarks(t testing.TB, from *tap, marks int) (out [][]byte) {
-	t.Helper()
-	for marks > 0 {
-		if b := from.next(t); isMark(b) {
-			marks--
-		} else {
-			out = append(out, b)
-		}
-	}
-	return out
-}
-
-// mark is a packet that everybody lets pass, or with a TTL of 1 answers. Each way has a flow of its own: what the kernel has
+// mark is a marker that goes one of the ways, and is awaited at a place. Each way has a flow of its own: what the kernel has
 // been seen to handle stays the kernel's.
-func (n *podBox) mark(src, dst netip.Addr, ttl byte, way way) []byte {
-	payload := 4
-	if way == handed {
-		if dst == remoteHost {
-			// An ICMP message without a byte is the kernel's, and who looks at padding takes that for one.
-			return append(build(spec{src: src, dst: dst, ttl: ttl, protocol: 1, id: markID}), 0)
-		}
-		payload = wayMTU // it does not fit what the vRouter takes for the pods' MTU
+func (n *podBox) mark(at awaited, src, dst netip.Addr, ttl byte, way way) []byte {
+	switch {
+	case way == quick:
+		return append(n.udp(at, src, dst, ttl, uint16(way), 4, nil), 0) // programs leave what is padded to a worker
+	case way == slow:
+		return n.udp(at, src, dst, ttl, uint16(way), 4, []byte{1, 1, 1, 1})
+	case dst == markHost:
+		// An ICMP message without a byte is the kernel's, and who looks at padding takes that for one.
+		return append(n.icmp(at, src, dst), 0)
 	}
-	s := spec{src: src, dst: dst, ttl: ttl, protocol: 17, payload: append([]byte{0, markPort, 0, markPort + byte(way), 0, 0, 0, 0}, make([]byte, payload)...)}
-	binary.BigEndian.PutUint16(s.payload[4:], uint16(len(s.payload)))
-	if way == slow {
-		s.options = []byte{1, 1, 1, 1}
-	}
-	return build(s)
-}
-
-const markID = 0xfeed
-
-// isMark reports whether a packet is a marker, or an error about one.
-func isMark(b []byte) bool {
-	if isError(b) {
-		b = b[int(b[0]&15)*4+8:]
-	}
-	if len(b) < 20 {
-		return false
-	}
-	if b[9] == 1 {
-		return len(b) == 20 && binary.BigEndian.Uint16(b[4:]) == markID
-	}
-	hl := int(b[0]&15) * 4
-	return len(b) >= hl+8 && b[9] == 17 && binary.BigEndian.Uint32(b[hl:])&^3 == markPort<<16|markPort
+	// It does not fit what the vRouter takes for the pods' MTU.
+	return n.udp(at, src, dst, ttl, uint16(way), wayMTU, nil)
 }
 
 // onDirect runs a test on each driver that reads pods' interfaces.
@@ -201,6 +159,9 @@ func onDirect(t *testing.T, f func(t *testing.T, oracle *kernelBox, box *podBox,
 			f(t, oracle, box, world{nextPod: box.nextPod, neighbour: box.pods[0].address, mtu: mtu})
 			if c := box.Counters(); c["forwarded_local"] == 0 || c["forwarded_encap"] == 0 || c["forwarded_decap"] == 0 || c["forwarded_host"] == 0 {
 				t.Errorf("some way was not gone: %v", c)
+			}
+			if carried := box.Carried(); (carried > 0) != (d.IO == port.IOTC) {
+				t.Errorf("the kernel has carried %d packets", carried)
 			}
 			if lost := box.Balance(t); lost > 0 {
 				t.Errorf("the kernel has lost %d packets around the vRouter: %v", lost, box.Counters())
