@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -32,10 +33,23 @@ var Drivers = []port.Options{
 	{Attach: port.AttachDirect, IO: port.IOTC, Name: "vr0", Queues: 1},
 }
 
+// Queued are the drivers with so many queues each, and a worker for each queue.
+func Queued(queues int) []port.Options {
+	all := slices.Clone(Drivers)
+	for i := range all {
+		all[i].Queues = queues
+	}
+	return all
+}
+
 // OnEach runs a test on each of drivers.
 func OnEach(t *testing.T, drivers []port.Options, f func(*testing.T, port.Options)) {
 	for _, d := range drivers {
-		t.Run(d.Attach+","+d.IO, func(t *testing.T) { f(t, d) })
+		name := d.Attach + "," + d.IO
+		if d.Queues > 1 {
+			name += fmt.Sprintf(",%d queues", d.Queues)
+		}
+		t.Run(name, func(t *testing.T) { f(t, d) })
 	}
 }
 
@@ -63,11 +77,15 @@ type Config struct {
 func Start(t testing.TB, s *space.Space, c Config) *Node {
 	t.Helper()
 	n := &Node{Space: s, Router: vrouter.New(), driver: c.Driver}
-	var reply *port.Reply
+	var replies []*port.Reply // one for each worker that answers
 	var icmp *port.ICMP
 	s.Do(t, func() (err error) {
-		if reply, err = port.OpenReply(); err != nil {
-			return err
+		for range c.Driver.Queues {
+			reply, err := port.OpenReply()
+			if err != nil {
+				return err
+			}
+			replies = append(replies, reply)
 		}
 		if icmp, err = port.OpenICMP(); err != nil {
 			return err
@@ -85,7 +103,13 @@ func Start(t testing.TB, s *space.Space, c Config) *Node {
 	}
 	n.Router.OnConfig(n.Ports.Configure)
 	workers := n.Ports.Workers(n.Router)
-	workers[0].SetReply(reply)
+	answering := 0
+	for _, w := range workers {
+		if w.Direction() != vrouter.Decap {
+			w.SetReply(replies[answering])
+			answering++
+		}
+	}
 	if err := n.Router.Update(c.Update); err != nil {
 		t.Fatal(err)
 	}
@@ -118,7 +142,11 @@ func Start(t testing.TB, s *space.Space, c Config) *Node {
 				t.Error(err)
 			}
 		}
-		if err := errors.Join(n.Ports.Close(), reply.Close(), icmp.Close()); err != nil {
+		errs := []error{n.Ports.Close(), icmp.Close()}
+		for _, r := range replies {
+			errs = append(errs, r.Close())
+		}
+		if err := errors.Join(errs...); err != nil {
 			t.Error(err)
 		}
 	})
@@ -127,6 +155,9 @@ func Start(t testing.TB, s *space.Space, c Config) *Node {
 
 // Direct reports whether the vRouter reads the pods' own interfaces.
 func (n *Node) Direct() bool { return n.driver.Attach == port.AttachDirect }
+
+// Queues is how many the vRouter's ports have, with a worker each, or one for each direction.
+func (n *Node) Queues() int { return n.Ports.Queues }
 
 // Counters are those that are not zero.
 func (n *Node) Counters() map[string]uint64 {
@@ -139,13 +170,26 @@ func (n *Node) Counters() map[string]uint64 {
 	return all
 }
 
-// Carried is how many packets the port has forwarded by itself, in the kernel, which no worker has taken.
-func (n *Node) Carried() uint64 {
+// Carried is what the port has forwarded by itself, in the kernel, and no worker has taken: with IOTC only.
+func (n *Node) Carried() vrouter.Carried {
 	if n.Ports.Direct == nil {
-		return 0
+		return vrouter.Carried{}
 	}
-	c := n.Ports.Direct.Carried()
-	return c.Encap.Packets + c.Decap.Packets + c.Local.Packets
+	return n.Ports.Direct.Carried()
+}
+
+// UntilCarried calls send, after which packets have gone into the tunnel and come out of it, until the port carries those
+// itself, which begins some time after the first of them. Where it carries none it returns at once.
+func (n *Node) UntilCarried(t testing.TB, send func()) {
+	t.Helper()
+	if n.driver.IO != port.IOTC {
+		return
+	}
+	Until(t, "packets carried in the kernel, there and back", func() bool {
+		send()
+		c := n.Carried()
+		return c.Encap.Packets > 0 && c.Decap.Packets > 0
+	})
 }
 
 // Balance waits until every packet that the workers have taken, or the port has carried, is accounted for, and fails the
@@ -155,7 +199,8 @@ func (n *Node) Carried() uint64 {
 func (n *Node) Balance(t testing.TB) (lost uint64) {
 	t.Helper()
 	for deadline := time.Now().Add(Patience); ; time.Sleep(time.Millisecond) {
-		in := n.Carried()
+		carried := n.Carried()
+		in := carried.Encap.Packets + carried.Decap.Packets + carried.Local.Packets
 		for _, b := range n.Router.Batches() {
 			in += b.Packets
 		}

@@ -12,31 +12,23 @@ import (
 // nobody waits for it is a defect, and never taken for another one.
 type markers struct{ last uint16 }
 
-// markHost is the pod of the other node that only markers go to and come from.
-var markHost = addr("10.244.2.254")
-
-// markPort is the source port of markers by UDP. The destination ports from it on are theirs too.
-const markPort = 4
+const (
+	// markPort is the source port of markers. Their destination ports are markPorts from it on: each way has its own, and so
+	// flows of its own, because a flow that the kernel has been seen to handle stays the kernel's.
+	markPort  = 4
+	markPorts = 8
+)
 
 // awaited are the markers that have yet to come out at a place, by their numbers.
 type awaited map[uint16]bool
 
-// udp makes a marker that is awaited at a place. Each port is a flow of its own.
-func (m *markers) udp(at awaited, src, dst netip.Addr, ttl byte, port uint16, payload int, options []byte) []byte {
-	data := binary.BigEndian.AppendUint16([]byte{0, markPort}, markPort+port)
-	data = append(binary.BigEndian.AppendUint16(data, uint16(8+payload)), make([]byte, 2+payload)...)
-	return build(spec{src: src, dst: dst, ttl: ttl, protocol: 17, id: m.number(at), options: options, payload: data})
-}
-
-// icmp makes a marker that is an ICMP message without a byte.
-func (m *markers) icmp(at awaited, src, dst netip.Addr) []byte {
-	return build(spec{src: src, dst: dst, ttl: 64, protocol: 1, id: m.number(at), payload: []byte{}})
-}
-
-func (m *markers) number(at awaited) uint16 {
+// mark makes a marker that is awaited at a place.
+func (m *markers) mark(at awaited, src, dst netip.Addr, ttl byte, way uint16, payload int, options []byte) []byte {
 	m.last++
 	at[m.last] = true
-	return m.last
+	data := binary.BigEndian.AppendUint16([]byte{0, markPort}, markPort+way)
+	data = append(binary.BigEndian.AppendUint16(data, uint16(8+payload)), make([]byte, 2+payload)...)
+	return build(spec{src: src, dst: dst, ttl: ttl, protocol: 17, id: m.last, options: options, payload: data})
 }
 
 // markerNumber returns the number of a marker, or of the one that an error is about.
@@ -44,19 +36,12 @@ func markerNumber(b []byte) (number uint16, ok bool) {
 	if isError(b) {
 		b = b[int(b[0]&15)*4+8:]
 	}
-	if len(b) < 20 {
+	if len(b) < 20 || b[9] != 17 {
 		return 0, false
 	}
-	number = binary.BigEndian.Uint16(b[4:])
-	src, dst := netip.AddrFrom4([4]byte(b[12:])), netip.AddrFrom4([4]byte(b[16:]))
-	if b[9] == 1 {
-		return number, src == markHost || dst == markHost
-	}
-	hl := int(b[0]&15) * 4
-	ports := func() bool {
-		return binary.BigEndian.Uint16(b[hl:]) == markPort && binary.BigEndian.Uint16(b[hl+2:])-markPort < 64
-	}
-	return number, b[9] == 17 && len(b) >= hl+8 && ports()
+	udp := b[min(int(b[0]&15)*4, len(b)):]
+	return binary.BigEndian.Uint16(b[4:]),
+		len(udp) >= 8 && binary.BigEndian.Uint16(udp) == markPort && binary.BigEndian.Uint16(udp[2:])-markPort < markPorts
 }
 
 // until returns what next does besides markers, until the last one that is awaited has come.
@@ -75,4 +60,29 @@ func (a awaited) until(t testing.TB, where string, next func() []byte) (out [][]
 		}
 	}
 	return out
+}
+
+// lane is a pod of the other node with which markers go by a certain worker.
+type lane = netip.Addr
+
+// lanes finds a lane for each of so many workers, which are all that a way leads to. send sends a marker in a lane, by one
+// worker, and waits until it has come out.
+func (n *nodeBox) lanes(t testing.TB, workers int, send func(lane)) (all []lane) {
+	t.Helper()
+	found := map[int]bool{}
+	for host := byte(100); len(all) < workers; host++ {
+		if host == 200 {
+			t.Fatalf("markers go by %d workers, expected %d", len(all), workers)
+		}
+		l := netip.AddrFrom4([4]byte{10, 244, 2, host})
+		before := n.Router.Batches()
+		send(l)
+		for worker, b := range n.Router.Batches() {
+			if b.Packets > before[worker].Packets && !found[worker] {
+				found[worker] = true
+				all = append(all, l)
+			}
+		}
+	}
+	return all
 }
