@@ -9,9 +9,7 @@ import (
 	"os/signal"
 	"slices"
 	"strings"
-	"sync"
 	"syscall"
-	"time"
 
 	"github.com/spf13/cobra"
 
@@ -42,7 +40,11 @@ tcp, udp, icmp, ip[…], and, or, not; docs/trace.md lists it. It is asked about
 inner one, with --outer about the outer.
 
 Forwarding never waits for a capture. What finds no room is lost, and counted; Ctrl-C ends a capture, and closes the file
-properly. With --socket the vRouter of this node is asked directly, when neither etcd nor an agent is there.`,
+properly. A vRouter or an agent that is restarted meanwhile is asked again, for half a minute. With --socket the vRouter of
+this node is asked directly, when neither etcd nor an agent is there.
+
+The exit status is 1 when something is missing: a node did not answer, or not all the time, or FILE cannot be written, which
+ends the capture; what was written until then can be read.`,
 		Example: `  margayctl capture lab-node1-pod1
   margayctl capture any 'tcp port 80 and tcp[tcpflags] & tcp-syn != 0' -c 10
   margayctl capture lab-node2 not icmp -w - | tshark -r -
@@ -88,7 +90,7 @@ func (o *captureOptions) run(cmd *cobra.Command, target, filter string) error {
 	if err != nil {
 		return err
 	}
-	s := &captureSink{o: o, out: w, errs: cmd.ErrOrStderr(), many: len(sources) > 1, lost: map[string]uint64{}}
+	s := &captureSink{o: o, out: w, errs: cmd.ErrOrStderr(), many: len(sources) > 1, lost: map[string]lostPackets{}}
 	if o.file != "" {
 		if s.pcap, err = newPcapng(w); err != nil {
 			return errors.Join(err, w.Close())
@@ -96,7 +98,11 @@ func (o *captureOptions) run(cmd *cobra.Command, target, filter string) error {
 	}
 	req := api.CaptureRequest{Filter: filter, Outer: o.outer, SnapLen: o.snaplen}
 	err = s.collect(ctx, sources, req)
-	return errors.Join(err, s.finish(), w.Close())
+	err = errors.Join(err, s.finish())
+	if errors.Is(err, errWrite) {
+		s.cut()
+	}
+	return errors.Join(err, w.Close())
 }
 
 // sources finds whom to ask, and makes a filter of a pod.
@@ -105,12 +111,8 @@ func (o *captureOptions) sources(ctx context.Context, cmd *cobra.Command, target
 		if target != "any" {
 			return nil, "", fmt.Errorf("%q: with --socket expected any: who has which address is in the datastore", target)
 		}
-		c, err := rpc.Dial(o.local)
-		if err != nil {
-			return nil, "", err
-		}
 		return []captureSource{{o.local, func(ctx context.Context, r api.CaptureRequest, got func(api.Captured) error) error {
-			return captureLocal(ctx, c, r, got)
+			return captureLocal(ctx, o.local, r, got)
 		}}}, filter, nil
 	}
 	open, cancel := context.WithTimeout(ctx, callTimeout)
@@ -153,7 +155,11 @@ func (o *captureOptions) sources(ctx context.Context, cmd *cobra.Command, target
 }
 
 // captureLocal is a capture without an agent.
-func captureLocal(ctx context.Context, c *rpc.Client, r api.CaptureRequest, got func(api.Captured) error) error {
+func captureLocal(ctx context.Context, socket string, r api.CaptureRequest, got func(api.Captured) error) error {
+	c, err := rpc.Dial(socket)
+	if err != nil {
+		return err
+	}
 	defer c.Close()
 	return c.Capture(ctx, rpc.CaptureOptions{Filter: r.Filter, Outer: r.Outer, SnapLen: r.SnapLen},
 		func(packets []rpc.CapturedPacket, lost uint64) error {
@@ -187,111 +193,6 @@ type nopCloser struct{ io.Writer }
 
 func (nopCloser) Close() error { return nil }
 
-// captureSink writes what all sources give.
-type captureSink struct {
-	o    *captureOptions
-	out  io.Writer
-	errs io.Writer
-	many bool
-
-	mu    sync.Mutex
-	pcap  *pcapng // nil: text
-	count int
-	lost  map[string]uint64
-	// The sources that run, and those of which nothing is known yet.
-	began, waiting int
-	failed         bool
-}
-
-// errEnough ends a capture that has what was asked for.
-var errEnough = errors.New("enough")
-
-// collect captures from all sources at once, until ctx is done or there is enough. A source that fails is said, and the
-// others go on; the error then is that something is missing.
-func (s *captureSink) collect(ctx context.Context, sources []captureSource, req api.CaptureRequest) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	s.waiting = len(sources)
-	var all sync.WaitGroup
-	for _, src := range sources {
-		all.Go(func() {
-			began := false
-			err := src.capture(ctx, req, func(c api.Captured) error {
-				if !began {
-					began = true
-					s.begin()
-				}
-				return s.take(src.name, c)
-			})
-			switch {
-			case errors.Is(err, errEnough):
-				cancel()
-			case err != nil && ctx.Err() == nil:
-				s.fail(err, !began)
-			}
-		})
-	}
-	all.Wait()
-	if s.failed {
-		return ExitError{1}
-	}
-	return nil
-}
-
-// begin notes a source that runs, and fail one that does not, or not any more. Once nothing is waited for, it is said that the
-// capture runs.
-func (s *captureSink) begin() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.began++
-	s.answered()
-}
-
-func (s *captureSink) fail(err error, atOnce bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.failed = true
-	fmt.Fprintln(s.errs, err)
-	if atOnce {
-		s.answered()
-	}
-}
-
-func (s *captureSink) answered() {
-	if s.waiting--; s.waiting == 0 && s.began > 0 {
-		fmt.Fprintln(s.errs, "capturing; stop with Ctrl-C")
-	}
-}
-
-// take writes one packet.
-func (s *captureSink) take(name string, c api.Captured) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if c.Packet == nil && c.Length == 0 {
-		s.lost[name] = max(s.lost[name], c.Lost)
-		return nil
-	}
-	if s.o.count > 0 && s.count >= s.o.count {
-		return errEnough
-	}
-	s.count++
-	port := name + "/" + c.Port
-	var err error
-	if s.pcap != nil {
-		err = s.pcap.packet(port, c.Time, c.Packet, c.Length, verdictText(c))
-	} else {
-		prefix := c.Port
-		if s.many {
-			prefix = port
-		}
-		_, err = fmt.Fprintf(s.out, "%s %s %s [%s]\n", c.Time.Local().Format("15:04:05.000000"), prefix, describe(c.Packet, c.Length), verdictText(c))
-	}
-	if err == nil && s.count == s.o.count {
-		err = errEnough
-	}
-	return err
-}
-
 // verdictText says what became of a packet.
 func verdictText(c api.Captured) string {
 	var text string
@@ -315,28 +216,4 @@ func verdictText(c api.Captured) string {
 		text += "; checksum to be completed"
 	}
 	return text
-}
-
-// finish writes what was lost, and says it.
-func (s *captureSink) finish() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	var errs []error
-	for _, name := range sortedKeys(s.lost) {
-		n := s.lost[name]
-		if n > 0 {
-			fmt.Fprintf(s.errs, "%s: %d packets were lost for want of room\n", name, n)
-		}
-		if s.pcap == nil {
-			continue
-		}
-		for port := range s.pcap.interfaces {
-			if strings.HasPrefix(port, name+"/") { // the loss is the node's: it stands with one of its ports
-				errs = append(errs, s.pcap.lost(port, time.Now(), n))
-				break
-			}
-		}
-	}
-	fmt.Fprintf(s.errs, "%d packets captured\n", s.count)
-	return errors.Join(errs...)
 }

@@ -15,6 +15,8 @@ type pcapng struct {
 	w          io.Writer
 	interfaces map[string]uint32
 	buf        []byte
+	whole      int64 // bytes of complete blocks
+	failed     error // of a write: behind them may be a part of one, and nothing is written any more
 }
 
 // The blocks and options that are written.
@@ -46,13 +48,20 @@ func newPcapng(w io.Writer) (*pcapng, error) {
 
 // block writes one block: type, length, body, length.
 func (p *pcapng) block(kind uint32, body []byte) error {
+	if p.failed != nil {
+		return p.failed
+	}
 	length := uint32(12 + len(body))
 	p.buf = binary.LittleEndian.AppendUint32(p.buf[:0], kind)
 	p.buf = binary.LittleEndian.AppendUint32(p.buf, length)
 	p.buf = append(p.buf, body...)
 	p.buf = binary.LittleEndian.AppendUint32(p.buf, length)
-	_, err := p.w.Write(p.buf) // at once: a reader of a pipe sees whole blocks
-	return err
+	if _, err := p.w.Write(p.buf); err != nil { // at once: a reader of a pipe sees whole blocks
+		p.failed = err
+		return err
+	}
+	p.whole += int64(length)
+	return nil
 }
 
 // option appends an option, padded to 32 bits.

@@ -77,6 +77,19 @@ func NewPacket() *Packet {
 	return &Packet{Buf: make([]byte, BufferSize), Off: Headroom}
 }
 
+// newPackets returns n packets for one batch, with their buffers one behind the other. Each buffer begins a cache line
+// further on in its page than the one before, BufferSize being what it is: were the headers of all at the same place in a
+// page, as they are in buffers of their own, they would have the same few lines of the first cache to share.
+func newPackets(n int) []*Packet {
+	batch, packets, memory := make([]*Packet, n), make([]Packet, n), make([]byte, n*BufferSize)
+	for i := range batch {
+		packets[i].Buf, memory = memory[:BufferSize:BufferSize], memory[BufferSize:]
+		packets[i].Reset()
+		batch[i] = &packets[i]
+	}
+	return batch
+}
+
 // Bytes returns the packet from its IP header on. The slice is a view of the buffer.
 func (p *Packet) Bytes() []byte { return p.Buf[p.Off : p.Off+p.Len] }
 

@@ -24,6 +24,7 @@ type Worker struct {
 	switched  SwitchPort // in and out of a Transit worker
 	kernel    flowSets   // see transit
 	packets   []*Packet
+	used      int // how many of packets are not as Reset leaves them
 	outgoing  []*Packet
 	asked     []asked
 	addresses []uint32
@@ -78,12 +79,9 @@ func (r *Router) NewWorker(direction Direction, in, out Port) *Worker {
 
 func (r *Router) newWorker(w *Worker) *Worker {
 	w.router = r
-	w.packets = make([]*Packet, batchSize)
+	w.packets = newPackets(batchSize)
 	w.makeRoom(batchSize)
 	w.outer.counter = uint16(rand.Uint32()) // not where every other worker and node begins
-	for i := range w.packets {
-		w.packets[i] = NewPacket()
-	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	// A new slice, because Counters reads the old one outside the lock.
@@ -140,24 +138,31 @@ func (w *Worker) turn() error {
 
 // reset empties the packets of the last turn.
 func (w *Worker) reset() {
-	for _, p := range w.packets {
+	for _, p := range w.packets[:w.used] {
 		p.Reset()
 	}
+	w.used = 0
 }
 
 // carry is the rest of a turn that has received n packets.
 func (w *Worker) carry(n int) {
-	w.tallies.countBatch(n)
-	w.view = view{routes: w.router.table.Forwarding(), state: w.router.state.Load()}
 	taps := w.taps.Load()
 	if taps != nil {
 		taps.before(w.packets[:n])
 	}
-	w.walk(w.packets[:n])
-	w.flush()
+	w.forward(n)
 	if taps != nil {
 		taps.after(w.packets[:n])
 	}
+}
+
+// forward is carry as if nobody could capture.
+func (w *Worker) forward(n int) {
+	w.used = n
+	w.tallies.countBatch(n)
+	w.view = view{routes: w.router.table.Forwarding(), state: w.router.state.Load()}
+	w.walk(w.packets[:n])
+	w.flush()
 }
 
 // walk takes a batch up the worker's ladder.
