@@ -78,6 +78,7 @@ func Start(t testing.TB, s *space.Space, c Config) *Node {
 	t.Helper()
 	n := &Node{Space: s, Router: vrouter.New(), driver: c.Driver}
 	var replies []*port.Reply // one for each worker that answers
+	var relay *port.Reply
 	var icmp *port.ICMP
 	s.Do(t, func() (err error) {
 		for range c.Driver.Queues {
@@ -86,6 +87,9 @@ func Start(t testing.TB, s *space.Space, c Config) *Node {
 				return err
 			}
 			replies = append(replies, reply)
+		}
+		if relay, err = port.OpenReply(); err != nil {
+			return err
 		}
 		if icmp, err = port.OpenICMP(); err != nil {
 			return err
@@ -132,7 +136,13 @@ func Start(t testing.TB, s *space.Space, c Config) *Node {
 		run(f)
 	}
 	run(func() error {
-		return icmp.Listen(time.Second, func(b []byte) { n.Router.LearnPathMTU(b, time.Now()) }, func() {})
+		relayed := []*vrouter.Packet{vrouter.NewPacket()}
+		return icmp.Listen(time.Second, func(b []byte) {
+			n.Router.LearnPathMTU(b, time.Now())
+			if n.Router.Relay(b, time.Now(), relayed[0]) {
+				relay.Send(relayed)
+			}
+		}, func() {})
 	})
 	t.Cleanup(func() {
 		n.Ports.Stop()
@@ -142,7 +152,7 @@ func Start(t testing.TB, s *space.Space, c Config) *Node {
 				t.Error(err)
 			}
 		}
-		errs := []error{n.Ports.Close(), icmp.Close()}
+		errs := []error{n.Ports.Close(), relay.Close(), icmp.Close()}
 		for _, r := range replies {
 			errs = append(errs, r.Close())
 		}
