@@ -80,9 +80,9 @@ type Agent struct {
 	ready   bool
 	opened  bool // open has succeeded: what it sets is there for everybody
 
-	watches    atomic.Int32 // for probes, under way
-	echoes     atomic.Int32 // traces that are asking the network between nodes
-	tunnelLost atomic.Bool  // IPAM does not have the tunnel address as this node's any more
+	watches    turns       // for probes
+	echoes     turns       // of traces that ask the network between nodes
+	tunnelLost atomic.Bool // IPAM does not have the tunnel address as this node's any more
 }
 
 // Run is the agent's life: it returns nil after ctx is done and every session has been closed cleanly, and an error

@@ -78,6 +78,10 @@ type Desired struct {
 // blackholeMetric is far behind every route anybody installs: the blackhole only catches what has lost its route.
 const blackholeMetric = 1 << 20
 
+// nobodysMetric is that of the routes to vr0 for what no pod has: before the blackholes, and behind the routes of pods, which
+// may be as long (a borrowed address, a block of one).
+const nobodysMetric = blackholeMetric - 1
+
 // learnedMetric is that of routes to the world outside the pools (BIRD's default for its kernel routes): behind what
 // the operator has configured by hand, which comes without a metric.
 const learnedMetric = 32
@@ -87,6 +91,11 @@ const widestBlock = 20
 
 // tunnelDevice is the vRouter's device, to which the kernel routes the pools that need encapsulation.
 const tunnelDevice = "vr0"
+
+// tunnelGateway is the next hop of all routes to the tunnel device. Nobody has it, and nobody is asked for it; but a packet that
+// comes out of the tunnel and goes back into it is no reason for an ICMP redirect then, which would tell its sender that the
+// destination is on his link (RFC 1812, 5.2.7.2), and the kernel needs one neighbour for the tunnel and not one for each pod.
+var tunnelGateway = netip.MustParseAddr(podGateway)
 
 // ipipOverhead is the outer header's size, bytes (RFC 2003).
 const ipipOverhead = 20
@@ -147,17 +156,24 @@ func (d *Desired) pools(in Inputs) {
 
 func encapsulates(mode string) bool { return mode == "Always" || mode == "CrossSubnet" }
 
-// ownBlocks are announced, accepted out of the tunnel, and blackholed in the kernel, so that a packet to an address
-// that no pod has does not loop through vr0.
+// ownBlocks are announced, and accepted out of the tunnel.
 func (d *Desired) ownBlocks(in Inputs) {
 	for _, b := range in.Blocks {
-		d.Routes[b] = rpc.Local()
+		d.here(in, b)
 		if p, ok := poolOf(in.Pools, b); !ok || !p.DisableBGPExport {
 			d.Announce = append(d.Announce, b)
 		}
-		if !slices.ContainsFunc(in.Pools, func(p Pool) bool { return p.CIDR == b }) {
-			d.Kernel = append(d.Kernel, KernelRoute{Prefix: b, Blackhole: true, Metric: blackholeMetric})
-		}
+	}
+}
+
+// here makes a prefix this node's. The kernel has a longer route for each pod in it; what is left goes to vr0, where the
+// vRouter counts it as no_pod and tells its sender, or to an address that another node has borrowed. While nobody
+// reads vr0 there is the blackhole.
+func (d *Desired) here(in Inputs, prefix netip.Prefix) {
+	d.Routes[prefix] = rpc.Local()
+	d.Kernel = append(d.Kernel, KernelRoute{Prefix: prefix, Blackhole: true, Metric: blackholeMetric})
+	if prefix.Addr().Is4() {
+		d.Kernel = append(d.Kernel, KernelRoute{Prefix: prefix, Device: tunnelDevice, Source: in.Tunnel, Metric: nobodysMetric})
 	}
 }
 
@@ -173,12 +189,9 @@ func (d *Desired) borrowed(in Inputs) {
 		if _, done := d.Routes[one]; done || !ok || pool.Unsupported != "" {
 			continue
 		}
-		d.Routes[one] = rpc.Local()
+		d.here(in, one)
 		if !pool.DisableBGPExport {
 			d.Announce = append(d.Announce, one)
-		}
-		if pool.CIDR != one {
-			d.Kernel = append(d.Kernel, KernelRoute{Prefix: one, Blackhole: true, Metric: blackholeMetric})
 		}
 	}
 }
@@ -199,7 +212,6 @@ func lent(in Inputs, members map[netip.Addr]bool, b, prefix netip.Prefix, path b
 type way struct {
 	kind    rpc.Kind // KindTunnel, or KindDirect
 	outside bool     // of the pools: a route of the kernel's alone
-	lent    bool     // inside this node's own block
 }
 
 // learned places one BGP route, over all of its equally good paths that are not refused and lead the same way.
@@ -232,9 +244,6 @@ func (d *Desired) learned(in Inputs, members map[netip.Addr]bool, prefix netip.P
 		return
 	case first.kind == rpc.KindDirect:
 		d.direct(in, prefix, hop, 0)
-	case first.lent:
-		// The blackhole under the own block lies over the pool's route to vr0.
-		d.Kernel = append(d.Kernel, KernelRoute{Prefix: prefix, Device: tunnelDevice, Source: in.Tunnel})
 	}
 	d.Routes[prefix] = hop
 }
@@ -249,7 +258,6 @@ func (d *Desired) judge(in Inputs, members map[netip.Addr]bool, prefix netip.Pre
 			if why := lent(in, members, b, prefix, path); why != "" {
 				return w, why
 			}
-			w.lent = true
 		}
 	}
 	if _, here := d.Routes[prefix]; here {

@@ -56,9 +56,9 @@ func TestComputeByMode(t *testing.T) {
 		pool         []string
 		encap        bool
 	}{
-		{"Always", tunnel2, tunnel3, nil, []string{"10.244.0.0/16 dev vr0", "blackhole 10.244.0.0/16 metric 1048576"}, true},
+		{"Always", tunnel2, tunnel3, nil, []string{"10.244.0.0/16 via 169.254.1.1 dev vr0", "blackhole 10.244.0.0/16 metric 1048576"}, true},
 		{"CrossSubnet", direct2, tunnel3, []string{"10.244.0.64/26 via 198.18.0.2 dev eth0"},
-			[]string{"10.244.0.0/16 dev vr0", "blackhole 10.244.0.0/16 metric 1048576"}, true},
+			[]string{"10.244.0.0/16 via 169.254.1.1 dev vr0", "blackhole 10.244.0.0/16 metric 1048576"}, true},
 		{"Never", direct2, direct3, []string{"10.244.0.64/26 via 198.18.0.2 dev eth0"},
 			[]string{"blackhole 10.244.0.0/16 metric 1048576"}, false},
 	} {
@@ -74,7 +74,7 @@ func TestComputeByMode(t *testing.T) {
 			if diff := cmp.Diff(tc.pool, d.kernel("10.244.0.0/16")); diff != "" {
 				t.Errorf("kernel routes of the pool (-want +got):\n%s", diff)
 			}
-			if diff := cmp.Diff([]string{"blackhole 10.244.0.0/26 metric 1048576"}, d.kernel("10.244.0.0/26")); diff != "" {
+			if diff := cmp.Diff([]string{"10.244.0.0/26 via 169.254.1.1 dev vr0 metric 1048575", "blackhole 10.244.0.0/26 metric 1048576"}, d.kernel("10.244.0.0/26")); diff != "" {
 				t.Errorf("own block (-want +got):\n%s", diff)
 			}
 			if d.Encap != tc.encap || len(d.Rejected) != 0 {
@@ -190,7 +190,7 @@ func TestTunnelledInsideDirect(t *testing.T) {
 	in.Paths[pfx("10.244.0.70/32")], in.Paths[pfx("10.244.0.96/28")] = node3, node3
 	d := Compute(in)
 	for _, p := range []string{"10.244.0.70/32", "10.244.0.96/28"} {
-		if diff := cmp.Diff([]string{p + " dev vr0"}, d.kernel(p)); diff != "" {
+		if diff := cmp.Diff([]string{p + " via 169.254.1.1 dev vr0"}, d.kernel(p)); diff != "" {
 			t.Errorf("%s (-want +got):\n%s", p, diff)
 		}
 		if d.Routes[pfx(p)] != rpc.Tunnel(addr("198.18.9.3")) {
@@ -225,9 +225,9 @@ func TestOneRouteForOnePlace(t *testing.T) {
 }
 
 // An address that a pod of this node has borrowed is announced and accepted by itself; one that this node has lent is
-// routed to the borrower, past the blackhole under the own block.
+// routed to the borrower: by the own block's route to vr0, or by one of its own.
 func TestBorrowedAddresses(t *testing.T) {
-	for mode, lentRoute := range map[string]string{"Always": "10.244.0.7/32 dev vr0", "Never": "10.244.0.7/32 via 198.18.0.2 dev eth0"} {
+	for mode, lentRoute := range map[string][]string{"Always": nil, "Never": {"10.244.0.7/32 via 198.18.0.2 dev eth0"}} {
 		in := threeNodes(mode)
 		in.Pods = []netip.Addr{addr("10.244.0.5"), addr("10.244.0.70"), addr("192.0.2.9"), addr("fd00::1")}
 		in.Paths[pfx("10.244.0.7/32")] = bgp.Path{NextHop: addr("198.18.0.2"), Peer: addr("198.18.0.2")}
@@ -245,10 +245,10 @@ func TestBorrowedAddresses(t *testing.T) {
 		if got := d.Routes[pfx("10.244.0.7/32")]; got != want || len(d.Rejected) != 0 {
 			t.Errorf("%s: lent: %v, rejected %v", mode, got, d.Rejected)
 		}
-		if diff := cmp.Diff([]string{lentRoute}, d.kernel("10.244.0.7/32")); diff != "" {
+		if diff := cmp.Diff(lentRoute, d.kernel("10.244.0.7/32")); diff != "" {
 			t.Errorf("%s: lent (-want +got):\n%s", mode, diff)
 		}
-		if diff := cmp.Diff([]string{"blackhole 10.244.0.70/32 metric 1048576"}, d.kernel("10.244.0.70/32")); diff != "" {
+		if diff := cmp.Diff([]string{"10.244.0.70/32 via 169.254.1.1 dev vr0 metric 1048575", "blackhole 10.244.0.70/32 metric 1048576"}, d.kernel("10.244.0.70/32")); diff != "" {
 			t.Errorf("%s: borrowed (-want +got):\n%s", mode, diff)
 		}
 		// A node whose tunnel address is borrowed, in a pool that is not exported.

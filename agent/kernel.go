@@ -129,7 +129,7 @@ func (k *kernelTable) toNetlink(w KernelRoute, links map[string]int) (netlink.Ro
 		r.Src = w.Source.AsSlice()
 	}
 	if !w.Gateway.IsValid() {
-		r.Scope = unix.RT_SCOPE_LINK
+		r.Gw, r.Flags = tunnelGateway.AsSlice(), int(netlink.FLAG_ONLINK)
 		return r, nil
 	}
 	gateways := w.gateways()
@@ -199,7 +199,7 @@ func (w KernelRoute) String() string {
 	fmt.Fprintf(&b, "%s", w.Prefix)
 	switch gateways := w.gateways(); len(gateways) {
 	case 0:
-		fmt.Fprintf(&b, " dev %s", w.Device)
+		fmt.Fprintf(&b, " via %s dev %s", tunnelGateway, w.Device)
 	case 1:
 		fmt.Fprintf(&b, " via %s dev %s", w.Gateway, w.Device)
 	default:
@@ -207,7 +207,7 @@ func (w KernelRoute) String() string {
 			fmt.Fprintf(&b, " nexthop via %s dev %s", gw, w.Device)
 		}
 	}
-	if w.Gateway.IsValid() && w.Metric != 0 {
+	if w.Metric != 0 {
 		fmt.Fprintf(&b, " metric %d", w.Metric)
 	}
 	return b.String()

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -144,6 +145,20 @@ func needsRaw(err error) error {
 	return err
 }
 
+// turns counts what is under way of something that may be done by so many at a time.
+type turns struct{ taken atomic.Int32 }
+
+// begin takes a turn; false: most are taken.
+func (t *turns) begin(most int32) bool {
+	if t.taken.Add(1) > most {
+		t.end()
+		return false
+	}
+	return true
+}
+
+func (t *turns) end() { t.taken.Add(-1) }
+
 // watcher gathers what several sockets see.
 type watcher struct {
 	ctx  context.Context
@@ -155,11 +170,10 @@ type watcher struct {
 // watchProbe tells, a line each, where a probe and what answers it are seen, until the caller has enough. The first line is
 // empty: it watches. inside are addresses, of which those that pods of this node have are watched from inside, too.
 func (a *Agent) watchProbe(ctx context.Context, out http.ResponseWriter, p packet.IPv4, inside []netip.Addr) error {
-	if a.watches.Add(1) > maxWatches {
-		a.watches.Add(-1)
+	if !a.watches.begin(maxWatches) {
 		return fmt.Errorf("%d watches are under way: try again", maxWatches)
 	}
-	defer a.watches.Add(-1)
+	defer a.watches.end()
 	ctx, cancel := context.WithTimeout(ctx, watchTime)
 	defer cancel()
 	w := &watcher{of: p, seen: make(chan api.Sighting, 64), ctx: ctx}

@@ -30,7 +30,8 @@ type tracer struct {
 
 	state      api.ConnState
 	noEcho     bool
-	byTC       bool     // programs of the vRouter's at tc forward it here, and not a worker
+	byTC       bool // programs of the vRouter's at tc forward it here, and not a worker
+	handover   rpc.Handover
 	node       *filters // this node's, once they have been read
 	redirected bool     // a filter has made this host the destination
 	// strayWhy, strayFix are about a frame that the pod addresses to nobody; empty for one that is well addressed.
@@ -166,9 +167,21 @@ func (t *tracer) fromPodInterface(device string) (done, handled bool) {
 		t.vrouterSilent(err)
 		return true, true
 	}
-	t.pass("vrouter", "takes it from the pod's interface", device)
+	if traced.LeftToKernel != "" {
+		t.pass("vrouter", "left to the kernel at the pod's interface", traced.LeftToKernel)
+		return false, false
+	}
+	if !traced.ByTC && !t.atInterface(netfilter.Ingress, device) {
+		return true, true
+	}
+	const rung = "takes it from the pod's interface"
+	t.pass("vrouter", rung, device)
 	t.strayed(true)
-	return t.follow(traced), true
+	if done = t.follow(traced); !done && !traced.Steers {
+		t.doubt("vrouter", rung, "older_vrouter", "the kernel has it then, and the vRouter, an older one, does not tell whether by "+device+" or by "+tunnelDevice+", which packet filters may tell apart",
+			"upgrade the vRouter of "+t.cfg.Node+"; or find out with --probe")
+	}
+	return done, true
 }
 
 // fromHost begins with a packet that a process of this node sends.
@@ -202,8 +215,8 @@ func (t *tracer) fromUnderlay() {
 	}
 	traced, err := t.askVRouter(rpc.Decap)
 	// Programs at tc come before a device's ingress filter, and before no other.
-	early := t.byXDP() || err == nil && traced.ByTC
-	if !t.takenFromWire(t.underlayName()) || !early && !t.nodeHook(netfilter.Ingress, t.underlayName(), "") {
+	early := err == nil && traced.ByTC
+	if !t.takenFromWire(t.underlayName()) || !early && !t.atInterface(netfilter.Ingress, t.underlayName()) {
 		return
 	}
 	if !t.vrouterAlive() {
@@ -352,7 +365,9 @@ func (t *tracer) follow(traced rpc.Traced) bool {
 	t.pkt = traced.Packet
 	switch traced.Out {
 	case "pod":
-		t.toPod(traced.OutInterface)
+		if inside := traced.ByTC && traced.Handover == rpc.HandoverInside; inside || t.atInterface(netfilter.Egress, traced.OutInterface) {
+			t.toPod(traced.OutInterface)
+		}
 	case "underlay":
 		t.intoUnderlay()
 	default:

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"margay/agent/api"
 	"margay/vrouter/packet"
 )
 
@@ -34,6 +35,7 @@ type echo struct {
 	device   string // it must go by this one; empty for any
 	size     int    // of the whole IP packet, bytes
 	df       bool
+	enough   bool // once it is answered, nothing more has to be asked
 }
 
 // echoResult says how an echo fared.
@@ -57,30 +59,47 @@ func (t *tracer) askFabric(outer bool) {
 	self, tunnel := t.underlay.Prefix.Addr(), t.tunnel
 	t.mu.Unlock()
 	how, device := "plain", ""
-	whole := echo{from: self, to: node.Address, size: max(shortEcho, t.pkt.TotalLen()), df: t.pkt.DF()}
+	dst := t.pkt.Dst()
+	whole := echo{from: self, to: node.Address, size: max(shortEcho, t.pkt.TotalLen()), df: t.pkt.DF(), enough: true}
 	if !outer && t.plainAlike(tunnel, node) {
 		whole.from, whole.to = tunnel, node.Tunnel
 	}
 	if outer {
 		how, device = "by IP-in-IP", tunnelDevice
-		whole = echo{from: tunnel, to: node.Tunnel, device: device, size: max(shortEcho, t.pkt.TotalLen()-ipipOverhead), df: t.pkt.DF()}
+		whole.from, whole.to, whole.device, whole.size = tunnel, node.Tunnel, device, max(shortEcho, t.pkt.TotalLen()-ipipOverhead)
+		if inner, fault := packet.ParseIPv4(t.pkt.Payload()); fault == packet.FaultNone {
+			dst = inner.Dst()
+		}
 	}
 	if !whole.from.IsValid() || !whole.to.IsValid() {
 		t.doubt("agent", rung, "fabric_not_asked", fmt.Sprintf("%s or %s has no tunnel address, so nothing can be asked of the network between them", t.cfg.Node, node.Name), "find out with --probe")
 		return
 	}
-	if t.echoes.Add(1) > maxEchoes {
-		t.echoes.Add(-1)
+	if !t.echoes.begin(maxEchoes) {
 		t.doubt("agent", rung, "fabric_not_asked", fmt.Sprintf("%d traces are asking the network already", maxEchoes), "trace again")
 		return
 	}
-	defer t.echoes.Add(-1)
+	defer t.echoes.end()
 	short, plain := whole, whole
 	short.size, short.df = shortEcho, false
 	plain.from, plain.to, plain.device, plain.size, plain.df = self, node.Address, "", shortEcho, false
-	r, err := ask(t.ctx, whole, short, plain)
+	short.enough, plain.enough = false, false
+	echoes := []echo{whole, short, plain}
+	if whole.to == node.Tunnel && dst != node.Tunnel { // its tunnel address may be what does not answer
+		deep := whole
+		deep.to = dst
+		echoes = append(echoes, deep)
+	}
+	r, err := ask(t.ctx, echoes...)
 	if err != nil {
 		t.doubt("agent", rung, "fabric_not_asked", err.Error(), "find out with --probe")
+		return
+	}
+	t.seg.Echo = &api.Echo{From: whole.from, To: whole.to, IPIP: outer, Size: whole.size, DF: whole.df, Answered: r[0].answered}
+	if n := len(echoes) - 1; n > 2 && r[n].answered {
+		t.seg.Echo.Answered = true
+		t.pass("agent", rung, fmt.Sprintf("%d bytes %s to %s, the destination itself, and back in %s; %s does not answer", whole.size, how, dst,
+			r[n].after.Round(10*time.Microsecond), whole.to))
 		return
 	}
 	t.fabricSaid(rung, how, node, whole, outer, r)
@@ -180,7 +199,7 @@ func ask(ctx context.Context, echoes ...echo) ([]echoResult, error) {
 					continue
 				}
 				results[a.which] = echoResult{answered: true, after: time.Since(sent[a.try])}
-				if a.which == 0 {
+				if echoes[a.which].enough {
 					return results, nil
 				}
 			}

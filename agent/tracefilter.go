@@ -11,6 +11,7 @@ import (
 	"margay/agent/api"
 	"margay/agent/netfilter"
 	"margay/vrouter/packet"
+	"margay/vrouter/rpc"
 )
 
 // filters are the packet filters of one network namespace, the node's or a pod's, as a trace asks them.
@@ -134,10 +135,43 @@ func (t *tracer) nodeHook(h netfilter.Hook, in, out string) bool {
 	return f != nil && t.filtered(f, "kernel", "", h, in, out)
 }
 
+// atInterface asks the filters at an interface that the vRouter itself reads (h is Ingress) or sends by (Egress). By AF_XDP
+// packets pass beside them; where it is not known whether by that, they leave a doubt.
+func (t *tracer) atInterface(h netfilter.Hook, device string) bool {
+	in, out := device, ""
+	if h == netfilter.Egress {
+		in, out = "", device
+	}
+	st, _ := t.plane.status()
+	switch {
+	case st.IO == rpc.IOXDP && device == t.underlayName():
+		return true
+	case st.IO == rpc.IOXDP, st.IO == "": // some pods' interfaces may not be had by AF_XDP; an older vRouter does not tell
+	default:
+		return t.nodeHook(h, in, out)
+	}
+	f := t.nodeFilters()
+	if f == nil {
+		return false
+	}
+	if o := f.look(t, h, in, out); o.Verdict != netfilter.Pass {
+		t.doubt("kernel", "packet filter, "+h.String(), "filter", fmt.Sprintf("it may be dropped by %s, unless the vRouter has %s by AF_XDP, and it does not tell", o.Where, device),
+			"find out with --probe, or upgrade the vRouter, if it is an older one")
+	}
+	return true
+}
+
+// look asks the filters of a hook about the packet, and changes nothing about it.
+func (f *filters) look(t *tracer, h netfilter.Hook, in, out string) netfilter.Outcome {
+	p := f.pkt
+	p.In, p.Out, p.IP = f.link(in), f.link(out), slices.Clone(t.pkt)
+	return f.rules.Hook(h, &p)
+}
+
 // outerFilters are the filters that a packet of the vRouter's own meets. It leaves by a packet socket, which none but those at
 // the interface's egress see, or, until the next hop's hardware address is known, by a raw one, which all see.
 func (t *tracer) outerFilters(device string, resolved bool) bool {
-	if t.byXDP() {
+	if st, _ := t.plane.status(); st.IO == rpc.IOXDP {
 		return true
 	}
 	if !resolved {
@@ -147,12 +181,11 @@ func (t *tracer) outerFilters(device string, resolved bool) bool {
 	if f == nil {
 		return false
 	}
-	f.pkt.In, f.pkt.Out, f.pkt.IP = netfilter.Link{}, f.link(device), slices.Clone(t.pkt)
 	for _, h := range []netfilter.Hook{netfilter.Output, netfilter.Postrouting} {
-		if o := f.rules.Hook(h, &f.pkt); o.Verdict != netfilter.Pass {
+		if o := f.look(t, h, "", device); o.Verdict != netfilter.Pass {
 			t.caveat("%s: %s would drop IP-in-IP: a packet socket gets past it, and the first packet after a neighbour has been lost does not", t.cfg.Node, o.Where)
 			break
 		}
 	}
-	return t.nodeHook(netfilter.Egress, "", device)
+	return t.atInterface(netfilter.Egress, device)
 }

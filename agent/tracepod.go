@@ -12,6 +12,7 @@ import (
 	"margay/agent/api"
 	"margay/agent/netfilter"
 	"margay/internal/dump"
+	"margay/vrouter/rpc"
 )
 
 // What happens inside a pod is asked of the kernel in the pod's own network namespace: its routes, its neighbours, its
@@ -155,12 +156,16 @@ func (t *tracer) enterPod(device string, p *podSide) bool {
 	if length := t.pkt.TotalLen(); length > a.MTU+vlanHeader {
 		why := fmt.Sprintf("%d bytes do not fit the MTU %d of %s in the pod that it is for: they are dropped without a word", length, a.MTU, a.Name)
 		fix := fmt.Sprintf("send at most %d bytes, or ip link set %s mtu, in the pod, as the host's side has it", a.MTU, a.Name)
-		if !t.byTC {
-			t.drop("pod", "the pod's MTU", "mtu", why, fix)
+		const rung = "the pod's MTU"
+		switch {
+		case !t.byTC || t.handover == rpc.HandoverOutside:
+			t.drop("pod", rung, "mtu", why, fix)
 			return false
+		case t.handover == rpc.HandoverInside: // where nobody compares
+			t.pass("pod", rung, fmt.Sprintf("%d bytes, MTU %d: BPF at tc hands them to the pod's side all the same", length, a.MTU))
+		default:
+			t.doubt("pod", rung, "mtu", why+", unless BPF at tc hands them to the pod's side, which an older vRouter does not tell", fix+"; or find out with --probe")
 		}
-		// Programs may hand a packet to the pod's side itself, where nobody compares.
-		t.doubt("pod", "the pod's MTU", "mtu", why+", unless BPF at tc hands them over", fix+"; or find out with --probe")
 	}
 	f, err := loadFilters(p.nl, t.state)
 	if err != nil {

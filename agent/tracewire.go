@@ -79,16 +79,10 @@ func (t *tracer) takenFromWire(device string) bool {
 	return true
 }
 
-// byXDP reports whether the vRouter exchanges packets with the underlay before the kernel has seen them.
-func (t *tracer) byXDP() bool {
-	st, _ := t.plane.status()
-	return st.IO == rpc.IOXDP
-}
-
 // carrier notes who forwards the packet where programs of the vRouter's at tc may: they, before the kernel's stack sees it, or
 // the stack and a worker.
 func (t *tracer) carrier(traced rpc.Traced) {
-	t.byTC = traced.ByTC
+	t.byTC, t.handover = traced.ByTC, traced.Handover
 	switch {
 	case traced.ByTC:
 		t.pass("vrouter", "forwarded by BPF at tc", "neither the kernel's stack nor user space sees it")

@@ -9,9 +9,7 @@ import (
 	"os/signal"
 	"slices"
 	"strings"
-	"sync"
 	"syscall"
-	"time"
 
 	"github.com/spf13/cobra"
 
@@ -195,115 +193,6 @@ type nopCloser struct{ io.Writer }
 
 func (nopCloser) Close() error { return nil }
 
-// captureSink writes what all sources give.
-type captureSink struct {
-	o    *captureOptions
-	out  io.Writer
-	errs io.Writer
-	many bool
-
-	mu    sync.Mutex
-	pcap  *pcapng // nil: text
-	count int
-	lost  map[string]lostPackets
-	// The sources that run, and those of which nothing is known yet.
-	began, waiting int
-	failed         bool
-}
-
-// errEnough ends a capture that has what was asked for.
-var errEnough = errors.New("enough")
-
-// collect captures from all sources at once, until ctx is done, there is enough, or what is captured cannot be written. A source
-// that fails is said, and the others go on; the error then is that something is missing.
-func (s *captureSink) collect(ctx context.Context, sources []captureSource, req api.CaptureRequest) error {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	s.waiting = len(sources)
-	var all sync.WaitGroup
-	for _, src := range sources {
-		all.Go(func() {
-			switch err := s.follow(ctx, src, req); {
-			case errors.Is(err, errEnough), errors.Is(err, errWrite):
-				cancel(err)
-			case err != nil:
-				s.fail(err)
-			}
-		})
-	}
-	all.Wait()
-	if err := context.Cause(ctx); errors.Is(err, errWrite) {
-		return err
-	}
-	if s.failed {
-		return ExitError{1}
-	}
-	return nil
-}
-
-// begin notes a source that runs, and refused one that does not. Once nothing is waited for, it is said that the capture runs.
-func (s *captureSink) begin() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.began++
-	s.answered()
-}
-
-func (s *captureSink) refused() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.answered()
-}
-
-// fail says that something is missing.
-func (s *captureSink) fail(err error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.failed = true
-	fmt.Fprintln(s.errs, err)
-}
-
-func (s *captureSink) answered() {
-	if s.waiting--; s.waiting == 0 && s.began > 0 {
-		fmt.Fprintln(s.errs, "capturing; stop with Ctrl-C")
-	}
-}
-
-// take writes one packet.
-func (s *captureSink) take(name string, c api.Captured) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if c.Packet == nil && c.Length == 0 {
-		l := s.lost[name]
-		l.now = max(l.now, c.Lost)
-		s.lost[name] = l
-		return nil
-	}
-	if s.o.count > 0 && s.count >= s.o.count {
-		return errEnough
-	}
-	s.count++
-	port := name + "/" + c.Port
-	var err error
-	if s.pcap != nil {
-		err = s.pcap.packet(port, c.Time, c.Packet, c.Length, verdictText(c))
-	} else {
-		prefix := c.Port
-		if s.many {
-			prefix = port
-		}
-		_, err = fmt.Fprintf(s.out, "%s %s %s [%s]\n", c.Time.Local().Format("15:04:05.000000"), prefix, describe(c.Packet, c.Length), verdictText(c))
-	}
-	switch {
-	case err != nil:
-		s.count--
-		return fmt.Errorf("%w: %w", errWrite, err)
-	case s.count == s.o.count:
-		return errEnough
-	}
-	return nil
-}
-
 // verdictText says what became of a packet.
 func verdictText(c api.Captured) string {
 	var text string
@@ -327,30 +216,4 @@ func verdictText(c api.Captured) string {
 		text += "; checksum to be completed"
 	}
 	return text
-}
-
-// finish says what was lost, and writes it.
-func (s *captureSink) finish() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	var errs []error
-	for _, name := range sortedKeys(s.lost) {
-		n := s.lost[name].all()
-		if n > 0 {
-			fmt.Fprintf(s.errs, "%s: %d packets were lost for want of room\n", name, n)
-		}
-		if s.pcap == nil || s.pcap.failed != nil {
-			continue
-		}
-		for port := range s.pcap.interfaces {
-			if strings.HasPrefix(port, name+"/") { // the loss is the node's: it stands with one of its ports
-				if err := s.pcap.lost(port, time.Now(), n); err != nil {
-					errs = append(errs, fmt.Errorf("%w: %w", errWrite, err))
-				}
-				break
-			}
-		}
-	}
-	fmt.Fprintf(s.errs, "%d packets captured\n", s.count)
-	return errors.Join(errs...)
 }

@@ -1,9 +1,12 @@
 package ctl
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
+	"io"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -92,6 +95,39 @@ func collectAll(t *testing.T, o captureOptions, ctx context.Context, sources ...
 		t.Error(finish)
 	}
 	return w.String(), e.String(), err
+}
+
+// TestCaptureIsInOrderOfTime: whoever tells of its packets first. Those that have waited are written while the capture runs.
+func TestCaptureIsInOrderOfTime(t *testing.T) {
+	icmp := probe{proto: "icmp", size: 84, ttl: 7}
+	start := time.Now()
+	at := func(ms int) api.Captured {
+		return api.Captured{Time: start.Add(time.Duration(ms) * time.Millisecond), Port: fmt.Sprint(ms), Packet: icmp.build(probeSrc, probeDst, false), Length: 84}
+	}
+	n1, n2 := fakeSource("n1", at(3), at(1), at(5)), fakeSource("n2", at(4), at(0), at(2))
+	r, w := io.Pipe()
+	defer r.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	ended := make(chan error, 1)
+	go func() {
+		s := &captureSink{o: &captureOptions{}, out: w, errs: io.Discard, many: true, lost: map[string]lostPackets{}}
+		err := s.collect(ctx, []captureSource{n1, n2}, api.CaptureRequest{})
+		ended <- errors.Join(err, s.finish())
+	}()
+	lines := bufio.NewScanner(r)
+	for i := range 6 {
+		if !lines.Scan() {
+			t.Fatal(lines.Err())
+		}
+		if want := fmt.Sprintf("/%d 10.244.1.2", i); !strings.Contains(lines.Text(), want) {
+			t.Errorf("line %d: %s: expected %q", i, lines.Text(), want)
+		}
+	}
+	cancel()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
 }
 
 func TestCaptureEnds(t *testing.T) {

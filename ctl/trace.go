@@ -163,9 +163,32 @@ func runTrace(ctx context.Context, f *fleet, p *probe, from, to string, oneWay b
 		f.noEcho = f.noEcho || r.There.doubts("fabric_")
 		w := f.follow(ctx, back, p.build(arrived.Dst(), arrived.Src(), true), arrived.Src(), &r.There)
 		r.Back = &w
+		r.confirm()
 	}
 	r.judge()
 	return r, nil
+}
+
+// confirm takes back what a node doubts, on the way back, about the network between it and the next one, where that one's echo has
+// been answered on the way there: the answer went the way of this node's echo, without DF, and with it of a packet like it.
+func (r *traceResult) confirm() {
+	for i := range r.Back.Segments {
+		s := &r.Back.Segments[i]
+		if s.Echo == nil || s.Echo.DF || !slices.ContainsFunc(r.There.Segments, func(there api.Segment) bool {
+			e := there.Echo
+			return e != nil && e.Answered && e.IPIP && s.Echo.IPIP && e.From == s.Echo.To && e.To == s.Echo.From && e.Size >= s.Echo.Size
+		}) {
+			continue
+		}
+		for _, d := range s.Doubts {
+			at := slices.IndexFunc(s.Rungs, func(g api.Rung) bool { return g.Doubtful && g.Name == d.Rung })
+			if strings.HasPrefix(d.Reason, "fabric_") && at >= 0 {
+				s.Rungs[at].Doubtful = false
+				s.Rungs[at].Detail += fmt.Sprintf("; but the answer to the echo from %s went this way", s.Echo.To)
+			}
+		}
+		s.Doubts = slices.DeleteFunc(s.Doubts, func(d api.Doubt) bool { return strings.HasPrefix(d.Reason, "fabric_") })
+	}
 }
 
 // doubts reports whether the way has a doubt whose reason begins with some letters.
@@ -187,6 +210,8 @@ func (f *fleet) follow(ctx context.Context, from place, pkt []byte, dst netip.Ad
 			w.Fix = "start the agent of " + node + ", and see that its --diag-port can be reached from here"
 			if _, ok := f.members[node]; !ok {
 				w.Fix = "the datastore has no Node " + node + " either: start its agent, which registers it"
+			} else if !errors.Is(err, api.ErrUnreachable) { // it has answered, and refused
+				w.Fix = "see what it says; where versions differ, upgrade the older one of margayctl and the agent of " + node
 			}
 			return w
 		}

@@ -16,7 +16,7 @@ var answers = [reasonCount]packet.ICMPError{
 	ReasonTTLExpired:   {Type: packet.ICMPTimeExceeded},
 }
 
-// answerer makes the ICMP errors of one worker, and limits their rate (RFC 1812, 4.3.2.8): all together, and those about
+// answerer makes the ICMP errors of one worker, or those that Relay passes on, and limits their rate (RFC 1812, 4.3.2.8): all together, and those about
 // packets of one sender, so that one who is answered all the time takes the answers from nobody else.
 type answerer struct {
 	clock func() time.Duration // monotonic
@@ -60,21 +60,37 @@ func newAnswerer() *answerer {
 // been, but for the rate.
 func (a *answerer) answer(rate int, inner packet.IPv4, reason Reason, mtu int, source [4]byte, reply *Packet) (ok, limited bool) {
 	e := answers[reason]
-	if e == (packet.ICMPError{}) || rate <= 0 || !packet.MayAnswer(inner) {
+	if e == (packet.ICMPError{}) {
 		return false, false
 	}
 	if reason == ReasonPacketTooBig {
 		e.Rest = uint32(mtu)
+	}
+	if ok, limited = a.allows(rate, inner); ok {
+		a.write(inner, e, source, reply)
+	}
+	return ok, limited
+}
+
+// allows reports whether an error about inner may be sent now, and takes what it costs; limited says that it might, but for the
+// rate.
+func (a *answerer) allows(rate int, inner packet.IPv4) (ok, limited bool) {
+	if rate <= 0 || !packet.MayAnswer(inner) {
+		return false, false
 	}
 	now, cost := a.clock(), time.Second/time.Duration(rate)
 	if !a.senders[senderHash(inner.SrcU32())].take(now, cost*senderShare, max(time.Second/2, cost*senderShare)) ||
 		!a.all.take(now, cost, max(time.Second/2, cost)) {
 		return false, true
 	}
+	return true, false
+}
+
+// write makes the error e about inner.
+func (a *answerer) write(inner packet.IPv4, e packet.ICMPError, source [4]byte, reply *Packet) {
 	a.id++
 	reply.Reset()
 	reply.Len = packet.PutICMPError(reply.Buf[reply.Off:], inner, e, source, a.id)
-	return true, false
 }
 
 func senderHash(a uint32) uint32 { return a * 0x9e3779b1 >> 24 }

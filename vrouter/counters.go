@@ -50,18 +50,20 @@ const (
 	moreICMPSent           // ICMP errors of ours
 	moreICMPFailed         // and those that the reply port could not send
 	moreICMPLimited        // packets that would have been answered, but for the rate
+	moreECNUnused          // packets out of the tunnel with a combination of ECN fields that nothing sends (RFC 6040, 4.2)
 	moreCount
 )
 
 var moreNames = [moreCount]string{
 	moreSplit: "split", morePieces: "pieces", moreICMPSent: "icmp_sent", moreICMPFailed: "icmp_send_failed", moreICMPLimited: "icmp_rate_limited",
+	moreECNUnused: "ecn_unexpected",
 }
 
 // Counters returns every counter: what was forwarded by path, what was dropped by reason, and the kernel's own
 // losses around the ports. Those that are zero are there too, so that a reader knows their names.
 func (r *Router) Counters() []Counter {
 	r.mu.Lock()
-	workers, refused := r.workers, r.forgers.refused
+	workers, refused, relays := r.workers, r.forgers.refused, r.relays
 	r.mu.Unlock()
 
 	var forwarded [pathCount]Counter
@@ -101,7 +103,9 @@ func (r *Router) Counters() []Counter {
 	for i := range more {
 		more[i].Name = moreNames[i]
 	}
+	more[moreICMPLimited].Packets += relays.limited
 	all = append(all, more[:]...)
+	all = append(all, relays.counters()...)
 	all = append(all, Counter{Name: "path_mtu_refused", Packets: refused})
 	return append(all, kernel...)
 }

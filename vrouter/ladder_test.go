@@ -280,6 +280,25 @@ func TestDecap(t *testing.T) {
 	}
 }
 
+// TestUnexpectedECN: what RFC 6040, 4.2, has the exit of the tunnel take note of goes on, and is counted; what is refused for
+// another reason is not.
+func TestUnexpectedECN(t *testing.T) {
+	tos := func(n byte) func([]byte) { return func(b []byte) { b[1] = n } }
+	for _, c := range []struct {
+		inner, outer byte
+		src          netip.Addr
+		want         uint64
+	}{{0, 2, pod2, 1}, {0, 1, pod2, 1}, {3, 1, pod2, 1}, {1, 2, pod2, 1}, {2, 2, pod2, 0}, {2, 3, pod2, 0}, {3, 2, pod2, 0}, {2, 0, pod2, 0}, {0, 2, pod3, 0}} {
+		r := testRouter(t)
+		walk(t, r, Decap, ip(node2, self, 4, ip(c.src, ownPod, 17, nil, tos(c.inner)), tos(c.outer)), Offload{})
+		for _, n := range r.Counters() {
+			if n.Name == "ecn_unexpected" && n.Packets != c.want {
+				t.Errorf("ECN %d in %d, from %v: counted %d times", c.inner, c.outer, c.src, n.Packets)
+			}
+		}
+	}
+}
+
 // wholeDecap walks both halves of the ladder.
 func wholeDecap(v *view, p *Packet) (Verdict, Reason) {
 	inner, reason := v.decapParse(p)

@@ -124,13 +124,14 @@ type Router struct {
 	captures   []*Capture
 	drops      dropLog
 	forgers    forgers
+	relays     relays
 	changed    chan struct{}
 }
 
 // New returns a router that is not configured and has no routes: it drops everything.
 func New() *Router {
 	r := &Router{table: fib.New(), nodes: make(map[netip.Addr]bool), pods: podSet{pods: make(map[netip.Addr]*knownPod)},
-		changed: make(chan struct{}, 1)}
+		relays: relays{answerer: newAnswerer()}, changed: make(chan struct{}, 1)}
 	r.state.Store(&state{key: newOuterKey(), options: Options{ICMPRate: DefaultICMPRate}})
 	return r
 }

@@ -79,8 +79,19 @@ type Programs interface {
 	// Carried returns what they have forwarded.
 	Carried() Carried
 	// LeavesAlone says why the programs would not forward the packet b, which begins with its IP header, as things stand:
-	// d is Transit for one that a pod sends, and Decap for one from the underlay. It is empty for one that they forward.
-	LeavesAlone(d Direction, b []byte) string
+	// d is Transit for one that a pod sends, and Decap for one from the underlay. It is empty for one that they forward, and
+	// inside says then that they put it behind a pod's interface, on the pod's own side.
+	LeavesAlone(d Direction, b []byte) (why string, inside bool)
+}
+
+// Steering is a SwitchPort that leaves a part of what pods send to the kernel, which takes it from the pod's interface: no worker
+// sees it. Its methods may be called from any goroutine at any time.
+type Steering interface {
+	// Taken returns the pods whose interfaces the port has now.
+	Taken() *Pods
+	// LeavesToKernel says why a packet b that such a pod sends, which begins with its IP header, is the kernel's as things stand.
+	// It is empty for one that a worker, or a program of Programs, gets.
+	LeavesToKernel(b []byte) string
 }
 
 // Carrier is who carries out what the ladder decides about a packet.
@@ -90,6 +101,7 @@ type Carrier string
 const (
 	CarrierWorker Carrier = "user space" // a worker
 	CarrierTC     Carrier = "tc"         // BPF programs at tc, before the kernel's stack sees the packet
+	CarrierKernel Carrier = "kernel"     // its stack, which has the packet from the pod's interface
 )
 
 // countCarried adds what a port has forwarded by itself.

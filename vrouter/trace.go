@@ -30,10 +30,12 @@ type Traced struct {
 	Answer []byte
 	// OutInterface is the host's side of the pod's interface, for OutPod.
 	OutInterface string
-	// Carrier says who would carry out what the ladder decides; LeftAlone why it is a worker where programs in the kernel
-	// forward other packets.
+	// Carrier says who would carry out what the ladder decides. LeftAlone says why it is a worker where programs in the kernel
+	// forward other packets, or why it is the kernel, which the ladder is not asked about then.
 	Carrier   Carrier
 	LeftAlone string
+	// Inside says of CarrierTC that the packet is put behind the pod's interface, on the pod's own side.
+	Inside bool
 	// Route is the longest match for the inner destination, Back that for the inner source; the zero Route where there is
 	// none, or nobody came to ask.
 	Route, Back Route
@@ -189,6 +191,13 @@ func (r *Router) Trace(d Direction, b []byte) (Traced, error) {
 	} else if d == Transit {
 		return Traced{}, ErrNoSwitch
 	}
+	if port, ok := r.steering(); ok && d == Transit {
+		if why := port.LeavesToKernel(b); why != "" {
+			t.Verdict, t.Packet, t.Pieces, t.Out = VerdictForward, slices.Clone(b), 1, OutHost
+			t.Carrier, t.LeftAlone = CarrierKernel, why
+			return t.Traced, nil
+		}
+	}
 	w.view = view{routes: r.table.Forwarding(), state: t.state}
 	w.walk([]*Packet{p})
 	first := w.out.(*nowhere).first
@@ -208,7 +217,7 @@ func (r *Router) Trace(d Direction, b []byte) (Traced, error) {
 	t.climb(ladder)
 	t.Carrier = CarrierWorker
 	if port, ok := r.programs(); ok && d != Encap {
-		if t.LeftAlone = port.LeavesAlone(d, b); t.LeftAlone == "" {
+		if t.LeftAlone, t.Inside = port.LeavesAlone(d, b); t.LeftAlone == "" {
 			t.Carrier = CarrierTC
 		}
 	}
@@ -220,6 +229,16 @@ func (r *Router) programs() (Programs, bool) {
 	for _, w := range r.Workers() {
 		if port, ok := w.in.(Programs); ok {
 			return port, port.HasPrograms()
+		}
+	}
+	return nil, false
+}
+
+// steering returns the port that leaves pods' packets to the kernel before a worker sees them, if there is one.
+func (r *Router) steering() (Steering, bool) {
+	for _, w := range r.Workers() {
+		if port, ok := w.in.(Steering); ok {
+			return port, true
 		}
 	}
 	return nil, false
@@ -267,19 +286,26 @@ func (r *Router) newScratch(d Direction) *Worker {
 	w := &Worker{router: r, direction: d, out: &nowhere{}}
 	for _, real := range r.Workers() {
 		if real.switched != nil {
-			w.direction, w.switched, w.kernel = Transit, r.knownPods(), flowSets{own: new(flowSet)}
+			w.direction = Transit
+			w.kernel.others = append(w.kernel.others, real.kernel.own)
 		}
 		if real.reply != nil && real.direction == w.direction {
 			w.reply = w.out
 		}
 	}
+	if len(w.kernel.others) > 0 {
+		w.switched, w.kernel.own = r.takenPods(), new(flowSet)
+	}
 	w.makeRoom(1)
 	return w
 }
 
-// knownPods is a port that has all pods that the control plane has told of: the real one's own table belongs to its worker's
-// thread.
-func (r *Router) knownPods() SwitchPort {
+// takenPods is a port that has the pods of the real one, whose own table belongs to its worker's thread; where it does not tell,
+// all those that the control plane has told of.
+func (r *Router) takenPods() SwitchPort {
+	if port, ok := r.steering(); ok {
+		return &podTable{pods: port.Taken()}
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	var addresses []netip.Addr

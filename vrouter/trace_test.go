@@ -6,6 +6,8 @@ import (
 	"net/netip"
 	"slices"
 	"testing"
+
+	"margay/vrouter/packet"
 )
 
 // TestTraceIsTheLadder sends the same packets through a worker and through Trace, and expects the same end.
@@ -136,6 +138,47 @@ func TestTraceWithinASwitch(t *testing.T) {
 	}
 	if _, err := r.Trace(Transit, ip(pod2, ownPod, 17, nil)); !errors.Is(err, ErrNoSwitch) {
 		t.Errorf("a source that is no pod's: %v", err)
+	}
+}
+
+// steered is a port that has the interface of one of two pods, and leaves UDP to the kernel.
+type steered struct{ switched }
+
+func (s *steered) Taken() *Pods { return s.pods }
+
+func (s *steered) LeavesToKernel(b []byte) string {
+	if packet.IPv4(b).Protocol() == packet.ProtocolUDP {
+		return "it is UDP"
+	}
+	return ""
+}
+
+// TestTraceOfWhatTheKernelHas: what no worker sees is said to be the kernel's, and only pods whose interfaces the port has count.
+func TestTraceOfWhatTheKernelHas(t *testing.T) {
+	r := testRouter(t)
+	if err := r.Update(Update{AddPods: []Pod{{neighbourPod, "cali2"}, {ownPod, "cali1"}}}); err != nil {
+		t.Fatal(err)
+	}
+	r.NewSwitch(&steered{switched{pods: NewPods([]netip.Addr{ownPod})}})
+	for _, tt := range []struct {
+		d       Direction
+		b       []byte
+		carrier Carrier
+		out     Out
+	}{
+		{Transit, ip(ownPod, pod2, 17, nil), CarrierKernel, OutHost},
+		{Transit, ip(ownPod, pod2, 47, nil), CarrierWorker, OutUnderlay},
+		{Encap, ip(ownPod, pod2, 17, nil), CarrierWorker, OutUnderlay},
+		{Decap, ip(node2, self, 4, ip(pod2, ownPod, 47, nil)), CarrierWorker, OutPod},
+		{Decap, ip(node2, self, 4, ip(pod2, neighbourPod, 47, nil)), CarrierWorker, OutHost},
+	} {
+		got, err := r.Trace(tt.d, tt.b)
+		if err != nil || got.Verdict != VerdictForward || got.Out != tt.out || got.Carrier != tt.carrier || (got.LeftAlone != "") != (tt.carrier == CarrierKernel) {
+			t.Errorf("%v % x: %+v, %v: expected out by %s, by %s", tt.d, tt.b, got, err, tt.out, tt.carrier)
+		}
+	}
+	if _, err := r.Trace(Transit, ip(neighbourPod, ownPod, 47, nil)); !errors.Is(err, ErrNoSwitch) {
+		t.Errorf("a pod whose interface the port has not: %v", err)
 	}
 }
 

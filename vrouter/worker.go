@@ -260,8 +260,10 @@ func (w *Worker) transit(t *transit, batch []*Packet) {
 			a.p.Out = UnderlayInterface
 			verdict, reason = t.encap(a.p, a.inner, hop, &w.outer)
 		case UnderlayInterface:
+			outer := packet.IPv4(a.p.Bytes())
 			verdict, reason = t.decap(a.p, a.inner, w.hops[next], hop)
 			next++
+			w.noteECN(outer, a.inner, verdict)
 			if verdict == VerdictForward {
 				t.arrived(a.p, a.inner)
 			}
@@ -310,11 +312,20 @@ func (w *Worker) decap(v *view, batch []*Packet) {
 	v.routes.LookupBatch(addresses[:2*n], hops)
 	for i := range all[:n] {
 		a := &all[i]
+		outer := packet.IPv4(a.p.Bytes())
 		verdict, reason := v.decap(a.p, a.inner, hops[2*i], hops[2*i+1])
+		w.noteECN(outer, a.inner, verdict)
 		if verdict == VerdictForward && v.tooLong(a.p, a.inner) {
 			verdict = VerdictSplit
 		}
 		w.settle(a, 0, verdict, reason)
+	}
+}
+
+// noteECN counts what the tunnel's exit should take note of (RFC 6040, 4.2) in what it lets through.
+func (w *Worker) noteECN(outer, inner packet.IPv4, verdict Verdict) {
+	if verdict == VerdictForward && packet.UnusedECN(outer, inner) {
+		w.tallies.more[moreECNUnused].add(1, uint64(len(inner)))
 	}
 }
 

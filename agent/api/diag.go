@@ -113,7 +113,18 @@ type Segment struct {
 	Pinned  bool   `json:"pinned,omitempty"`
 	MAC     string `json:"mac,omitempty"`
 	Packet  []byte `json:"packet,omitempty"` // as it leaves
+	Echo    *Echo  `json:"echo,omitempty"`   // how the network between this node and the next one was asked
 	Peers   []Peer `json:"peers,omitempty"`  // this node's BGP sessions, for a packet that found no route
+}
+
+// Echo is an ICMP echo that one node has sent to the next, the way that the packet goes.
+type Echo struct {
+	From     netip.Addr `json:"from"`
+	To       netip.Addr `json:"to"`
+	IPIP     bool       `json:"ipip"` // it went by IP-in-IP, from tunnel address to tunnel address
+	Size     int        `json:"size"` // of the whole IP packet, without the outer header, in bytes
+	DF       bool       `json:"df"`
+	Answered bool       `json:"answered"`
 }
 
 // Drops is what one node has dropped since its vRouter and its kernel began to count.

@@ -17,6 +17,7 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -91,8 +92,13 @@ type expression struct {
 // attributes are netlink's, by their type.
 type attributes map[uint16][]byte
 
+// split returns the attributes in b. The library reads each up to the next multiple of four, as far as the last need not go.
+func split(b []byte) ([]syscall.NetlinkRouteAttr, error) {
+	return nl.ParseRouteAttr(append(slices.Clip(b), make([]byte, -len(b)&3)...))
+}
+
 func parse(b []byte) (attributes, error) {
-	list, err := nl.ParseRouteAttr(b)
+	list, err := split(b)
 	if err != nil {
 		return nil, err
 	}
@@ -126,7 +132,7 @@ func (a attributes) nested(kind uint16) attributes {
 
 // list returns the elements of an attribute that is a list.
 func list(b []byte) ([][]byte, error) {
-	elements, err := nl.ParseRouteAttr(b)
+	elements, err := split(b)
 	if err != nil {
 		return nil, err
 	}

@@ -56,6 +56,7 @@ const pathMTUInterval = 10 * time.Second
 // packets.
 type sideways struct {
 	replies []*port.Reply // one for each worker that answers
+	relay   *port.Reply   // for what is heard
 	icmp    *port.ICMP
 }
 
@@ -73,6 +74,9 @@ func openSideways(answering int) (_ *sideways, err error) {
 		}
 		s.replies = append(s.replies, reply)
 	}
+	if s.relay, err = port.OpenReply(); err != nil {
+		return nil, err
+	}
 	if s.icmp, err = port.OpenICMP(); err != nil {
 		return nil, err
 	}
@@ -81,7 +85,11 @@ func openSideways(answering int) (_ *sideways, err error) {
 
 // listen tells the router what is heard, until stop.
 func (s *sideways) listen(router *vrouter.Router, log *slog.Logger) error {
+	reply := []*vrouter.Packet{vrouter.NewPacket()}
 	return s.icmp.Listen(pathMTUInterval, func(b []byte) {
+		if router.Relay(b, time.Now(), reply[0]) {
+			s.relay.Send(reply) // that it is lost is nobody's harm: the next packet is answered again
+		}
 		if p, ok := router.LearnPathMTU(b, time.Now()); ok {
 			log.Info("the way to a node has become narrower", "node", p.Gateway, "mtu", p.MTU, "until", p.Expires.Format(time.RFC3339))
 		}
@@ -100,8 +108,10 @@ func (s *sideways) close() error {
 		return nil
 	}
 	var errs []error
-	for _, r := range s.replies {
-		errs = append(errs, r.Close())
+	for _, r := range append(s.replies, s.relay) {
+		if r != nil {
+			errs = append(errs, r.Close())
+		}
 	}
 	if s.icmp != nil {
 		errs = append(errs, s.icmp.Close())

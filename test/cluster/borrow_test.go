@@ -31,9 +31,9 @@ func TestBorrowedAddressesAreReachable(t *testing.T) {
 		t.Fatalf("expected a pod of node1: %+v", borrowed)
 	}
 	lent := func() bool {
-		return strings.Contains(in(t, lender, "ip", "-4", "route", "show", "proto", "81"), ip+" dev vr0")
+		return strings.Contains(in(t, lender, "margayctl", "node", "routes"), ip+"/32")
 	}
-	until(t, "the lender's route past its blackhole, which BGP brings after the pod was attached", lent)
+	until(t, "the lender's route inside its own block, which BGP brings after the pod was attached", lent)
 	inside("ipam", "check")
 	mustCtl(t, "lab", "restart", borrower, "agent", "--hard", "--name", lab)
 	mustCtl(t, "lab", "ping", "--name", lab)

@@ -24,9 +24,11 @@ type broken struct {
 	notPingable bool     // there is no pod to send from
 	kernel      bool     // what is broken is the kernel's, which packets between pods do not meet in the attachment direct
 	anyMAC      bool     // the vRouter, where it reads the pods' interfaces, does not look at hardware addresses
-	earlyPasses bool     // with AF_XDP, and programs at tc, packets do not meet it; of the latter the trace's own echo does
-	tcUnsure    bool     // with programs at tc it cannot be told
-	size        int      // of the ping, in bytes; 0: any, and with DF clear
+	earlyPasses bool     // with AF_XDP, and programs at tc, packets do not meet it
+	tcPasses    bool     // with programs at tc packets do not meet it
+	podByXDP    bool     // with AF_XDP at the pods' interfaces packets do not meet it, and a trace is not sure
+	size        int      // of the ping, in bytes, with DF set; 0: any, and with DF clear
+	cut         int      // of the ping, in bytes, with DF clear; 0: any
 }
 
 // check breaks it, compares trace and ping, and mends it.
@@ -34,12 +36,10 @@ func (c broken) check(t *testing.T, from, to labPod) {
 	direct := strings.HasPrefix(os.Getenv("MARGAY_TEST_ATTACH"), "direct")
 	io := os.Getenv("MARGAY_TEST_IO")
 	switch {
-	case direct && (c.kernel || c.anyMAC), c.earlyPasses && io == "xdp":
+	case direct && (c.kernel || c.anyMAC), c.earlyPasses && (io == "xdp" || io == "tc"), c.tcPasses && io == "tc":
 		c.code, c.passes, c.want = 0, true, []string{"arrives: "}
-	case c.earlyPasses && io == "tc":
-		c.code, c.passes, c.want = 3, true, []string{"unknown whether it arrives", "echo to the next node"}
-	case c.tcUnsure && io == "tc":
-		c.code, c.notPingable, c.want = 3, true, []string{"unknown whether it arrives", "unless BPF at tc hands them over"}
+	case direct && io == "xdp" && c.podByXDP:
+		c.code, c.passes, c.want = 3, true, []string{"unknown whether it arrives", "unless the vRouter has"}
 	}
 	asks := []string{from.Name, to.Name}
 	if slices.Contains(c.args, "--probe") {
@@ -88,6 +88,9 @@ func (c broken) check(t *testing.T, from, to labPod) {
 	if c.size > 0 {
 		ping = append(ping, "-M", "do", "-s", strconv.Itoa(c.size-28))
 	}
+	if c.cut > 0 {
+		ping = append(ping, "-M", "dont", "-s", strconv.Itoa(c.cut-28))
+	}
 	// The trace reads what the kernel has now; who forwards is told of it a moment later.
 	until(t, fmt.Sprintf("a ping passes, as the trace says in %q: %v", line, c.passes), func() bool {
 		_, err := tryIn(from.Netns, append(ping, target.String())...)
@@ -109,6 +112,10 @@ func TestTraceKnowsPodsAndFilters(t *testing.T) {
 		return func() { in(t, ns, "nft", text) }
 	}
 	flush := func(ns, family string) func() { return nft(ns, "delete table "+family+" foreign") }
+	netdev := func(n labNode, pod labPod, hook, rule string) func() {
+		return nft(n.Netns, fmt.Sprintf("table netdev foreign { chain c { type filter hook %s device %q priority 0; %s; }; }", hook,
+			hostSide(t, n, ip(t, pod.Address).String()), rule))
+	}
 	filter := func(ns, hook, rule string) func() {
 		return nft(ns, "table inet foreign { chain c { type filter hook "+hook+" priority 0; "+rule+"; }; }")
 	}
@@ -146,7 +153,7 @@ func TestTraceKnowsPodsAndFilters(t *testing.T) {
 			},
 			mend: func() { in(t, n2.Netns, "ip", "neigh", "del", dst, "dev", device) },
 			want: []string{"at " + n2.Name, "the node has " + wrongMAC + " for " + dst, "To mend it: ip neigh del " + dst}},
-		{name: "the receiving pod's MTU is smaller", code: 1, size: 1400, tcUnsure: true, args: []string{from.Name, to.Name, "--size", "1400", "--df"},
+		{name: "the receiving pod's MTU is smaller", code: 1, size: 1400, tcPasses: true, args: []string{from.Name, to.Name, "--size", "1400", "--df"},
 			break_: func() { in(t, to.Netns, "ip", "link", "set", "eth0", "mtu", "1300") },
 			mend:   func() { in(t, to.Netns, "ip", "link", "set", "eth0", "mtu", "1480") },
 			want:   []string{"at " + n2.Name, "1400 bytes do not fit the MTU 1300 of eth0 in the pod"}},
@@ -178,6 +185,19 @@ func TestTraceKnowsPodsAndFilters(t *testing.T) {
 		{name: "a filter on the receiving node", code: 1, kernel: true,
 			break_: filter(n2.Netns, "prerouting", "iifname vr0 ip daddr "+dst+" ip protocol icmp drop"), mend: flush(n2.Netns, "inet"),
 			want: []string{"at " + n2.Name, "kernel, packet filter, prerouting"}},
+		// Fragments go by the kernel from the pod's interface on, in every attachment.
+		{name: "a filter of what the kernel has from pods", code: 1, cut: 3000, args: []string{from.Name, to.Name, "--size", "3000"},
+			break_: filter(n1.Netns, "forward", "iifname \"cali*\" ip daddr "+dst+" drop"), mend: flush(n1.Netns, "inet"),
+			want: []string{"at " + n1.Name, "kernel, packet filter, forward"}},
+		{name: "a filter of what comes by the tunnel device", code: 0, cut: 3000, passes: true, args: []string{from.Name, to.Name, "--size", "3000"},
+			break_: filter(n1.Netns, "forward", "iifname vr0 ip saddr "+src+" drop"), mend: flush(n1.Netns, "inet"),
+			want: []string{"arrives: "}},
+		{name: "a filter at the ingress of the pod's interface", code: 1, tcPasses: true, podByXDP: true,
+			break_: netdev(n1, from, "ingress", "ip daddr "+dst+" drop"), mend: flush(n1.Netns, "netdev"),
+			want: []string{"at " + n1.Name, "kernel, packet filter, ingress"}},
+		{name: "a filter at the egress of the pod's interface", code: 1, tcPasses: true, podByXDP: true,
+			break_: netdev(n2, to, "egress", "ip daddr "+dst+" drop"), mend: flush(n2.Netns, "netdev"),
+			want: []string{"at " + n2.Name, "kernel, packet filter, egress"}},
 		{name: "a filter for other packets", code: 0, passes: true,
 			break_: filter(n1.Netns, "forward", "tcp dport 443 drop"), mend: flush(n1.Netns, "inet"),
 			want: []string{"arrives: "}},

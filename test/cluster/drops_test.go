@@ -89,6 +89,55 @@ func TestDropsNamePodAndPacket(t *testing.T) {
 	}
 }
 
+// TestAddressOfNoPod: what goes to an address of a node's block that no pod has, from this node and from another, is counted, and
+// its sender is told: that, and no more.
+func TestAddressOfNoPod(t *testing.T) {
+	n1 := node(t, 1)
+	redirects := func() string { return in(t, n1.Netns, "nstat", "-asz", "IcmpOutRedirects") }
+	redirected := redirects()
+	last := ip(t, n1.Pods[0].Address).As4()
+	last[3] |= 62 // of a block of 64, far behind those that were given out
+	nobody := netip.AddrFrom4(last).String()
+	for _, pod := range []labPod{n1.Pods[0], node(t, 2).Pods[0]} {
+		counted := func() (packets uint64, sample string) {
+			for _, d := range drops(t, "--node", n1.Name).Drops {
+				if d.By != "vrouter" || d.Reason != "no_pod" {
+					continue
+				}
+				for _, f := range d.Flows {
+					if f.SourcePod == pod.Name && f.Destination == nobody {
+						packets += f.Packets
+					}
+				}
+				if d.Sample != nil {
+					sample = d.Sample.Decoded
+				}
+			}
+			return packets, sample
+		}
+		before, _ := counted()
+		if out, err := tryIn(pod.Netns, "ping", "-n", "-c", "3", "-i", "0.2", "-W", "5", nobody); err == nil || !strings.Contains(out, "Destination Host Unreachable") {
+			t.Errorf("%s is told nothing: %v\n%s", pod.Name, err, out)
+		}
+		var packets uint64
+		var sample string
+		until(t, "the drops of "+pod.Name+"'s packets to be counted", func() bool {
+			packets, sample = counted()
+			return packets >= before+3
+		})
+		if packets != before+3 || !strings.Contains(sample, "> "+nobody+": ICMP echo request") {
+			t.Errorf("%s sent 3 packets to %s: %d drops for no_pod, a sample of which is %q", pod.Name, nobody, packets-before, sample)
+		}
+		trace, err := tryIn(node(t, 3).Netns, "margayctl", "trace", pod.Name, nobody)
+		if first, _, _ := strings.Cut(trace, "\n"); err == nil || !strings.Contains(first, "at "+n1.Name+", vrouter, ") || !strings.Contains(first, "no pod has it") {
+			t.Errorf("trace: %v\n%s", err, trace)
+		}
+	}
+	if now := redirects(); now != redirected {
+		t.Errorf("the kernel has sent ICMP redirects: %s, and before %s", now, redirected)
+	}
+}
+
 // TestDropsWithoutAVRouter: the node is named, and the kernel's losses are there all the same.
 func TestDropsWithoutAVRouter(t *testing.T) {
 	n2 := node(t, 2)

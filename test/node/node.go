@@ -62,10 +62,13 @@ type Config struct {
 func Start(t testing.TB, s *space.Space, c Config) *Node {
 	t.Helper()
 	n := &Node{Space: s, Router: vrouter.New(), driver: c.Driver}
-	var reply *port.Reply
+	var reply, relay *port.Reply
 	var icmp *port.ICMP
 	s.Do(t, func() (err error) {
 		if reply, err = port.OpenReply(); err != nil {
+			return err
+		}
+		if relay, err = port.OpenReply(); err != nil {
 			return err
 		}
 		if icmp, err = port.OpenICMP(); err != nil {
@@ -107,7 +110,13 @@ func Start(t testing.TB, s *space.Space, c Config) *Node {
 		run(f)
 	}
 	run(func() error {
-		return icmp.Listen(time.Second, func(b []byte) { n.Router.LearnPathMTU(b, time.Now()) }, func() {})
+		relayed := []*vrouter.Packet{vrouter.NewPacket()}
+		return icmp.Listen(time.Second, func(b []byte) {
+			n.Router.LearnPathMTU(b, time.Now())
+			if n.Router.Relay(b, time.Now(), relayed[0]) {
+				relay.Send(relayed)
+			}
+		}, func() {})
 	})
 	t.Cleanup(func() {
 		n.Ports.Stop()
@@ -117,7 +126,7 @@ func Start(t testing.TB, s *space.Space, c Config) *Node {
 				t.Error(err)
 			}
 		}
-		if err := errors.Join(n.Ports.Close(), reply.Close(), icmp.Close()); err != nil {
+		if err := errors.Join(n.Ports.Close(), reply.Close(), relay.Close(), icmp.Close()); err != nil {
 			t.Error(err)
 		}
 	})

@@ -26,7 +26,7 @@ var (
 	droppedPackets   = desc("dropped_packets_total", "Packets dropped, by reason.", "reason")
 	droppedBytes     = desc("dropped_bytes_total", "Bytes of IP packets dropped, by reason.", "reason")
 	kernelPackets    = desc("kernel_dropped_packets_total", "Packets that the kernel lost around the vRouter, by where.", "where")
-	eventPackets     = desc("events_total", "Packets that something else was done about, by what: split, the pieces of them, ICMP errors sent, failed and held back by their rate, path MTUs refused.", "event")
+	eventPackets     = desc("events_total", "Packets that something else was done about, by what: split, the pieces of them, ICMP errors sent, failed, held back by their rate, passed on and refused, path MTUs refused, unexpected ECN fields.", "event")
 	routes           = desc("fib_routes", "Routes in the table.", "family")
 	gateways         = desc("fib_bytes", "Memory that the table takes as workers read it.")
 	stale            = desc("fib_stale_entries", "Routes, nodes and pods that the synchronisation under way has not confirmed.")

@@ -96,28 +96,47 @@ func PutICMPError(dst []byte, p IPv4, e ICMPError, src [4]byte, id uint16) int {
 // FragNeeded is what a router on the way says about a packet of ours that was too long for it.
 type FragNeeded struct {
 	// MTU is that of the next hop in bytes; 0 from routers older than RFC 1191.
-	MTU int
+	MTU    int
+	Quoted []byte // as in QuotedError
+}
+
+// QuotedError is an ICMP error about a packet of ours.
+type QuotedError struct {
+	ICMPError
 	// Quoted is the header of our packet with what follows it in the message. Its total length is the packet's, not
 	// that of what is quoted; its header checksum may have become wrong on the way and is not verified.
 	Quoted []byte
 }
 
-// ParseFragNeeded reads an ICMP message, IPv4 header included, and reports whether it is a whole and intact "fragmentation
-// needed" with at least an IPv4 header quoted. Quoted is a view of b.
-func ParseFragNeeded(b []byte) (FragNeeded, bool) {
+// ParseICMPError reads an ICMP message, IPv4 header included, and reports whether it is a whole and intact error about a packet
+// of which at least the IPv4 header is quoted. Quoted is a view of b.
+func ParseICMPError(b []byte) (QuotedError, bool) {
 	p, fault := ParseIPv4(b)
 	if fault != FaultNone || p.Protocol() != protocolICMP || p.IsFragment() {
-		return FragNeeded{}, false
+		return QuotedError{}, false
 	}
 	icmp := p.Payload()
-	if len(icmp) < ICMPHeaderLen+IPv4MinLen || icmp[0] != ICMPUnreachable || icmp[1] != CodeFragNeeded || Checksum(icmp, 0) != 0 {
-		return FragNeeded{}, false
+	if len(icmp) < ICMPHeaderLen+IPv4MinLen || icmp[0] != ICMPUnreachable && icmp[0] != ICMPTimeExceeded || Checksum(icmp, 0) != 0 {
+		return QuotedError{}, false
 	}
 	quoted := icmp[ICMPHeaderLen:]
+	// RFC 4884, 4: extensions may follow what is quoted, whose length in words the message tells then.
+	if words := int(icmp[5]); words > 0 && words<<2 < len(quoted) {
+		quoted = quoted[:words<<2]
+	}
 	if hl := int(quoted[0]&0x0f) << 2; quoted[0]>>4 != 4 || hl < IPv4MinLen || hl > len(quoted) {
+		return QuotedError{}, false
+	}
+	return QuotedError{ICMPError{icmp[0], icmp[1], binary.BigEndian.Uint32(icmp[4:])}, quoted}, true
+}
+
+// ParseFragNeeded is ParseICMPError for "fragmentation needed" alone.
+func ParseFragNeeded(b []byte) (FragNeeded, bool) {
+	m, ok := ParseICMPError(b)
+	if !ok || m.Type != ICMPUnreachable || m.Code != CodeFragNeeded {
 		return FragNeeded{}, false
 	}
-	return FragNeeded{MTU: int(binary.BigEndian.Uint16(icmp[6:])), Quoted: quoted}, true
+	return FragNeeded{MTU: int(uint16(m.Rest)), Quoted: m.Quoted}, true
 }
 
 // plateaus are the MTUs to try where a router does not tell its own: RFC 1191 section 7.

@@ -105,6 +105,16 @@ func PopIPIP(outer IPv4) (IPv4, Fault) {
 	return inner, FaultNone
 }
 
+// UnusedECN reports whether the ECN fields of an outer packet and of the inner one, which PopIPIP has returned, come together as
+// nothing sends them today (RFC 6040 section 4.2, the combinations of figure 4 with an exclamation mark): somebody on the way
+// has changed one, or abuses it.
+func UnusedECN(outer, inner IPv4) bool {
+	// PopIPIP has written what came of the two: it is the outer field, but where that is clear, or is one of these, or is
+	// ECT(0) over a mark that the inner one had before.
+	was, now := outer[offTOS]&ecnMask, inner[offTOS]&ecnMask
+	return was != notECT && was != now && (was != ect0 || now != ce)
+}
+
 // CopyDSCP gives the inner packet, which PopIPIP has returned, the DSCP of the outer one: the tunnel's exit in the
 // uniform model of RFC 2983 section 3.1. The inner ECN field stays.
 func CopyDSCP(outer, inner IPv4) {

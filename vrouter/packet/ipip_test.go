@@ -15,6 +15,8 @@ func TestPopECN(t *testing.T) {
 	const drop = -1
 	names := map[uint8]string{notECT: "Not-ECT", ect0: "ECT(0)", ect1: "ECT(1)", ce: "CE"}
 	columns := []uint8{notECT, ect0, ect1, ce}
+	// The combinations with an exclamation mark in the figure, by inner and outer codepoint.
+	unused := map[[2]uint8]bool{{notECT, ect0}: true, {notECT, ect1}: true, {ect1, ect0}: true, {ce, ect1}: true}
 	for _, row := range []struct {
 		inner uint8
 		want  [4]int
@@ -49,6 +51,9 @@ func TestPopECN(t *testing.T) {
 					want := ipv4(0xb8|uint8(row.want[i]), uint16(id), 0, 9, 17, podA, podB, []byte("data"))
 					if !bytes.Equal(got, want) {
 						t.Fatalf("id %#x\ngot  %x\nwant %x", id, got, want)
+					}
+					if got := UnusedECN(outer, got); got != unused[[2]uint8{row.inner, out}] {
+						t.Fatalf("unused: %v", got)
 					}
 				}
 			})

@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"margay/vrouter"
+	"margay/vrouter/packet"
 )
 
 // randomFrame is a frame of a pod's: most are what the programs decide about.
@@ -16,6 +17,7 @@ func randomFrame(rnd *rand.Rand) []byte {
 		b[i] = byte(rnd.Uint32())
 	}
 	copy(b, []byte{0xee, 0xee, 0xee, 0xee, 0xee, 0xee, 2, 0, 0, 0, 0, 1, 8, 0, 0x45, 0})
+	binary.BigEndian.PutUint16(b[16:], uint16(len(b)-ethernetHeader))
 	binary.BigEndian.PutUint16(b[20:], 0x4000) // DF
 	b[22], b[23] = 64, []byte{1, 6, 17, 17, 132, 33, 136, 47}[rnd.IntN(8)]
 	copy(b[26:], []byte{10, 244, 1, byte(rnd.IntN(4))})
@@ -37,6 +39,8 @@ func randomFrame(rnd *rand.Rand) []byte {
 	case 4:
 		b[21] = 1
 	}
+	b[24], b[25] = 0, 0
+	binary.BigEndian.PutUint16(b[24:], packet.Checksum(b[ethernetHeader:headersLen], 0))
 	return b
 }
 
@@ -99,7 +103,7 @@ func TestClassify(t *testing.T) {
 		if err := s.take(loopbackIndex, 0, netip.MustParseAddr("10.244.1.1"), open); err != nil {
 			t.Fatal(err)
 		}
-		ours := 0
+		ours, asked := 0, 0
 		for range 4000 {
 			b := randomFrame(rnd)
 			want := open && isOwned(b, owned, flows)
@@ -113,9 +117,16 @@ func TestClassify(t *testing.T) {
 			if got := verdict == tcxPass; got != want {
 				t.Fatalf("claimed %v, expected %v: % x", got, want, b)
 			}
+			// What a trace says of the same: it asks about whole packets, at interfaces that are taken.
+			if _, fault := packet.ParseIPv4(b[ethernetHeader:]); open && fault == packet.FaultNone && b[0]&1 == 0 && b[12] == 8 {
+				asked++
+				if why := s.leaves(b[ethernetHeader:]); (why == "") != want {
+					t.Fatalf("claimed %v, and why it is left to the kernel: %q: % x", want, why, b)
+				}
+			}
 		}
-		if open && (ours < 400 || ours > 3600) {
-			t.Errorf("%d of 4000 frames are ours: the test decides nothing", ours)
+		if open && (ours < 400 || ours > 3600 || asked < 2000) {
+			t.Errorf("%d of 4000 frames are ours, %d were asked about: the test decides nothing", ours, asked)
 		}
 	}
 }

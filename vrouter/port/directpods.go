@@ -42,12 +42,13 @@ type directPods struct {
 	stopped   atomic.Bool
 	done      sync.WaitGroup
 
-	mu     sync.Mutex // what the control plane has told, and the open interfaces for who reads their counters
+	mu     sync.Mutex // what the control plane has told, the open interfaces for who reads their counters, and freed
 	told   []vrouter.Pod
 	routes []routeChange
 	open   map[*podLink]bool
 	lost   uint64 // by interfaces that are closed
 	state  string
+	freed  bool // the maps of steering are closed, or about to be
 
 	// The goroutine's own.
 	pods    []vrouter.Pod
@@ -144,6 +145,9 @@ func (p *directPods) free() error {
 		errs = append(errs, p.plan.close())
 	}
 	if p.steering != nil {
+		p.mu.Lock()
+		p.freed = true
+		p.mu.Unlock()
 		errs = append(errs, p.steering.close())
 	}
 	if p.links != nil {

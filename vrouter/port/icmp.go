@@ -7,27 +7,36 @@ import (
 
 	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
+
+	"margay/vrouter/packet"
 )
 
-// ICMP hears what routers of the underlay say about packets of ours that were too long for them.
+// ICMP hears what routers of the underlay, and the node's own kernel, say about packets of ours that they could not deliver.
 type ICMP struct {
 	fd     int
 	waiter *waiter
 }
 
-// OpenICMP opens the socket, which hears "fragmentation needed" and nothing else.
+// OpenICMP opens the socket, which hears "unreachable", "fragmentation needed" among it, and "time exceeded", about packets
+// of protocol 4, and nothing else.
 func OpenICMP() (*ICMP, error) {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.IPPROTO_ICMP)
 	if err != nil {
 		return nil, explainSocket("raw socket for ICMP", err)
 	}
-	const unreachable, fragNeeded = 3, 4
+	const (
+		unreachable, timeExceeded = 3, 11
+		quotedProtocol            = 8 + 9 // from the ICMP header on
+	)
 	i := &ICMP{fd: fd}
 	// The program sees the packet from its IPv4 header on.
 	err = attach(fd,
 		bpf.LoadMemShift{Off: 0}, // X: length of that header
-		bpf.LoadIndirect{Off: 0, Size: 2},
-		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unreachable<<8 | fragNeeded, SkipTrue: 1},
+		bpf.LoadIndirect{Off: quotedProtocol, Size: 1},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: packet.ProtocolIPIP, SkipTrue: 4},
+		bpf.LoadIndirect{Off: 0, Size: 1},
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: unreachable, SkipTrue: 1},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: timeExceeded, SkipTrue: 1},
 		bpf.RetConstant{Val: 0xffff},
 		bpf.RetConstant{Val: 0},
 	)

@@ -221,7 +221,7 @@ func shortcutDeparts(t *testing.T, o vrouter.Options) {
 			t.Fatalf("verdict %d, %+v, %v: % x", int32(verdict), traced, err, p)
 		}
 		// A trace takes a packet to be at the interface of the pod whose source it has.
-		if why := b.plan.leavesDeparting(p); (why == "") != want && packet.IPv4(p).Src() == boxPods[0] {
+		if why, _ := b.plan.leavesDeparting(p); (why == "") != want && packet.IPv4(p).Src() == boxPods[0] {
 			t.Fatalf("verdict %d, and why it is left alone: %q: % x", int32(verdict), why, p)
 		}
 		if verdict != redirected {
@@ -328,7 +328,7 @@ func shortcutArrives(t *testing.T, o vrouter.Options) {
 		if (verdict == redirected) != want {
 			t.Fatalf("verdict %d, %+v: % x", int32(verdict), traced, p)
 		}
-		if why := b.plan.leavesArriving(p); (why == "") != want {
+		if why, _ := b.plan.leavesArriving(p); (why == "") != want {
 			t.Fatalf("verdict %d, and why it is left alone: %q: % x", int32(verdict), why, p)
 		}
 		if verdict != redirected {
@@ -393,7 +393,7 @@ func TestShortcutFlows(t *testing.T) {
 		if verdict, _ := b.run(t, b.plan.arrival, outer); (verdict == redirected) == known {
 			t.Errorf("noted %v: arriving: verdict %d", known, int32(verdict))
 		}
-		if why := b.plan.leavesArriving(outer); (why == "") == known {
+		if why, _ := b.plan.leavesArriving(outer); (why == "") == known {
 			t.Errorf("noted %v: arriving: why it is left alone: %q", known, why)
 		}
 	}
@@ -410,7 +410,7 @@ func TestShortcutStandsAside(t *testing.T) {
 		if verdict, _ := b.run(t, b.claim, p); verdict != want {
 			t.Errorf("%s: verdict %d", when, verdict)
 		}
-		if why := b.plan.leavesDeparting(p); (why == "") != (want == redirected) {
+		if why, _ := b.plan.leavesDeparting(p); (why == "") != (want == redirected) {
 			t.Errorf("%s: why it is left alone: %q", when, why)
 		}
 	}

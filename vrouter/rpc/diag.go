@@ -56,7 +56,23 @@ type Traced struct {
 	// where there are such programs.
 	ByTC      bool
 	LeftAlone string
+	// LeftToKernel says why the kernel has a pod's packet from the pod's interface on, and no ladder was walked.
+	LeftToKernel string
+	// Steers says that the vRouter tells of LeftToKernel, which an older one does not.
+	Steers bool
+	// Handover says where programs at tc put a packet for a pod.
+	Handover Handover
 }
+
+// Handover is where programs at tc put a packet for a pod.
+type Handover uint8
+
+// What Handover may be.
+const (
+	HandoverUnknown Handover = iota // an older vRouter does not tell
+	HandoverOutside                 // the host's side of the pod's interface, which sends it
+	HandoverInside                  // the pod's side
+)
 
 // ErrNoSwitch is what Trace returns, wrapped, for Transit where the vRouter does not have the pods' own interfaces.
 var ErrNoSwitch = vrouter.ErrNoSwitch
@@ -107,7 +123,8 @@ func (c *Client) Trace(ctx context.Context, d Direction, packet []byte) (Traced,
 	t := Traced{Forwarded: reply.GetForwarded(), Reason: reply.GetReason(), Packet: reply.GetPacket(), Out: reply.GetOut(),
 		OutInterface: reply.GetOutInterface(),
 		Pieces:       int(reply.GetPieces()), Answer: reply.GetAnswer(),
-		ByTC: reply.GetCarrier() == pb.Carrier_CARRIER_TC, LeftAlone: reply.GetLeftAlone()}
+		ByTC: reply.GetCarrier() == pb.Carrier_CARRIER_TC, LeftAlone: reply.GetLeftAlone(), LeftToKernel: reply.GetLeftToKernel(),
+		Steers: reply.GetSteering() != pb.Steering_STEERING_UNSPECIFIED, Handover: handoverFromWire[reply.GetHandover()]}
 	for _, r := range reply.GetRungs() {
 		t.Rungs = append(t.Rungs, Rung{Name: r.GetName(), Detail: r.GetDetail(), Passed: r.GetPassed()})
 	}
@@ -196,9 +213,19 @@ func (s *Server) Trace(_ context.Context, req *pb.TraceRequest) (*pb.TraceReply,
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
 	reply := &pb.TraceReply{Forwarded: t.Verdict == vrouter.VerdictForward, Packet: t.Packet, Out: string(t.Out), OutInterface: t.OutInterface,
-		Pieces: uint32(t.Pieces), Answer: t.Answer, Carrier: pb.Carrier_CARRIER_WORKER, LeftAlone: t.LeftAlone}
-	if t.Carrier == vrouter.CarrierTC {
-		reply.Carrier = pb.Carrier_CARRIER_TC
+		Pieces: uint32(t.Pieces), Answer: t.Answer, Carrier: pb.Carrier_CARRIER_WORKER}
+	if d == vrouter.Transit {
+		reply.Steering = pb.Steering_STEERING_VROUTER
+	}
+	switch {
+	case t.Carrier == vrouter.CarrierKernel:
+		reply.Carrier, reply.Steering, reply.LeftToKernel = pb.Carrier_CARRIER_UNSPECIFIED, pb.Steering_STEERING_KERNEL, t.LeftAlone
+	case t.Carrier == vrouter.CarrierTC && t.Inside:
+		reply.Carrier, reply.Handover = pb.Carrier_CARRIER_TC, pb.Handover_HANDOVER_INSIDE
+	case t.Carrier == vrouter.CarrierTC:
+		reply.Carrier, reply.Handover = pb.Carrier_CARRIER_TC, pb.Handover_HANDOVER_OUTSIDE
+	default:
+		reply.LeftAlone = t.LeftAlone
 	}
 	if !reply.Forwarded {
 		reply.Reason = t.Reason.String()
@@ -289,14 +316,18 @@ func capturedToWire(p vrouter.Captured) *pb.CapturedPacket {
 	return w
 }
 
-// Each two tables are each other's inverse.
+// The tables between the wire and the types here; inverse makes the second of two.
 var (
 	ioToWire = map[IO]pb.IO{
 		IOPacket: pb.IO_IO_PACKET,
 		IOXDP:    pb.IO_IO_XDP,
 		IOTC:     pb.IO_IO_TC,
 	}
-	ioFromWire      = inverse(ioToWire)
+	ioFromWire       = inverse(ioToWire)
+	handoverFromWire = map[pb.Handover]Handover{
+		pb.Handover_HANDOVER_OUTSIDE: HandoverOutside,
+		pb.Handover_HANDOVER_INSIDE:  HandoverInside,
+	}
 	directionToWire = map[vrouter.Direction]pb.Direction{
 		vrouter.Encap:   pb.Direction_DIRECTION_ENCAP,
 		vrouter.Decap:   pb.Direction_DIRECTION_DECAP,

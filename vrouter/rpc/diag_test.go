@@ -31,11 +31,11 @@ type programmed struct{ vrouter.SwitchPort }
 func (programmed) HasPrograms() bool        { return true }
 func (programmed) Carried() vrouter.Carried { return vrouter.Carried{} }
 
-func (programmed) LeavesAlone(_ vrouter.Direction, b []byte) string {
-	if packet.IPv4(b).TTL() > 10 {
-		return ""
+func (programmed) LeavesAlone(_ vrouter.Direction, b []byte) (string, bool) {
+	if ttl := packet.IPv4(b).TTL(); ttl > 10 {
+		return "", ttl > 100
 	}
-	return "it is old"
+	return "it is old", false
 }
 
 // configured returns a vRouter that serves, with a configuration, a node and routes to it, and a client of its.
@@ -62,9 +62,9 @@ func TestTraceTellsTheCarrier(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return fmt.Sprintf("%t %s", traced.ByTC, traced.LeftAlone)
+		return fmt.Sprintf("%t %s%d %t", traced.ByTC, traced.LeftAlone, traced.Handover, traced.Steers)
 	}
-	if got := ask(Decap, 64); got != "false " {
+	if got := ask(Decap, 64); got != "false 0 false" {
 		t.Errorf("without programs: %s", got)
 	}
 	router.NewSwitch(programmed{})
@@ -72,7 +72,7 @@ func TestTraceTellsTheCarrier(t *testing.T) {
 		d    Direction
 		ttl  byte
 		want string
-	}{{Decap, 64, "true "}, {Decap, 10, "false it is old"}, {Encap, 64, "false "}} {
+	}{{Decap, 64, "true 1 false"}, {Decap, 200, "true 2 false"}, {Decap, 10, "false it is old0 false"}, {Encap, 64, "false 0 false"}} {
 		if got := ask(e.d, e.ttl); got != e.want {
 			t.Errorf("%v, TTL %d: %s, expected %s", e.d, e.ttl, got, e.want)
 		}

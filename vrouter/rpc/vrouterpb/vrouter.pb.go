@@ -186,6 +186,106 @@ func (Direction) EnumDescriptor() ([]byte, []int) {
 	return file_vrouter_proto_rawDescGZIP(), []int{2}
 }
 
+// Steering is who takes a packet from the interface of the pod that sends it.
+type Steering int32
+
+const (
+	Steering_STEERING_UNSPECIFIED Steering = 0
+	Steering_STEERING_VROUTER     Steering = 1
+	Steering_STEERING_KERNEL      Steering = 2 // no ladder was walked
+)
+
+// Enum value maps for Steering.
+var (
+	Steering_name = map[int32]string{
+		0: "STEERING_UNSPECIFIED",
+		1: "STEERING_VROUTER",
+		2: "STEERING_KERNEL",
+	}
+	Steering_value = map[string]int32{
+		"STEERING_UNSPECIFIED": 0,
+		"STEERING_VROUTER":     1,
+		"STEERING_KERNEL":      2,
+	}
+)
+
+func (x Steering) Enum() *Steering {
+	p := new(Steering)
+	*p = x
+	return p
+}
+
+func (x Steering) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Steering) Descriptor() protoreflect.EnumDescriptor {
+	return file_vrouter_proto_enumTypes[3].Descriptor()
+}
+
+func (Steering) Type() protoreflect.EnumType {
+	return &file_vrouter_proto_enumTypes[3]
+}
+
+func (x Steering) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Steering.Descriptor instead.
+func (Steering) EnumDescriptor() ([]byte, []int) {
+	return file_vrouter_proto_rawDescGZIP(), []int{3}
+}
+
+// Handover is where programs at tc put a packet that leaves by a pod's interface.
+type Handover int32
+
+const (
+	Handover_HANDOVER_UNSPECIFIED Handover = 0
+	Handover_HANDOVER_OUTSIDE     Handover = 1 // the host's side, which sends it
+	Handover_HANDOVER_INSIDE      Handover = 2 // the pod's side, as if it had come by the interface
+)
+
+// Enum value maps for Handover.
+var (
+	Handover_name = map[int32]string{
+		0: "HANDOVER_UNSPECIFIED",
+		1: "HANDOVER_OUTSIDE",
+		2: "HANDOVER_INSIDE",
+	}
+	Handover_value = map[string]int32{
+		"HANDOVER_UNSPECIFIED": 0,
+		"HANDOVER_OUTSIDE":     1,
+		"HANDOVER_INSIDE":      2,
+	}
+)
+
+func (x Handover) Enum() *Handover {
+	p := new(Handover)
+	*p = x
+	return p
+}
+
+func (x Handover) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Handover) Descriptor() protoreflect.EnumDescriptor {
+	return file_vrouter_proto_enumTypes[4].Descriptor()
+}
+
+func (Handover) Type() protoreflect.EnumType {
+	return &file_vrouter_proto_enumTypes[4]
+}
+
+func (x Handover) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Handover.Descriptor instead.
+func (Handover) EnumDescriptor() ([]byte, []int) {
+	return file_vrouter_proto_rawDescGZIP(), []int{4}
+}
+
 // Carrier is who carries out what the ladder decides.
 type Carrier int32
 
@@ -220,11 +320,11 @@ func (x Carrier) String() string {
 }
 
 func (Carrier) Descriptor() protoreflect.EnumDescriptor {
-	return file_vrouter_proto_enumTypes[3].Descriptor()
+	return file_vrouter_proto_enumTypes[5].Descriptor()
 }
 
 func (Carrier) Type() protoreflect.EnumType {
-	return &file_vrouter_proto_enumTypes[3]
+	return &file_vrouter_proto_enumTypes[5]
 }
 
 func (x Carrier) Number() protoreflect.EnumNumber {
@@ -233,7 +333,7 @@ func (x Carrier) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Carrier.Descriptor instead.
 func (Carrier) EnumDescriptor() ([]byte, []int) {
-	return file_vrouter_proto_rawDescGZIP(), []int{3}
+	return file_vrouter_proto_rawDescGZIP(), []int{5}
 }
 
 // Prefix is an address prefix in canonical form: no bits set beyond its length.
@@ -1354,7 +1454,10 @@ type TraceReply struct {
 	Pieces        uint32                 `protobuf:"varint,9,opt,name=pieces,proto3" json:"pieces,omitempty"`                                // more than 1 when it has to be split; packet is the first then
 	Answer        []byte                 `protobuf:"bytes,10,opt,name=answer,proto3" json:"answer,omitempty"`                                // the ICMP error that its sender is told by
 	Carrier       Carrier                `protobuf:"varint,11,opt,name=carrier,proto3,enum=margay.vrouter.v1.Carrier" json:"carrier,omitempty"`
-	LeftAlone     string                 `protobuf:"bytes,12,opt,name=left_alone,json=leftAlone,proto3" json:"left_alone,omitempty"` // for IO_TC and CARRIER_WORKER: why the programs leave it alone
+	LeftAlone     string                 `protobuf:"bytes,12,opt,name=left_alone,json=leftAlone,proto3" json:"left_alone,omitempty"`               // for IO_TC and CARRIER_WORKER: why the programs leave it alone
+	Steering      Steering               `protobuf:"varint,13,opt,name=steering,proto3,enum=margay.vrouter.v1.Steering" json:"steering,omitempty"` // for DIRECTION_TRANSIT
+	LeftToKernel  string                 `protobuf:"bytes,14,opt,name=left_to_kernel,json=leftToKernel,proto3" json:"left_to_kernel,omitempty"`    // for STEERING_KERNEL: why
+	Handover      Handover               `protobuf:"varint,15,opt,name=handover,proto3,enum=margay.vrouter.v1.Handover" json:"handover,omitempty"` // for CARRIER_TC
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1471,6 +1574,27 @@ func (x *TraceReply) GetLeftAlone() string {
 		return x.LeftAlone
 	}
 	return ""
+}
+
+func (x *TraceReply) GetSteering() Steering {
+	if x != nil {
+		return x.Steering
+	}
+	return Steering_STEERING_UNSPECIFIED
+}
+
+func (x *TraceReply) GetLeftToKernel() string {
+	if x != nil {
+		return x.LeftToKernel
+	}
+	return ""
+}
+
+func (x *TraceReply) GetHandover() Handover {
+	if x != nil {
+		return x.Handover
+	}
+	return Handover_HANDOVER_UNSPECIFIED
 }
 
 type ListDropsRequest struct {
@@ -2056,7 +2180,7 @@ const file_vrouter_proto_rawDesc = "" +
 	"\x04Rung\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x16\n" +
-	"\x06passed\x18\x03 \x01(\bR\x06passed\"\xa3\x03\n" +
+	"\x06passed\x18\x03 \x01(\bR\x06passed\"\xbb\x04\n" +
 	"\n" +
 	"TraceReply\x12\x1c\n" +
 	"\tforwarded\x18\x01 \x01(\bR\tforwarded\x12\x16\n" +
@@ -2072,7 +2196,10 @@ const file_vrouter_proto_rawDesc = "" +
 	" \x01(\fR\x06answer\x124\n" +
 	"\acarrier\x18\v \x01(\x0e2\x1a.margay.vrouter.v1.CarrierR\acarrier\x12\x1d\n" +
 	"\n" +
-	"left_alone\x18\f \x01(\tR\tleftAlone\"(\n" +
+	"left_alone\x18\f \x01(\tR\tleftAlone\x127\n" +
+	"\bsteering\x18\r \x01(\x0e2\x1b.margay.vrouter.v1.SteeringR\bsteering\x12$\n" +
+	"\x0eleft_to_kernel\x18\x0e \x01(\tR\fleftToKernel\x127\n" +
+	"\bhandover\x18\x0f \x01(\x0e2\x1b.margay.vrouter.v1.HandoverR\bhandover\"(\n" +
 	"\x10ListDropsRequest\x12\x14\n" +
 	"\x05since\x18\x01 \x01(\x04R\x05since\"\xc8\x01\n" +
 	"\bDropFlow\x12:\n" +
@@ -2130,7 +2257,15 @@ const file_vrouter_proto_rawDesc = "" +
 	"\x15DIRECTION_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fDIRECTION_ENCAP\x10\x01\x12\x13\n" +
 	"\x0fDIRECTION_DECAP\x10\x02\x12\x15\n" +
-	"\x11DIRECTION_TRANSIT\x10\x03*F\n" +
+	"\x11DIRECTION_TRANSIT\x10\x03*O\n" +
+	"\bSteering\x12\x18\n" +
+	"\x14STEERING_UNSPECIFIED\x10\x00\x12\x14\n" +
+	"\x10STEERING_VROUTER\x10\x01\x12\x13\n" +
+	"\x0fSTEERING_KERNEL\x10\x02*O\n" +
+	"\bHandover\x12\x18\n" +
+	"\x14HANDOVER_UNSPECIFIED\x10\x00\x12\x14\n" +
+	"\x10HANDOVER_OUTSIDE\x10\x01\x12\x13\n" +
+	"\x0fHANDOVER_INSIDE\x10\x02*F\n" +
 	"\aCarrier\x12\x17\n" +
 	"\x13CARRIER_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eCARRIER_WORKER\x10\x01\x12\x0e\n" +
@@ -2160,87 +2295,91 @@ func file_vrouter_proto_rawDescGZIP() []byte {
 	return file_vrouter_proto_rawDescData
 }
 
-var file_vrouter_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
+var file_vrouter_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
 var file_vrouter_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
 var file_vrouter_proto_goTypes = []any{
 	(Kind)(0),                   // 0: margay.vrouter.v1.Kind
 	(IO)(0),                     // 1: margay.vrouter.v1.IO
 	(Direction)(0),              // 2: margay.vrouter.v1.Direction
-	(Carrier)(0),                // 3: margay.vrouter.v1.Carrier
-	(*Prefix)(nil),              // 4: margay.vrouter.v1.Prefix
-	(*Route)(nil),               // 5: margay.vrouter.v1.Route
-	(*Config)(nil),              // 6: margay.vrouter.v1.Config
-	(*Pod)(nil),                 // 7: margay.vrouter.v1.Pod
-	(*StatusRequest)(nil),       // 8: margay.vrouter.v1.StatusRequest
-	(*StatusReply)(nil),         // 9: margay.vrouter.v1.StatusReply
-	(*PathMTU)(nil),             // 10: margay.vrouter.v1.PathMTU
-	(*BeginRequest)(nil),        // 11: margay.vrouter.v1.BeginRequest
-	(*UpdateRequest)(nil),       // 12: margay.vrouter.v1.UpdateRequest
-	(*UpdateReply)(nil),         // 13: margay.vrouter.v1.UpdateReply
-	(*EndRequest)(nil),          // 14: margay.vrouter.v1.EndRequest
-	(*EndReply)(nil),            // 15: margay.vrouter.v1.EndReply
-	(*ListRoutesRequest)(nil),   // 16: margay.vrouter.v1.ListRoutesRequest
-	(*ListRoutesReply)(nil),     // 17: margay.vrouter.v1.ListRoutesReply
-	(*ListCountersRequest)(nil), // 18: margay.vrouter.v1.ListCountersRequest
-	(*Counter)(nil),             // 19: margay.vrouter.v1.Counter
-	(*ListCountersReply)(nil),   // 20: margay.vrouter.v1.ListCountersReply
-	(*TraceRequest)(nil),        // 21: margay.vrouter.v1.TraceRequest
-	(*Rung)(nil),                // 22: margay.vrouter.v1.Rung
-	(*TraceReply)(nil),          // 23: margay.vrouter.v1.TraceReply
-	(*ListDropsRequest)(nil),    // 24: margay.vrouter.v1.ListDropsRequest
-	(*DropFlow)(nil),            // 25: margay.vrouter.v1.DropFlow
-	(*DropSample)(nil),          // 26: margay.vrouter.v1.DropSample
-	(*ListDropsReply)(nil),      // 27: margay.vrouter.v1.ListDropsReply
-	(*CaptureRequest)(nil),      // 28: margay.vrouter.v1.CaptureRequest
-	(*CapturedPacket)(nil),      // 29: margay.vrouter.v1.CapturedPacket
-	(*CaptureReply)(nil),        // 30: margay.vrouter.v1.CaptureReply
+	(Steering)(0),               // 3: margay.vrouter.v1.Steering
+	(Handover)(0),               // 4: margay.vrouter.v1.Handover
+	(Carrier)(0),                // 5: margay.vrouter.v1.Carrier
+	(*Prefix)(nil),              // 6: margay.vrouter.v1.Prefix
+	(*Route)(nil),               // 7: margay.vrouter.v1.Route
+	(*Config)(nil),              // 8: margay.vrouter.v1.Config
+	(*Pod)(nil),                 // 9: margay.vrouter.v1.Pod
+	(*StatusRequest)(nil),       // 10: margay.vrouter.v1.StatusRequest
+	(*StatusReply)(nil),         // 11: margay.vrouter.v1.StatusReply
+	(*PathMTU)(nil),             // 12: margay.vrouter.v1.PathMTU
+	(*BeginRequest)(nil),        // 13: margay.vrouter.v1.BeginRequest
+	(*UpdateRequest)(nil),       // 14: margay.vrouter.v1.UpdateRequest
+	(*UpdateReply)(nil),         // 15: margay.vrouter.v1.UpdateReply
+	(*EndRequest)(nil),          // 16: margay.vrouter.v1.EndRequest
+	(*EndReply)(nil),            // 17: margay.vrouter.v1.EndReply
+	(*ListRoutesRequest)(nil),   // 18: margay.vrouter.v1.ListRoutesRequest
+	(*ListRoutesReply)(nil),     // 19: margay.vrouter.v1.ListRoutesReply
+	(*ListCountersRequest)(nil), // 20: margay.vrouter.v1.ListCountersRequest
+	(*Counter)(nil),             // 21: margay.vrouter.v1.Counter
+	(*ListCountersReply)(nil),   // 22: margay.vrouter.v1.ListCountersReply
+	(*TraceRequest)(nil),        // 23: margay.vrouter.v1.TraceRequest
+	(*Rung)(nil),                // 24: margay.vrouter.v1.Rung
+	(*TraceReply)(nil),          // 25: margay.vrouter.v1.TraceReply
+	(*ListDropsRequest)(nil),    // 26: margay.vrouter.v1.ListDropsRequest
+	(*DropFlow)(nil),            // 27: margay.vrouter.v1.DropFlow
+	(*DropSample)(nil),          // 28: margay.vrouter.v1.DropSample
+	(*ListDropsReply)(nil),      // 29: margay.vrouter.v1.ListDropsReply
+	(*CaptureRequest)(nil),      // 30: margay.vrouter.v1.CaptureRequest
+	(*CapturedPacket)(nil),      // 31: margay.vrouter.v1.CapturedPacket
+	(*CaptureReply)(nil),        // 32: margay.vrouter.v1.CaptureReply
 }
 var file_vrouter_proto_depIdxs = []int32{
-	4,  // 0: margay.vrouter.v1.Route.prefix:type_name -> margay.vrouter.v1.Prefix
+	6,  // 0: margay.vrouter.v1.Route.prefix:type_name -> margay.vrouter.v1.Prefix
 	0,  // 1: margay.vrouter.v1.Route.kind:type_name -> margay.vrouter.v1.Kind
-	6,  // 2: margay.vrouter.v1.StatusReply.config:type_name -> margay.vrouter.v1.Config
-	10, // 3: margay.vrouter.v1.StatusReply.path_mtus:type_name -> margay.vrouter.v1.PathMTU
+	8,  // 2: margay.vrouter.v1.StatusReply.config:type_name -> margay.vrouter.v1.Config
+	12, // 3: margay.vrouter.v1.StatusReply.path_mtus:type_name -> margay.vrouter.v1.PathMTU
 	1,  // 4: margay.vrouter.v1.StatusReply.io:type_name -> margay.vrouter.v1.IO
-	6,  // 5: margay.vrouter.v1.UpdateRequest.config:type_name -> margay.vrouter.v1.Config
-	5,  // 6: margay.vrouter.v1.UpdateRequest.set:type_name -> margay.vrouter.v1.Route
-	4,  // 7: margay.vrouter.v1.UpdateRequest.del:type_name -> margay.vrouter.v1.Prefix
-	7,  // 8: margay.vrouter.v1.UpdateRequest.add_pods:type_name -> margay.vrouter.v1.Pod
-	5,  // 9: margay.vrouter.v1.ListRoutesReply.routes:type_name -> margay.vrouter.v1.Route
-	19, // 10: margay.vrouter.v1.ListCountersReply.counters:type_name -> margay.vrouter.v1.Counter
+	8,  // 5: margay.vrouter.v1.UpdateRequest.config:type_name -> margay.vrouter.v1.Config
+	7,  // 6: margay.vrouter.v1.UpdateRequest.set:type_name -> margay.vrouter.v1.Route
+	6,  // 7: margay.vrouter.v1.UpdateRequest.del:type_name -> margay.vrouter.v1.Prefix
+	9,  // 8: margay.vrouter.v1.UpdateRequest.add_pods:type_name -> margay.vrouter.v1.Pod
+	7,  // 9: margay.vrouter.v1.ListRoutesReply.routes:type_name -> margay.vrouter.v1.Route
+	21, // 10: margay.vrouter.v1.ListCountersReply.counters:type_name -> margay.vrouter.v1.Counter
 	2,  // 11: margay.vrouter.v1.TraceRequest.direction:type_name -> margay.vrouter.v1.Direction
-	22, // 12: margay.vrouter.v1.TraceReply.rungs:type_name -> margay.vrouter.v1.Rung
-	5,  // 13: margay.vrouter.v1.TraceReply.route:type_name -> margay.vrouter.v1.Route
-	5,  // 14: margay.vrouter.v1.TraceReply.back:type_name -> margay.vrouter.v1.Route
-	3,  // 15: margay.vrouter.v1.TraceReply.carrier:type_name -> margay.vrouter.v1.Carrier
-	2,  // 16: margay.vrouter.v1.DropFlow.direction:type_name -> margay.vrouter.v1.Direction
-	2,  // 17: margay.vrouter.v1.DropSample.direction:type_name -> margay.vrouter.v1.Direction
-	25, // 18: margay.vrouter.v1.ListDropsReply.flows:type_name -> margay.vrouter.v1.DropFlow
-	26, // 19: margay.vrouter.v1.ListDropsReply.samples:type_name -> margay.vrouter.v1.DropSample
-	2,  // 20: margay.vrouter.v1.CapturedPacket.direction:type_name -> margay.vrouter.v1.Direction
-	29, // 21: margay.vrouter.v1.CaptureReply.packets:type_name -> margay.vrouter.v1.CapturedPacket
-	8,  // 22: margay.vrouter.v1.VRouter.GetStatus:input_type -> margay.vrouter.v1.StatusRequest
-	11, // 23: margay.vrouter.v1.VRouter.Begin:input_type -> margay.vrouter.v1.BeginRequest
-	12, // 24: margay.vrouter.v1.VRouter.Update:input_type -> margay.vrouter.v1.UpdateRequest
-	14, // 25: margay.vrouter.v1.VRouter.End:input_type -> margay.vrouter.v1.EndRequest
-	16, // 26: margay.vrouter.v1.VRouter.ListRoutes:input_type -> margay.vrouter.v1.ListRoutesRequest
-	18, // 27: margay.vrouter.v1.VRouter.ListCounters:input_type -> margay.vrouter.v1.ListCountersRequest
-	21, // 28: margay.vrouter.v1.VRouter.Trace:input_type -> margay.vrouter.v1.TraceRequest
-	24, // 29: margay.vrouter.v1.VRouter.ListDrops:input_type -> margay.vrouter.v1.ListDropsRequest
-	28, // 30: margay.vrouter.v1.VRouter.Capture:input_type -> margay.vrouter.v1.CaptureRequest
-	9,  // 31: margay.vrouter.v1.VRouter.GetStatus:output_type -> margay.vrouter.v1.StatusReply
-	9,  // 32: margay.vrouter.v1.VRouter.Begin:output_type -> margay.vrouter.v1.StatusReply
-	13, // 33: margay.vrouter.v1.VRouter.Update:output_type -> margay.vrouter.v1.UpdateReply
-	15, // 34: margay.vrouter.v1.VRouter.End:output_type -> margay.vrouter.v1.EndReply
-	17, // 35: margay.vrouter.v1.VRouter.ListRoutes:output_type -> margay.vrouter.v1.ListRoutesReply
-	20, // 36: margay.vrouter.v1.VRouter.ListCounters:output_type -> margay.vrouter.v1.ListCountersReply
-	23, // 37: margay.vrouter.v1.VRouter.Trace:output_type -> margay.vrouter.v1.TraceReply
-	27, // 38: margay.vrouter.v1.VRouter.ListDrops:output_type -> margay.vrouter.v1.ListDropsReply
-	30, // 39: margay.vrouter.v1.VRouter.Capture:output_type -> margay.vrouter.v1.CaptureReply
-	31, // [31:40] is the sub-list for method output_type
-	22, // [22:31] is the sub-list for method input_type
-	22, // [22:22] is the sub-list for extension type_name
-	22, // [22:22] is the sub-list for extension extendee
-	0,  // [0:22] is the sub-list for field type_name
+	24, // 12: margay.vrouter.v1.TraceReply.rungs:type_name -> margay.vrouter.v1.Rung
+	7,  // 13: margay.vrouter.v1.TraceReply.route:type_name -> margay.vrouter.v1.Route
+	7,  // 14: margay.vrouter.v1.TraceReply.back:type_name -> margay.vrouter.v1.Route
+	5,  // 15: margay.vrouter.v1.TraceReply.carrier:type_name -> margay.vrouter.v1.Carrier
+	3,  // 16: margay.vrouter.v1.TraceReply.steering:type_name -> margay.vrouter.v1.Steering
+	4,  // 17: margay.vrouter.v1.TraceReply.handover:type_name -> margay.vrouter.v1.Handover
+	2,  // 18: margay.vrouter.v1.DropFlow.direction:type_name -> margay.vrouter.v1.Direction
+	2,  // 19: margay.vrouter.v1.DropSample.direction:type_name -> margay.vrouter.v1.Direction
+	27, // 20: margay.vrouter.v1.ListDropsReply.flows:type_name -> margay.vrouter.v1.DropFlow
+	28, // 21: margay.vrouter.v1.ListDropsReply.samples:type_name -> margay.vrouter.v1.DropSample
+	2,  // 22: margay.vrouter.v1.CapturedPacket.direction:type_name -> margay.vrouter.v1.Direction
+	31, // 23: margay.vrouter.v1.CaptureReply.packets:type_name -> margay.vrouter.v1.CapturedPacket
+	10, // 24: margay.vrouter.v1.VRouter.GetStatus:input_type -> margay.vrouter.v1.StatusRequest
+	13, // 25: margay.vrouter.v1.VRouter.Begin:input_type -> margay.vrouter.v1.BeginRequest
+	14, // 26: margay.vrouter.v1.VRouter.Update:input_type -> margay.vrouter.v1.UpdateRequest
+	16, // 27: margay.vrouter.v1.VRouter.End:input_type -> margay.vrouter.v1.EndRequest
+	18, // 28: margay.vrouter.v1.VRouter.ListRoutes:input_type -> margay.vrouter.v1.ListRoutesRequest
+	20, // 29: margay.vrouter.v1.VRouter.ListCounters:input_type -> margay.vrouter.v1.ListCountersRequest
+	23, // 30: margay.vrouter.v1.VRouter.Trace:input_type -> margay.vrouter.v1.TraceRequest
+	26, // 31: margay.vrouter.v1.VRouter.ListDrops:input_type -> margay.vrouter.v1.ListDropsRequest
+	30, // 32: margay.vrouter.v1.VRouter.Capture:input_type -> margay.vrouter.v1.CaptureRequest
+	11, // 33: margay.vrouter.v1.VRouter.GetStatus:output_type -> margay.vrouter.v1.StatusReply
+	11, // 34: margay.vrouter.v1.VRouter.Begin:output_type -> margay.vrouter.v1.StatusReply
+	15, // 35: margay.vrouter.v1.VRouter.Update:output_type -> margay.vrouter.v1.UpdateReply
+	17, // 36: margay.vrouter.v1.VRouter.End:output_type -> margay.vrouter.v1.EndReply
+	19, // 37: margay.vrouter.v1.VRouter.ListRoutes:output_type -> margay.vrouter.v1.ListRoutesReply
+	22, // 38: margay.vrouter.v1.VRouter.ListCounters:output_type -> margay.vrouter.v1.ListCountersReply
+	25, // 39: margay.vrouter.v1.VRouter.Trace:output_type -> margay.vrouter.v1.TraceReply
+	29, // 40: margay.vrouter.v1.VRouter.ListDrops:output_type -> margay.vrouter.v1.ListDropsReply
+	32, // 41: margay.vrouter.v1.VRouter.Capture:output_type -> margay.vrouter.v1.CaptureReply
+	33, // [33:42] is the sub-list for method output_type
+	24, // [24:33] is the sub-list for method input_type
+	24, // [24:24] is the sub-list for extension type_name
+	24, // [24:24] is the sub-list for extension extendee
+	0,  // [0:24] is the sub-list for field type_name
 }
 
 func init() { file_vrouter_proto_init() }
@@ -2253,7 +2392,7 @@ func file_vrouter_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vrouter_proto_rawDesc), len(file_vrouter_proto_rawDesc)),
-			NumEnums:      4,
+			NumEnums:      6,
 			NumMessages:   27,
 			NumExtensions: 0,
 			NumServices:   1,
