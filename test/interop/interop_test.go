@@ -155,6 +155,11 @@ func withKernel(t *testing.T, driver port.Options) {
 			t.Fatalf("the machine does not answer: %v; %v", err, n.Counters())
 		}
 	}
+	n.UntilCarried(t, func() {
+		if _, _, err := echo(conn, 1); err != nil {
+			t.Fatal(err)
+		}
+	})
 	t.Run("ping", func(t *testing.T) { ping(t, n) })
 	t.Run("UDP of every size", func(t *testing.T) { everySize(t, n, conn) })
 	t.Run("TCP", func(t *testing.T) { bulk(t, n) })

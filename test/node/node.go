@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -29,12 +30,26 @@ var Drivers = []port.Options{
 	{Attach: port.AttachVeth, IO: port.IOXDP, Name: "vr0", Queues: 1},
 	{Attach: port.AttachDirect, IO: port.IOPacket, Name: "vr0", Queues: 1},
 	{Attach: port.AttachDirect, IO: port.IOXDP, Name: "vr0", Queues: 1},
+	{Attach: port.AttachDirect, IO: port.IOTC, Name: "vr0", Queues: 1},
+}
+
+// Queued are the drivers with so many queues each, and a worker for each queue.
+func Queued(queues int) []port.Options {
+	all := slices.Clone(Drivers)
+	for i := range all {
+		all[i].Queues = queues
+	}
+	return all
 }
 
 // OnEach runs a test on each of drivers.
 func OnEach(t *testing.T, drivers []port.Options, f func(*testing.T, port.Options)) {
 	for _, d := range drivers {
-		t.Run(d.Attach+","+d.IO, func(t *testing.T) { f(t, d) })
+		name := d.Attach + "," + d.IO
+		if d.Queues > 1 {
+			name += fmt.Sprintf(",%d queues", d.Queues)
+		}
+		t.Run(name, func(t *testing.T) { f(t, d) })
 	}
 }
 
@@ -62,11 +77,16 @@ type Config struct {
 func Start(t testing.TB, s *space.Space, c Config) *Node {
 	t.Helper()
 	n := &Node{Space: s, Router: vrouter.New(), driver: c.Driver}
-	var reply, relay *port.Reply
+	var replies []*port.Reply // one for each worker that answers
+	var relay *port.Reply
 	var icmp *port.ICMP
 	s.Do(t, func() (err error) {
-		if reply, err = port.OpenReply(); err != nil {
-			return err
+		for range c.Driver.Queues {
+			reply, err := port.OpenReply()
+			if err != nil {
+				return err
+			}
+			replies = append(replies, reply)
 		}
 		if relay, err = port.OpenReply(); err != nil {
 			return err
@@ -87,7 +107,13 @@ func Start(t testing.TB, s *space.Space, c Config) *Node {
 	}
 	n.Router.OnConfig(n.Ports.Configure)
 	workers := n.Ports.Workers(n.Router)
-	workers[0].SetReply(reply)
+	answering := 0
+	for _, w := range workers {
+		if w.Direction() != vrouter.Decap {
+			w.SetReply(replies[answering])
+			answering++
+		}
+	}
 	if err := n.Router.Update(c.Update); err != nil {
 		t.Fatal(err)
 	}
@@ -126,7 +152,11 @@ func Start(t testing.TB, s *space.Space, c Config) *Node {
 				t.Error(err)
 			}
 		}
-		if err := errors.Join(n.Ports.Close(), reply.Close(), relay.Close(), icmp.Close()); err != nil {
+		errs := []error{n.Ports.Close(), relay.Close(), icmp.Close()}
+		for _, r := range replies {
+			errs = append(errs, r.Close())
+		}
+		if err := errors.Join(errs...); err != nil {
 			t.Error(err)
 		}
 	})
@@ -135,6 +165,9 @@ func Start(t testing.TB, s *space.Space, c Config) *Node {
 
 // Direct reports whether the vRouter reads the pods' own interfaces.
 func (n *Node) Direct() bool { return n.driver.Attach == port.AttachDirect }
+
+// Queues is how many the vRouter's ports have, with a worker each, or one for each direction.
+func (n *Node) Queues() int { return n.Ports.Queues }
 
 // Counters are those that are not zero.
 func (n *Node) Counters() map[string]uint64 {
@@ -147,13 +180,37 @@ func (n *Node) Counters() map[string]uint64 {
 	return all
 }
 
-// Balance waits until every packet that the workers have taken is accounted for, and fails the test if one is not or was
-// dropped without a reason: in = out - pieces + split + dropped. It returns how many the kernel has lost around the vRouter.
+// Carried is what the port has forwarded by itself, in the kernel, and no worker has taken: with IOTC only.
+func (n *Node) Carried() vrouter.Carried {
+	if n.Ports.Direct == nil {
+		return vrouter.Carried{}
+	}
+	return n.Ports.Direct.Carried()
+}
+
+// UntilCarried calls send, after which packets have gone into the tunnel and come out of it, until the port carries those
+// itself, which begins some time after the first of them. Where it carries none it returns at once.
+func (n *Node) UntilCarried(t testing.TB, send func()) {
+	t.Helper()
+	if n.driver.IO != port.IOTC {
+		return
+	}
+	Until(t, "packets carried in the kernel, there and back", func() bool {
+		send()
+		c := n.Carried()
+		return c.Encap.Packets > 0 && c.Decap.Packets > 0
+	})
+}
+
+// Balance waits until every packet that the workers have taken, or the port has carried, is accounted for, and fails the
+// test if one is not or was dropped without a reason: in = out - pieces + split + dropped. It returns how many the kernel has
+// lost around the vRouter.
 // It is for tests without superpackets, which go out as more than come in.
 func (n *Node) Balance(t testing.TB) (lost uint64) {
 	t.Helper()
 	for deadline := time.Now().Add(Patience); ; time.Sleep(time.Millisecond) {
-		var in uint64
+		carried := n.Carried()
+		in := carried.Encap.Packets + carried.Decap.Packets + carried.Local.Packets
 		for _, b := range n.Router.Batches() {
 			in += b.Packets
 		}
@@ -172,7 +229,7 @@ func (n *Node) Balance(t testing.TB) (lost uint64) {
 			return lost
 		}
 		if time.Now().After(deadline) {
-			t.Errorf("the workers took %d packets, and account for %d: %v", in, accounted, c)
+			t.Errorf("came in %d packets, accounted for are %d: %v", in, accounted, c)
 			return lost
 		}
 	}
@@ -248,7 +305,7 @@ func (n *Node) AddPod(t testing.TB, p Pod) *space.Space {
 		t.Fatal(err)
 	}
 	if n.Direct() {
-		want := fmt.Sprintf("%d of %d pods read", n.pods, n.pods)
+		want := fmt.Sprintf("%d of %d pods ", n.pods, n.pods)
 		Until(t, want, func() bool { return strings.Contains(n.Ports.Direct.String(), want) })
 	}
 	return pod

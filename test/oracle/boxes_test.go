@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"margay/test/node"
 	"margay/test/space"
@@ -92,23 +93,58 @@ type nodeBox struct {
 	peer     *tap
 	peerMAC  net.HardwareAddr
 	nodeMAC  net.HardwareAddr
-	sent     uint32
-	injected [2]uint64
+	sender   *rawSocket // for markers: what comes by in0 has its queue, whatever the flow
+	injected uint64     // what the other node has sent
+	markers
+	lane [2][]lane // by direction
 }
 
 // newNodeBox starts the vRouter with a driver in a namespace. Its pods are behind the TUN device in0.
 func newNodeBox(t testing.TB, driver port.Options, options vrouter.Options) *nodeBox {
 	t.Helper()
 	n := &nodeBox{}
-	n.open(t, node.Config{Driver: driver, Options: options, Update: update(), Routes: func() (err error) {
+	n.open(t, node.Config{Driver: driver, Options: options, Update: update(), CPUs: onOneCPU(t), Routes: func() (err error) {
 		if n.in, err = openTUN("in0", wideWorld.mtu, queueLength); err != nil {
 			return err
 		}
 		return errors.Join(space.Address("in0", routerIn+"/32"), space.Address("vr0", routerOut+"/32"),
 			space.Route(podsPrefix, "in0"), space.Route(poolPrefix, "vr0"))
 	}})
-	t.Cleanup(func() { n.in.close(t) })
+	n.Do(t, func() (err error) {
+		n.sender, err = openRaw()
+		return err
+	})
+	t.Cleanup(func() { n.in.close(t); n.sender.close(t) })
+	n.lane[outward] = n.lanes(t, n.Queues(), func(l lane) { n.flushOutward(t, l) })
+	n.lane[inward] = n.lanes(t, n.arrivalQueues(), func(l lane) { n.flushInward(t, l) })
 	return n
+}
+
+// arrivalQueues is how many workers take packets out of the tunnel. To AF_XDP the underlay brings them by one queue, the only one
+// that it has.
+func (n *nodeBox) arrivalQueues() int {
+	if n.Ports.IO == port.IOXDP {
+		return 1
+	}
+	return n.Queues()
+}
+
+// onOneCPU keeps the caller's thread on one CPU, and returns it, for the workers. Packets that the kernel queues on different
+// CPUs may overtake each other.
+func onOneCPU(t testing.TB) []int {
+	t.Helper()
+	var may unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &may); err != nil {
+		t.Fatal(err)
+	}
+	cpu := 0
+	for !may.IsSet(cpu) {
+		cpu++
+	}
+	if err := port.WorkerThread([]int{cpu}, 0); err != nil {
+		t.Fatal(err)
+	}
+	return []int{cpu}
 }
 
 // open makes both nodes.
@@ -157,64 +193,74 @@ func update() vrouter.Update {
 	}
 }
 
-// route sends a packet and behind it a marker on the same way, which goes through the whole node: what came before the
-// marker is what has come of the packet. An inward packet may come out at either end, so it has a marker each way.
+// route sends a packet and behind it a marker by each worker, which goes through the whole node: what came before the last of
+// them is what has come of the packet. An inward packet may come out at either end, so it has markers each way.
 func (n *nodeBox) route(t testing.TB, d direction, b []byte) result {
 	t.Helper()
-	n.injected[d]++
 	var r result
 	if d == inward {
-		n.peer.send(t, n.peerMAC, n.nodeMAC, tunnel(b))
-		mark := n.marker(remoteHost, podHost)
-		n.peer.send(t, n.peerMAC, n.nodeMAC, tunnel(mark))
-		n.injected[inward]++
-		r.back = n.backUntil(t, mark)
+		n.fromPeer(t, tunnel(b))
+		r.back = n.flushInward(t, n.lane[inward]...)
 	} else {
 		n.in.write(t, b)
 	}
-	mark := n.marker(podHost, remoteHost)
-	n.in.write(t, mark)
-	n.injected[outward]++
-	for {
-		got := n.peer.next(t)
-		inner, ok := untunnel(t, got)
-		if !ok {
-			continue
-		}
-		if isMarker(inner) {
-			break
-		}
-		r.out = append(r.out, inner)
-	}
+	r.out = n.flushOutward(t, n.lane[outward]...)
 	r.back = append(r.back, n.in.read(t)...)
 	return r
 }
 
-// backUntil reads what comes out toward the pods until mark does.
-func (n *nodeBox) backUntil(t testing.TB, mark []byte) [][]byte {
+// fromPeer sends a packet from the other node.
+func (n *nodeBox) fromPeer(t testing.TB, outer []byte) {
 	t.Helper()
-	var out [][]byte
-	for {
-		for _, b := range n.in.wait(t) {
-			if isMarker(b) {
-				return out
-			}
-			out = append(out, b)
-		}
+	n.peer.send(t, n.peerMAC, n.nodeMAC, outer)
+	n.injected++
+}
+
+// The ways of markers.
+const (
+	wayOut = iota
+	wayIn
+)
+
+// flushOutward sends markers, and returns what comes to the other node besides until they do.
+func (n *nodeBox) flushOutward(t testing.TB, lanes ...lane) [][]byte {
+	t.Helper()
+	marks := awaited{}
+	for _, l := range lanes {
+		n.sender.send(t, n.mark(marks, podHost, l, 64, wayOut, 0, nil))
 	}
+	return n.atPeer(t, marks)
 }
 
-// marker is a packet that passes every router.
-func (n *nodeBox) marker(src, dst netip.Addr) []byte {
-	n.sent++
-	payload := binary.BigEndian.AppendUint32([]byte{0, markPort, 0, markPort, 0, 12, 0, 0}, n.sent)
-	return build(spec{src: src, dst: dst, ttl: 64, protocol: 17, payload: payload})
+// flushInward sends markers, and returns what comes to the pods besides until they do.
+func (n *nodeBox) flushInward(t testing.TB, lanes ...lane) [][]byte {
+	t.Helper()
+	marks := awaited{}
+	for _, l := range lanes {
+		n.fromPeer(t, tunnel(n.mark(marks, l, podHost, 64, wayIn, 0, nil)))
+	}
+	var came [][]byte
+	out := marks.until(t, "toward the pods", func() []byte {
+		if len(came) == 0 {
+			came = n.in.wait(t)
+		}
+		b := came[0]
+		came = came[1:]
+		return b
+	})
+	return append(out, came...)
 }
 
-const markPort = 4
-
-func isMarker(b []byte) bool {
-	return len(b) == 32 && b[9] == 17 && b[21] == markPort && b[23] == markPort
+// atPeer returns what comes to the other node through the tunnel besides markers, until the last one that is awaited.
+func (n *nodeBox) atPeer(t testing.TB, marks awaited) [][]byte {
+	t.Helper()
+	return marks.until(t, "at the other node", func() []byte {
+		for {
+			if inner, ok := untunnel(t, n.peer.next(t)); ok {
+				return inner
+			}
+		}
+	})
 }
 
 // tunnel is what the other node sends: b in IP-in-IP, by RFC 2003 section 3.1.
@@ -266,7 +312,7 @@ func (n *nodeBox) books(t testing.TB) books {
 	n.Do(t, func() error {
 		l, err := netlink.LinkByName("vr0")
 		if err == nil {
-			b.given = l.Attrs().Statistics.TxPackets + n.injected[inward]
+			b.given = l.Attrs().Statistics.TxPackets + n.injected
 		}
 		return err
 	})

@@ -115,18 +115,29 @@ func openTap(link string) (*tap, error) {
 // next returns the next packet, from its IPv4 header on. It waits for one up to ten seconds.
 func (d *tap) next(t testing.TB) []byte {
 	t.Helper()
+	for {
+		if b := d.read(t); b != nil {
+			return b
+		}
+		d.poll[0] = unix.PollFd{Fd: int32(d.fd), Events: unix.POLLIN}
+		if n, err := unix.Poll(d.poll[:], 10_000); n == 0 || err != nil && err != unix.EINTR {
+			t.Fatalf("nothing came within ten seconds: %v", err)
+		}
+	}
+}
+
+// read is next for what is there: nil means nothing.
+func (d *tap) read(t testing.TB) []byte {
+	t.Helper()
 	b := make([]byte, 1<<16)
 	for {
 		n, err := unix.Read(d.fd, b)
 		switch err {
 		case nil:
 			return b[14:n]
-		case unix.EINTR:
 		case unix.EAGAIN:
-			d.poll[0] = unix.PollFd{Fd: int32(d.fd), Events: unix.POLLIN}
-			if n, err := unix.Poll(d.poll[:], 10_000); n == 0 || err != nil && err != unix.EINTR {
-				t.Fatalf("nothing came within ten seconds: %v", err)
-			}
+			return nil
+		case unix.EINTR:
 		default:
 			t.Fatal(err)
 		}
@@ -139,5 +150,28 @@ func (d *tap) send(t testing.TB, from, to net.HardwareAddr, b []byte) {
 	frame := append(append(append([]byte(nil), to...), from...), 8, 0)
 	if err := unix.Sendto(d.fd, append(frame, b...), 0, &unix.SockaddrLinklayer{Ifindex: d.index}); err != nil {
 		t.Fatalf("send %d bytes: %v", len(b), err)
+	}
+}
+
+// rawSocket sends IPv4 packets as the node's own kernel would.
+type rawSocket struct{ fd int }
+
+// openRaw opens one in the caller's namespace.
+func openRaw() (*rawSocket, error) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
+	return &rawSocket{fd}, err
+}
+
+// send sends a packet, whole with its header.
+func (s *rawSocket) send(t testing.TB, b []byte) {
+	t.Helper()
+	if err := unix.Sendto(s.fd, b, 0, &unix.SockaddrInet4{Addr: [4]byte(b[16:])}); err != nil {
+		t.Fatalf("send %d bytes: %v", len(b), err)
+	}
+}
+
+func (s *rawSocket) close(t testing.TB) {
+	if err := unix.Close(s.fd); err != nil {
+		t.Error(err)
 	}
 }

@@ -26,12 +26,12 @@ func hostile(t *testing.T, driver port.Options) {
 	for _, c := range fromUnderlay(pod.address) {
 		before := box.Counters()[c.counter]
 		for _, b := range c.pieces {
-			box.peer.send(t, box.peerMAC, box.nodeMAC, b)
+			box.fromPeer(t, b)
 		}
 		if len(c.pieces) > 1 && c.delivered {
 			pod.tap.next(t) // the kernel's detour is longer than the markers' way
 		}
-		r := box.arrive(t, nil, pod.address)
+		r := box.arrive(t, nil, pod)
 		if delivered := len(r.back) > 0; delivered != c.delivered {
 			t.Errorf("a stranger, %s: came out: %v, expected: %v", c.name, delivered, c.delivered)
 		}

@@ -35,12 +35,15 @@ func TestTable(t *testing.T) {
 }
 
 // TestRandom gives both routers more than ten thousand packets that nobody has thought of.
-func TestRandom(t *testing.T) {
-	node.OnEach(t, node.Drivers, func(t *testing.T, driver port.Options) {
-		oracle, box := newKernelBox(t, wideWorld.mtu), newNodeBox(t, driver, nodeOptions())
-		random(t, wideWorld, oracle, func(in input) result { return box.route(t, in.direction, in.bytes) })
-		box.balance(t)
-	})
+func TestRandom(t *testing.T) { node.OnEach(t, node.Drivers, randomly) }
+
+// TestRandomQueued is TestRandom with two queues.
+func TestRandomQueued(t *testing.T) { node.OnEach(t, node.Queued(2), randomly) }
+
+func randomly(t *testing.T, driver port.Options) {
+	oracle, box := newKernelBox(t, wideWorld.mtu), newNodeBox(t, driver, nodeOptions())
+	random(t, wideWorld, oracle, func(in input) result { return box.route(t, in.direction, in.bytes) })
+	box.balance(t)
 }
 
 // random gives the oracle and another router more than ten thousand packets that nobody has thought of.

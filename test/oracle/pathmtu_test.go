@@ -94,6 +94,15 @@ func pathMTU(t *testing.T, driver port.Options) {
 		}
 	}
 
+	short := a.dial(t, server, unix.IP_PMTUDISC_DONT)
+	for _, h := range []*host{a, b} {
+		h.UntilCarried(t, func() {
+			if err := short.ask(1); err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
+
 	// With DF: the sender inside is told the tunnel's share of the narrow link.
 	const inner, headers = innerMTU, 28
 	told := a.dial(t, server, unix.IP_PMTUDISC_PROBE) // DF, and the kernel's own knowledge of the way does not count

@@ -5,10 +5,9 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
-
-	"golang.org/x/sys/unix"
 
 	"margay/test/node"
 	"margay/test/space"
@@ -19,37 +18,29 @@ import (
 // podBox is a node whose pods have namespaces and interfaces of their own, and are mute. The first of them only receives.
 //
 // In `direct`, what a pod sends goes by the vRouter or by the kernel, and the test does not know which: so there is a marker
-// behind it on each way, to each place where something can come out. That none overtakes another takes one CPU for all.
+// behind it on each way, to each place where something can come out. That none overtakes another takes one CPU for all. With
+// IOTC there is a third way, which needs no marker: what programs forward is out before the kernel looks at the next packet.
 type podBox struct {
 	nodeBox
 	pods []*attached
-	last int
+	turn int
 }
 
-// attached is a pod with an eye on its interface.
+// attached is a pod with an eye on its interface, and the lanes of markers from it and to it.
 type attached struct {
 	address netip.Addr
 	tap     *tap
 	mac     net.HardwareAddr
+	// By the kernel to vr0; out of the tunnel to the pod's interface; and out of the tunnel to the kernel.
+	toVr0, arriving, arrivingByKernel []lane
 }
 
 const attachedPods = 12
 
 func newPodBox(t testing.TB, driver port.Options, options vrouter.Options, mtu int) *podBox {
 	t.Helper()
-	var may unix.CPUSet
-	if err := unix.SchedGetaffinity(0, &may); err != nil {
-		t.Fatal(err)
-	}
-	cpu := 0
-	for !may.IsSet(cpu) {
-		cpu++
-	}
-	if err := port.WorkerThread([]int{cpu}, 0); err != nil {
-		t.Fatal(err)
-	}
 	n := &podBox{}
-	n.open(t, node.Config{Driver: driver, Options: options, Update: update(), CPUs: []int{cpu}, Routes: func() error {
+	n.open(t, node.Config{Driver: driver, Options: options, Update: update(), CPUs: onOneCPU(t), Routes: func() error {
 		return errors.Join(space.Address("lo", routerIn+"/32"), space.Address("vr0", routerOut+"/32"), space.Route(poolPrefix, "vr0"))
 	}})
 	for i := range attachedPods {
@@ -64,149 +55,154 @@ func newPodBox(t testing.TB, driver port.Options, options vrouter.Options, mtu i
 		})
 		n.pods = append(n.pods, p)
 	}
+	for _, p := range n.pods {
+		n.findLanes(t, p)
+	}
+	pod := n.pods[1].address
+	plain := func(src, dst netip.Addr) []byte {
+		return build(spec{src: src, dst: dst, ttl: 64, protocol: 17, payload: payloadOf(40)})
+	}
+	n.UntilCarried(t, func() {
+		n.route(t, input{outward, plain(pod, remoteHost), pod})
+		n.route(t, input{inward, plain(remoteHost, pod), pod})
+	})
 	return n
+}
+
+// The ways of markers.
+const (
+	wayQuick            = iota // to a worker
+	waySlow                    // to the kernel, by the pod's interface
+	wayHanded                  // to the kernel, by a worker
+	wayVr0                     // to the kernel, and by vr0 to a worker
+	wayArriving                // out of the tunnel, by a worker
+	wayArrivingByKernel        // out of the tunnel, by a worker and the kernel
+)
+
+// findLanes finds the lanes of a pod's markers.
+func (n *podBox) findLanes(t testing.TB, p *attached) {
+	t.Helper()
+	p.toVr0 = n.lanes(t, n.Queues(), func(l lane) { n.flushVr0(t, p, l) })
+	p.arriving = n.lanes(t, n.arrivalQueues(), func(l lane) { n.flushArriving(t, p, []lane{l}, nil) })
+	p.arrivingByKernel = n.lanes(t, n.arrivalQueues(), func(l lane) { n.flushArriving(t, p, nil, []lane{l}) })
 }
 
 // nextPod returns the sender's turn.
 func (n *podBox) nextPod() netip.Addr {
-	n.last = n.last%(len(n.pods)-1) + 1
-	return n.pods[n.last].address
+	n.turn = n.turn%(len(n.pods)-1) + 1
+	return n.pods[n.turn].address
 }
 
 // route sends a packet, and markers behind it.
 func (n *podBox) route(t testing.TB, in input) result {
 	t.Helper()
-	if in.direction == inward {
-		return n.arrive(t, tunnel(in.bytes), in.pod)
-	}
 	pod, neighbour := n.of(in.pod), n.pods[0]
-	send := func(b []byte) { pod.tap.send(t, pod.mac, node.PodMAC, b) }
-	send(in.bytes)
-	for _, way := range []way{quick, slow} {
-		send(n.mark(pod.address, remoteHost, 64, way))
-		send(n.mark(pod.address, remoteHost, 1, way)) // errors
-		send(n.mark(pod.address, neighbour.address, 64, way))
+	if in.direction == inward {
+		return n.arrive(t, tunnel(in.bytes), pod)
 	}
-	send(n.mark(pod.address, neighbour.address, 64, handed))
-	send(n.mark(pod.address, neighbour.address, 1, handed))
-	send(n.mark(pod.address, remoteHost, 64, handed))
-	r := result{out: n.atPeer(t, 3), back: untilMarks(t, pod.tap, 3)}
-	r.back = append(r.back, untilMarks(t, neighbour.tap, 3)...)
-	return r
+	atPeer, atPod, atNeighbour := awaited{}, awaited{}, awaited{}
+	pod.send(t, in.bytes)
+	pod.send(t, n.quickly(atPeer, pod.address, remoteHost, 64, wayQuick))
+	for _, to := range []struct {
+		at  awaited
+		ttl byte
+	}{{atPod, 1}, {atNeighbour, 64}} { // an error about what comes from a pod goes back to it
+		pod.send(t, n.quickly(to.at, pod.address, neighbour.address, to.ttl, wayQuick))
+		pod.send(t, n.slowly(to.at, pod.address, neighbour.address, to.ttl, waySlow))
+		// It does not fit what the vRouter takes for the pods' MTU.
+		pod.send(t, n.mark(to.at, pod.address, neighbour.address, to.ttl, wayHanded, wayMTU, nil))
+	}
+	r := result{out: n.atPeer(t, atPeer), back: pod.until(t, atPod)}
+	r.back = append(r.back, neighbour.until(t, atNeighbour)...)
+	return n.afterKernel(t, pod, r)
 }
 
 // arrive is route for what comes on the underlay, and is or would be for a pod. nil: nothing but the markers.
-func (n *podBox) arrive(t testing.TB, outer []byte, to netip.Addr) result {
+func (n *podBox) arrive(t testing.TB, outer []byte, pod *attached) result {
 	t.Helper()
-	pod := n.of(to)
-	for _, b := range [][]byte{
-		outer,
-		tunnel(n.mark(remoteHost, pod.address, 64, quick)), // the vRouter's way
-		tunnel(n.mark(remoteHost, pod.address, 64, slow)),  // the kernel's
-		tunnel(n.mark(remoteHost, pod.address, 1, slow)),   // the kernel's errors
-	} {
-		if b != nil {
-			n.peer.send(t, n.peerMAC, n.nodeMAC, b)
-		}
+	if outer != nil {
+		n.fromPeer(t, outer)
 	}
-	return result{out: n.atPeer(t, 1), back: untilMarks(t, pod.tap, 2)}
+	return n.afterKernel(t, pod, result{back: n.flushArriving(t, pod, pod.arriving, pod.arrivingByKernel)})
+}
+
+// afterKernel adds to what has come of a packet what comes by vr0: the kernel has had it for the last time, so all of it is
+// in vr0's queues, if not farther.
+func (n *podBox) afterKernel(t testing.TB, pod *attached, r result) result {
+	t.Helper()
+	r.out = append(r.out, n.flushVr0(t, pod, pod.toVr0...)...)
+	for b := pod.tap.read(t); b != nil; b = pod.tap.read(t) { // errors about it
+		r.back = append(r.back, b)
+	}
+	return r
+}
+
+// flushVr0 sends markers from a pod by the kernel and vr0, and returns what comes to the other node besides until they do.
+func (n *podBox) flushVr0(t testing.TB, pod *attached, lanes ...lane) [][]byte {
+	t.Helper()
+	marks := awaited{}
+	for _, l := range lanes {
+		pod.send(t, n.slowly(marks, pod.address, l, 64, wayVr0))
+	}
+	return n.atPeer(t, marks)
+}
+
+// flushArriving sends markers from the other node to a pod, by a worker and by the kernel behind it, and returns what comes to
+// the pod besides until they do.
+func (n *podBox) flushArriving(t testing.TB, pod *attached, byWorker, byKernel []lane) [][]byte {
+	t.Helper()
+	marks := awaited{}
+	for _, l := range byWorker {
+		n.fromPeer(t, tunnel(n.quickly(marks, l, pod.address, 64, wayArriving)))
+	}
+	for _, l := range byKernel {
+		n.fromPeer(t, tunnel(n.slowly(marks, l, pod.address, 64, wayArrivingByKernel)))
+	}
+	return pod.until(t, marks)
+}
+
+// quickly is a marker that a worker forwards: programs leave what is padded to it.
+func (n *podBox) quickly(at awaited, src, dst netip.Addr, ttl byte, way uint16) []byte {
+	return append(n.mark(at, src, dst, ttl, way, 4, nil), 0)
+}
+
+// slowly is a marker that the kernel forwards: it has options.
+func (n *podBox) slowly(at awaited, src, dst netip.Addr, ttl byte, way uint16) []byte {
+	return n.mark(at, src, dst, ttl, way, 4, []byte{1, 1, 1, 1})
 }
 
 // of returns the pod that has an address.
 func (n *podBox) of(address netip.Addr) *attached { return n.pods[address.As4()[3]-1] }
 
-// way is whose a marker is.
-type way int
-
-const (
-	quick  way = iota // the vRouter's
-	slow              // the kernel's, from the pod's interface on
-	handed            // the vRouter hands it to the kernel
-)
-
-// atPeer returns what comes to the other node, as far as so many markers.
-func (n *podBox) atPeer(t testing.TB, marks int) (out [][]byte) {
+// send sends a packet from the pod.
+func (p *attached) send(t testing.TB, b []byte) {
 	t.Helper()
-	for marks > 0 {
-		inner, ok := untunnel(t, n.peer.next(t))
-		switch {
-		case !ok:
-		case isMark(inner):
-			marks--
-		default:
-			out = append(out, inner)
-		}
-	}
-	return out
+	p.tap.send(t, p.mac, node.PodMAC, b)
 }
 
-// untilMarks returns what comes by a tap, as far as so many markers.
-func untilMarks(t testing.TB, from *tap, marks int) (out [][]byte) {
+// until returns what comes to the pod besides markers, until the last one that is awaited.
+func (p *attached) until(t testing.TB, marks awaited) [][]byte {
 	t.Helper()
-	for marks > 0 {
-		if b := from.next(t); isMark(b) {
-			marks--
-		} else {
-			out = append(out, b)
-		}
-	}
-	return out
+	return marks.until(t, "at pod "+p.address.String(), func() []byte { return p.tap.next(t) })
 }
 
-// mark is a packet that everybody lets pass, or with a TTL of 1 answers. Each way has a flow of its own: what the kernel has
-// been seen to handle stays the kernel's.
-func (n *podBox) mark(src, dst netip.Addr, ttl byte, way way) []byte {
-	payload := 4
-	if way == handed {
-		if dst == remoteHost {
-			// An ICMP message without a byte is the kernel's, and who looks at padding takes that for one.
-			return append(build(spec{src: src, dst: dst, ttl: ttl, protocol: 1, id: markID}), 0)
+// onDirect runs a test on those of drivers that read pods' interfaces.
+func onDirect(t *testing.T, drivers []port.Options, f func(t *testing.T, oracle *kernelBox, box *podBox, w world)) {
+	direct := slices.DeleteFunc(slices.Clone(drivers), func(d port.Options) bool { return d.Attach != port.AttachDirect })
+	node.OnEach(t, direct, func(t *testing.T, d port.Options) {
+		mtu := mtuFor(d)
+		oracle, box := newKernelBox(t, mtu), newPodBox(t, d, nodeOptions(), mtu)
+		f(t, oracle, box, world{nextPod: box.nextPod, neighbour: box.pods[0].address, mtu: mtu})
+		if c := box.Counters(); c["forwarded_local"] == 0 || c["forwarded_encap"] == 0 || c["forwarded_decap"] == 0 || c["forwarded_host"] == 0 {
+			t.Errorf("some way was not gone: %v", c)
 		}
-		payload = wayMTU // it does not fit what the vRouter takes for the pods' MTU
-	}
-	s := spec{src: src, dst: dst, ttl: ttl, protocol: 17, payload: append([]byte{0, markPort, 0, markPort + byte(way), 0, 0, 0, 0}, make([]byte, payload)...)}
-	binary.BigEndian.PutUint16(s.payload[4:], uint16(len(s.payload)))
-	if way == slow {
-		s.options = []byte{1, 1, 1, 1}
-	}
-	return build(s)
-}
-
-const markID = 0xfeed
-
-// isMark reports whether a packet is a marker, or an error about one.
-func isMark(b []byte) bool {
-	if isError(b) {
-		b = b[int(b[0]&15)*4+8:]
-	}
-	if len(b) < 20 {
-		return false
-	}
-	if b[9] == 1 {
-		return len(b) == 20 && binary.BigEndian.Uint16(b[4:]) == markID
-	}
-	hl := int(b[0]&15) * 4
-	return len(b) >= hl+8 && b[9] == 17 && binary.BigEndian.Uint32(b[hl:])&^3 == markPort<<16|markPort
-}
-
-// onDirect runs a test on each driver that reads pods' interfaces.
-func onDirect(t *testing.T, f func(t *testing.T, oracle *kernelBox, box *podBox, w world)) {
-	for _, d := range node.Drivers {
-		if d.Attach != port.AttachDirect {
-			continue
+		if c := box.Carried(); d.IO == port.IOTC && (c.Encap.Packets < 200 || c.Decap.Packets < 200) {
+			t.Errorf("the kernel has carried too few packets: %+v", c)
 		}
-		t.Run(d.IO, func(t *testing.T) {
-			mtu := mtuFor(d)
-			oracle, box := newKernelBox(t, mtu), newPodBox(t, d, nodeOptions(), mtu)
-			f(t, oracle, box, world{nextPod: box.nextPod, neighbour: box.pods[0].address, mtu: mtu})
-			if c := box.Counters(); c["forwarded_local"] == 0 || c["forwarded_encap"] == 0 || c["forwarded_decap"] == 0 || c["forwarded_host"] == 0 {
-				t.Errorf("some way was not gone: %v", c)
-			}
-			if lost := box.Balance(t); lost > 0 {
-				t.Errorf("the kernel has lost %d packets around the vRouter: %v", lost, box.Counters())
-			}
-		})
-	}
+		if lost := box.Balance(t); lost > 0 {
+			t.Errorf("the kernel has lost %d packets around the vRouter: %v", lost, box.Counters())
+		}
+	})
 }
 
 // mtuFor is an MTU for pods: as much as the driver reads. AF_XDP carries no frame of 9,000 bytes.
@@ -219,7 +215,7 @@ func mtuFor(d port.Options) int {
 
 // TestPodsTable is TestTable where pods have interfaces of their own, which the vRouter reads.
 func TestPodsTable(t *testing.T) {
-	onDirect(t, func(t *testing.T, oracle *kernelBox, box *podBox, w world) {
+	onDirect(t, node.Drivers, func(t *testing.T, oracle *kernelBox, box *podBox, w world) {
 		for _, c := range table() {
 			// A pod with another's address is refused, as no kernel is asked to; the node has no other pods.
 			if strings.HasPrefix(c.name, "source ") || c.name == "destination 10.245.64.255" || len(c.bytes) > w.mtu {
@@ -253,8 +249,11 @@ func readdress(b []byte, at int, to netip.Addr) {
 }
 
 // TestPodsRandom is TestRandom in the same way.
-func TestPodsRandom(t *testing.T) {
-	onDirect(t, func(t *testing.T, oracle *kernelBox, box *podBox, w world) {
-		random(t, w, oracle, func(in input) result { return box.route(t, in) })
-	})
+func TestPodsRandom(t *testing.T) { onDirect(t, node.Drivers, podsRandom) }
+
+// TestPodsRandomQueued is TestPodsRandom with two queues.
+func TestPodsRandomQueued(t *testing.T) { onDirect(t, node.Queued(2), podsRandom) }
+
+func podsRandom(t *testing.T, oracle *kernelBox, box *podBox, w world) {
+	random(t, w, oracle, func(in input) result { return box.route(t, in) })
 }

@@ -82,8 +82,6 @@ func flowHash() asm.Instructions {
 	const (
 		ip    = -24 // of the IP header, from the frame pointer
 		ports = -32
-		// multiplier is 2^32 divided by the golden ratio, as a signed number.
-		multiplier = -0x61c88647
 	)
 	program := append(asm.Instructions{asm.Mov.Reg(asm.R6, asm.R1)}, loadBytes(asm.FnSkbLoadBytes, 0, ip, 20, "other")...)
 	program = append(program,
@@ -103,15 +101,28 @@ func flowHash() asm.Instructions {
 	load := loadBytes(asm.FnSkbLoadBytes, 20, ports, 4, "hash")
 	load[0] = load[0].WithSymbol("ports")
 	program = append(program, load...)
-	return append(program,
+	program = append(program,
 		asm.LoadMem(asm.R0, asm.RFP, ports, asm.Half),
 		asm.LoadMem(asm.R1, asm.RFP, ports+2, asm.Half),
 		asm.Xor.Reg(asm.R0, asm.R1),
 		asm.LSh.Imm(asm.R0, 8),
 		asm.Xor.Reg(asm.R8, asm.R0),
-		asm.Mul.Imm32(asm.R8, multiplier).WithSymbol("hash"),
-		asm.RSh.Imm32(asm.R8, 16),
-		asm.Mov.Reg(asm.R0, asm.R8),
+	)
+	// The device takes the rest of a division by the number of queues, mostly the lowest bits, and pods of a block differ in
+	// the highest: so each bit has to change every other one (the finalizer of MurmurHash3).
+	mix := asm.Instructions{asm.Mov.Reg32(asm.R0, asm.R8)}
+	for _, round := range []struct{ shift, multiplier int32 }{{16, -0x7a143595}, {13, -0x3d4d51cb}} {
+		mix = append(mix,
+			asm.RSh.Imm32(asm.R0, round.shift),
+			asm.Xor.Reg32(asm.R8, asm.R0),
+			asm.Mul.Imm32(asm.R8, round.multiplier),
+			asm.Mov.Reg32(asm.R0, asm.R8),
+		)
+	}
+	mix[0] = mix[0].WithSymbol("hash")
+	return append(append(program, mix...),
+		asm.RSh.Imm32(asm.R0, 16),
+		asm.Xor.Reg32(asm.R0, asm.R8),
 		asm.Return(),
 		asm.Mov.Imm(asm.R0, 0).WithSymbol("other"),
 		asm.Return(),
