@@ -248,7 +248,32 @@ func TestProtocol4(t *testing.T) {
 	}
 }
 
-// The kernel here has no ipip module, so the device of that kind is another's test; a route of BIRD's is not.
+// TestForeignTunnel: the kernel here has no ipip module, so the device is one in name only, unless it has.
+func TestForeignTunnel(t *testing.T) {
+	newNamespace(t)
+	n := node()
+	expect(t, n.foreignTunnel(), OK)
+	down := &netlink.Iptun{LinkAttrs: netlink.LinkAttrs{Name: "tunl0"}}
+	up := &netlink.Iptun{LinkAttrs: netlink.LinkAttrs{Name: "tunl0", Flags: net.FlagUp}}
+	other := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "vr0", Flags: net.FlagUp}}
+	if got := tunnelUp([]netlink.Link{other, down}); got != nil {
+		t.Errorf("%v is taken for the kernel's tunnel", got.Attrs().Name)
+	}
+	if got := tunnelUp([]netlink.Link{other, down, up}); got != netlink.Link(up) {
+		t.Errorf("got %v", got)
+	}
+	expect(t, tunnelTaken("other tunnels", "tunl0", 1, 2), Fail, "tunl0", "1 addresses", "2 routes", "ip link set tunl0 down")
+	if err := netlink.LinkAdd(&netlink.Iptun{LinkAttrs: netlink.LinkAttrs{Name: "tunl7"}, Local: net.IPv4(198, 18, 0, 1)}); err != nil {
+		return
+	}
+	expect(t, n.foreignTunnel(), OK)
+	if err := netlink.LinkSetUp(link(t, "tunl7")); err != nil {
+		t.Fatal(err)
+	}
+	expect(t, n.foreignTunnel(), Fail, "tunl7", "ip link set tunl7 down")
+}
+
+// A route of BIRD's, its process and its port.
 func TestForeignBGP(t *testing.T) {
 	newNamespace(t)
 	n := node()
