@@ -214,6 +214,7 @@ func TestEncapSuperpacket(t *testing.T) {
 	}
 	v := view{routes: r.table.Forwarding(), state: r.state.Load()}
 	o := outer{counter: 9}
+	o.begin(v.state)
 	p := NewPacket()
 	p.Len, p.Offload = copy(p.Buf[p.Off:], mayFragment), super(1000)
 	inner, reason := v.encapParse(p)
