@@ -324,6 +324,18 @@ func TestCaptureToAPipe(t *testing.T) {
 	}
 }
 
+// TestCaptureGoesOnAfterARestart: another node's agent is restarted, and with it its certificate is another.
+func TestCaptureGoesOnAfterARestart(t *testing.T) {
+	n1, n2 := node(t, 1), node(t, 2)
+	live := start(t, "capturing", "capture", n1.Name, "icmp")
+	mustCtl(t, "lab", "restart", "--name", labName, "node1", "agent")
+	settled(t, n1)
+	// Nobody has pinged this pod before.
+	to := ip(t, n2.Pods[1].Address)
+	defer pinging(n1.Pods[1].Netns, to)()
+	live.line(t, ip(t, n1.Pods[1].Address).String()+" > "+to.String()+": ICMP echo request")
+}
+
 func TestCaptureRefuses(t *testing.T) {
 	n1 := node(t, 1)
 	for want, args := range map[string][]string{
