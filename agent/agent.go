@@ -15,6 +15,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/vishvananda/netlink"
 
+	"margay/agent/api"
 	"margay/bgp"
 	"margay/cni/server"
 	"margay/datastore"
@@ -78,7 +79,8 @@ type Agent struct {
 	desired Desired   // of the last reconciliation
 	failure error     // of the last reconciliation
 	ready   bool
-	opened  bool // open has succeeded: what it sets is there for everybody
+	opened  bool         // open has succeeded: what it sets is there for everybody
+	answers api.Endpoint // where diagnostics are served; the zero Endpoint: nowhere
 
 	watches    turns       // for probes
 	echoes     turns       // of traces that ask the network between nodes

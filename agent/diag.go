@@ -127,7 +127,9 @@ func (a *Agent) startDiagnostics(ctx context.Context) error {
 			a.log.Error("diagnostics server", "err", err)
 		}
 	}()
-	if err := a.publish(ctx, api.Endpoint{Address: at, Certificate: cert.Certificate[0]}); err != nil {
+	e := api.Endpoint{Address: at, Certificate: cert.Certificate[0]}
+	a.locked(func() { a.answers = e })
+	if err := a.publish(ctx, e); err != nil {
 		return err
 	}
 	a.log.Info("answers trace, drops and capture", "address", at)

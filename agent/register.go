@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"time"
 
+	"margay/agent/api"
 	"margay/cni/server"
 	"margay/datastore"
 	"margay/ipam"
@@ -77,10 +78,16 @@ func (a *Agent) registerAgain(ctx context.Context) error {
 	}
 	var underlay Underlay
 	var tunnel netip.Addr
-	a.locked(func() { underlay, tunnel = a.underlay, a.tunnel })
+	var answers api.Endpoint
+	a.locked(func() { underlay, tunnel, answers = a.underlay, a.tunnel, a.answers })
 	a.log.Warn("this node's Node was deleted while its agent runs: it is made again; stop the agent first to remove the node for good")
 	if err := registerNode(ctx, a.store, a.cfg.Node, underlay); err != nil {
 		return err
+	}
+	if answers.Address.IsValid() { // who deletes a Node deletes that, too
+		if err := a.publish(ctx, answers); err != nil {
+			return err
+		}
 	}
 	if !tunnel.IsValid() {
 		return nil

@@ -238,6 +238,11 @@ func TestProtocol4(t *testing.T) {
 		{"accepted", filter{nftables.TableFamilyIPv4, nftables.ChainHookOutput, nftables.ChainPolicyAccept, [][]expr.Any{verdict(expr.VerdictAccept, protocol(4)...)}}, OK},
 		{"everything that leaves", filter{nftables.TableFamilyINet, nftables.ChainHookOutput, nftables.ChainPolicyDrop, nil}, Fail},
 		{"at the interface", filter{nftables.TableFamilyNetdev, nftables.ChainHookIngress, nftables.ChainPolicyAccept, [][]expr.Any{verdict(expr.VerdictDrop, protocol(4)...)}}, Fail},
+		{"all but others at the interface", filter{nftables.TableFamilyNetdev, nftables.ChainHookIngress, nftables.ChainPolicyDrop, [][]expr.Any{verdict(expr.VerdictAccept, protocol(6)...)}}, Fail},
+		{"all but others on the way out", filter{nftables.TableFamilyIPv4, nftables.ChainHookOutput, nftables.ChainPolicyDrop, [][]expr.Any{verdict(expr.VerdictAccept, protocol(6)...)}}, Fail},
+		{"all but it on the way out", filter{nftables.TableFamilyIPv4, nftables.ChainHookOutput, nftables.ChainPolicyDrop, [][]expr.Any{verdict(expr.VerdictAccept, protocol(4)...)}}, OK},
+		{"accepted before it is dropped", filter{nftables.TableFamilyIPv4, nftables.ChainHookOutput, nftables.ChainPolicyAccept, [][]expr.Any{verdict(expr.VerdictAccept, protocol(4)...), verdict(expr.VerdictDrop, protocol(4)...)}}, OK},
+		{"above a rate", filter{nftables.TableFamilyIPv4, nftables.ChainHookOutput, nftables.ChainPolicyAccept, [][]expr.Any{verdict(expr.VerdictDrop, append(protocol(4), &expr.Limit{Type: expr.LimitTypePkts, Rate: 9, Unit: expr.LimitTimeSecond, Burst: 5, Over: true})...)}}, Warn},
 		{"in input, after the packet socket", filter{nftables.TableFamilyIPv4, nftables.ChainHookInput, nftables.ChainPolicyAccept, [][]expr.Any{verdict(expr.VerdictDrop, protocol(4)...)}}, OK},
 	} {
 		remove := install(t, c.f)
@@ -248,7 +253,32 @@ func TestProtocol4(t *testing.T) {
 	}
 }
 
-// The kernel here has no ipip module, so the device of that kind is another's test; a route of BIRD's is not.
+// TestForeignTunnel: the kernel here has no ipip module, so the device is one in name only, unless it has.
+func TestForeignTunnel(t *testing.T) {
+	newNamespace(t)
+	n := node()
+	expect(t, n.foreignTunnel(), OK)
+	down := &netlink.Iptun{LinkAttrs: netlink.LinkAttrs{Name: "tunl0"}}
+	up := &netlink.Iptun{LinkAttrs: netlink.LinkAttrs{Name: "tunl0", Flags: net.FlagUp}}
+	other := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "vr0", Flags: net.FlagUp}}
+	if got := tunnelUp([]netlink.Link{other, down}); got != nil {
+		t.Errorf("%v is taken for the kernel's tunnel", got.Attrs().Name)
+	}
+	if got := tunnelUp([]netlink.Link{other, down, up}); got != netlink.Link(up) {
+		t.Errorf("got %v", got)
+	}
+	expect(t, tunnelTaken("other tunnels", "tunl0", 1, 2), Fail, "tunl0", "1 addresses", "2 routes", "ip link set tunl0 down")
+	if err := netlink.LinkAdd(&netlink.Iptun{LinkAttrs: netlink.LinkAttrs{Name: "tunl7"}, Local: net.IPv4(198, 18, 0, 1)}); err != nil {
+		return
+	}
+	expect(t, n.foreignTunnel(), OK)
+	if err := netlink.LinkSetUp(link(t, "tunl7")); err != nil {
+		t.Fatal(err)
+	}
+	expect(t, n.foreignTunnel(), Fail, "tunl7", "ip link set tunl7 down")
+}
+
+// A route of BIRD's, its process and its port.
 func TestForeignBGP(t *testing.T) {
 	newNamespace(t)
 	n := node()

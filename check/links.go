@@ -24,11 +24,7 @@ func (n *Node) foreignTunnel() Result {
 	if err != nil {
 		return unknown(name, err)
 	}
-	for _, l := range links {
-		a := l.Attrs()
-		if l.Type() != "ipip" || a.Flags&net.FlagUp == 0 {
-			continue
-		}
+	if l := tunnelUp(links); l != nil {
 		addrs, err := dump.Addrs(dump.Here, l, unix.AF_INET)
 		if err != nil {
 			return unknown(name, err)
@@ -37,10 +33,24 @@ func (n *Node) foreignTunnel() Result {
 		if err != nil {
 			return unknown(name, err)
 		}
-		return Result{name, Fail, fmt.Sprintf("%s, an IP-in-IP device of the kernel's, is up with %d addresses and %d routes: it takes the same packets as the vRouter", a.Name, len(addrs), len(routes)),
-			"stop what has set it up (Calico, Felix), then: ip link set " + a.Name + " down"}
+		return tunnelTaken(name, l.Attrs().Name, len(addrs), len(routes))
 	}
 	return ok(name, "no IP-in-IP device of the kernel's is up")
+}
+
+// tunnelUp returns an IP-in-IP device of the kernel's that is up, nil if there is none.
+func tunnelUp(links []netlink.Link) netlink.Link {
+	for _, l := range links {
+		if l.Type() == "ipip" && l.Attrs().Flags&net.FlagUp != 0 {
+			return l
+		}
+	}
+	return nil
+}
+
+func tunnelTaken(name, device string, addresses, routes int) Result {
+	return Result{name, Fail, fmt.Sprintf("%s, an IP-in-IP device of the kernel's, is up with %d addresses and %d routes: it takes the same packets as the vRouter", device, addresses, routes),
+		"stop what has set it up (Calico, Felix), then: ip link set " + device + " down"}
 }
 
 // routeProtocolBIRD marks routes that BIRD has made (rtnetlink's RTPROT_BIRD).

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/netip"
 
+	"margay/agent/api"
 	"margay/datastore"
 	"margay/ipam"
 )
@@ -55,6 +56,15 @@ func deleteOfNode(ctx context.Context, s *datastore.Store, node string) error {
 				return err
 			}
 		}
+	}
+	// Where its agent answered; one that still lives writes it anew, with its Node.
+	if kv, err := s.Get(ctx, api.DiagNodes+node); err == nil {
+		err = s.Delete(ctx, kv.Key, kv.Revision)
+		if err != nil && !errors.Is(err, datastore.ErrNotFound) && !errors.Is(err, datastore.ErrConflict) {
+			return err
+		}
+	} else if !errors.Is(err, datastore.ErrNotFound) {
+		return err
 	}
 	for _, kind := range []*datastore.Kind{datastore.BGPConfigurations, datastore.FelixConfigurations} {
 		if err := gone(datastore.DeleteObject(ctx, s, kind, "node."+node)); err != nil {

@@ -27,6 +27,8 @@ const agentTimeout = 6 * time.Second
 // address is. It is read once.
 type fleet struct {
 	members   map[string]netip.Addr // the Node resources, with their addresses; invalid where one has none
+	addresses map[netip.Addr]string // members by their addresses
+	blocks    blockIndex
 	endpoints map[string]api.Endpoint
 	token     string
 	report    *audit.Report
@@ -42,7 +44,7 @@ func openFleet(ctx context.Context, cmd *cobra.Command) (*fleet, error) {
 		return nil, err
 	}
 	defer s.Close()
-	f := &fleet{members: map[string]netip.Addr{}, endpoints: map[string]api.Endpoint{}}
+	f := &fleet{members: map[string]netip.Addr{}, addresses: map[netip.Addr]string{}, endpoints: map[string]api.Endpoint{}}
 	nodes, _, err := datastore.ListResources[datastore.Node](ctx, s)
 	if err != nil {
 		return nil, err
@@ -53,6 +55,9 @@ func openFleet(ctx context.Context, cmd *cobra.Command) (*fleet, error) {
 			p = netip.Prefix{}
 		}
 		f.members[n.Metadata.Name] = p.Addr()
+		if p.IsValid() {
+			f.addresses[p.Addr()] = n.Metadata.Name
+		}
 	}
 	if f.pools, _, err = datastore.ListResources[datastore.IPPool](ctx, s); err != nil {
 		return nil, err
@@ -75,22 +80,16 @@ func openFleet(ctx context.Context, cmd *cobra.Command) (*fleet, error) {
 	if f.report, err = audit.Look(ctx, s, version.String()); err != nil {
 		return nil, err
 	}
+	f.blocks = indexBlocks(f.report.Blocks)
 	if st, err := api.Get(ctx, agentSocket()); err == nil {
 		f.local = st.Node
 	}
 	return f, nil
 }
 
-// names returns the nodes that can be asked or should be, sorted: those of the datastore, and agents that it has no Node for.
-func (f *fleet) names() []string {
-	all := maps.Clone(f.members)
-	for n, e := range f.endpoints {
-		if _, ok := all[n]; !ok {
-			all[n] = e.Address.Addr()
-		}
-	}
-	return slices.Sorted(maps.Keys(all))
-}
+// names returns the nodes of the cluster, sorted: those that have a Node. Where an agent without one has said that it answers, its
+// node was deleted; if it lives it makes its Node anew.
+func (f *fleet) names() []string { return slices.Sorted(maps.Keys(f.members)) }
 
 // client returns a client for a node's agent.
 func (f *fleet) client(node string) (*api.Client, error) {
@@ -106,12 +105,45 @@ func (f *fleet) client(node string) (*api.Client, error) {
 
 // nodeAt returns the name of the node that has an underlay address.
 func (f *fleet) nodeAt(addr netip.Addr) (string, bool) {
-	for name, a := range f.members {
-		if a == addr {
-			return name, true
+	name, ok := f.addresses[addr]
+	return name, ok
+}
+
+// blockIndex finds the block that an address lies in, of thousands.
+type blockIndex struct {
+	owners  map[netip.Prefix]string // the affinity, as stored
+	lengths []int                   // of the prefixes, the longest first
+}
+
+func indexBlocks(all []audit.BlockInfo) blockIndex {
+	x := blockIndex{owners: make(map[netip.Prefix]string, len(all))}
+	for _, b := range all {
+		cidr, err := netip.ParsePrefix(b.CIDR)
+		if err != nil {
+			continue // what cannot be read is `margayctl ipam check`'s to say
+		}
+		x.owners[cidr.Masked()] = b.Affinity
+		if !slices.Contains(x.lengths, cidr.Bits()) {
+			x.lengths = append(x.lengths, cidr.Bits())
 		}
 	}
-	return "", false
+	slices.Sort(x.lengths)
+	slices.Reverse(x.lengths)
+	return x
+}
+
+// of returns the smallest block that addr lies in, and its affinity; false where there is none.
+func (x blockIndex) of(addr netip.Addr) (block netip.Prefix, affinity string, ok bool) {
+	for _, n := range x.lengths {
+		block, err := addr.Prefix(n)
+		if err != nil {
+			continue // longer than such an address
+		}
+		if affinity, ok := x.owners[block]; ok {
+			return block, affinity, true
+		}
+	}
+	return netip.Prefix{}, "", false
 }
 
 // place is what a user has named: a pod or a node.
@@ -188,12 +220,9 @@ func (f *fleet) known() string {
 // at says what is known of an address.
 func (f *fleet) at(addr netip.Addr) place {
 	p := place{Address: addr, Entry: api.EntryPod}
-	for _, b := range f.report.Blocks {
-		cidr, err := netip.ParsePrefix(b.CIDR)
-		if err == nil && cidr.Contains(addr) {
-			p.Block, p.Owner = b.CIDR, strings.TrimPrefix(strings.TrimPrefix(b.Affinity, "host:"), "virtual:")
-			p.Node = p.Owner
-		}
+	if block, affinity, ok := f.blocks.of(addr); ok {
+		p.Block, p.Owner = block.String(), strings.TrimPrefix(strings.TrimPrefix(affinity, "host:"), "virtual:")
+		p.Node = p.Owner
 	}
 	if name, ok := f.nodeAt(addr); ok {
 		p.Name, p.Node, p.Entry = name, name, api.EntryHost
@@ -244,11 +273,19 @@ func (f *fleet) pool(addr netip.Addr) *datastore.IPPool {
 	return best
 }
 
-// eachNode runs f for all nodes named, at the same time.
+// atOnce is how many nodes are asked at the same time: as many handshakes as one processor makes in a fraction of agentTimeout.
+const atOnce = 64
+
+// eachNode runs f for all nodes named, atOnce at the same time.
 func eachNode(nodes []string, f func(i int, node string)) {
 	var wg sync.WaitGroup
+	slots := make(chan struct{}, atOnce)
 	for i, n := range nodes {
-		wg.Go(func() { f(i, n) })
+		slots <- struct{}{}
+		wg.Go(func() {
+			defer func() { <-slots }()
+			f(i, n)
+		})
 	}
 	wg.Wait()
 }

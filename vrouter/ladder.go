@@ -52,26 +52,30 @@ func (v *view) encapParse(p *Packet) (packet.IPv4, Reason) {
 		return nil, ReasonNotConfigured
 	}
 	b := p.Bytes()
-	if len(b) == 0 || b[0]>>4 != 4 {
-		return nil, ReasonNotIPv4
-	}
 	inner, fault := packet.ParseIPv4(b)
-	if fault != 0 {
-		if fault == packet.FaultChecksum {
-			return nil, ReasonBadChecksum
-		}
-		return nil, ReasonMalformed
+	switch {
+	case fault == packet.FaultNone:
+		return inner, ReasonNotSet
+	case len(b) == 0 || b[0]>>4 != 4:
+		return nil, ReasonNotIPv4
+	case fault == packet.FaultChecksum:
+		return nil, ReasonBadChecksum
 	}
-	return inner, ReasonNotSet
+	return nil, ReasonMalformed
 }
 
 // toward returns the hop that a packet takes of the answer for its destination: where that has several gateways, its
 // flow's.
 func (v *view) toward(hop fib.Hop, inner packet.IPv4) fib.Hop {
 	if hop.IsGroup() {
-		return v.routes.Select(hop, packet.FlowHash(inner))
+		return v.oneOf(hop, inner)
 	}
 	return hop
+}
+
+//go:noinline
+func (v *view) oneOf(group fib.Hop, inner packet.IPv4) fib.Hop {
+	return v.routes.Select(group, packet.FlowHash(inner))
 }
 
 // encap is the second half; hop is the answer for the destination, one gateway of it. It pushes the outer header:
@@ -82,7 +86,7 @@ func (v *view) toward(hop fib.Hop, inner packet.IPv4) fib.Hop {
 //	  (RFC 2003, 3.1 and 5.1)
 //	6 push (RFC 2003, 3.1; RFC 6040, 4.1; RFC 2983, 3.1)
 //
-// o is scratch that the caller keeps from packet to packet.
+// o is scratch that the caller keeps from packet to packet, begun with the view's state.
 func (v *view) encap(p *Packet, inner packet.IPv4, hop fib.Hop, o *outer) (Verdict, Reason) {
 	if !hop.Found() {
 		return VerdictDrop, ReasonNoRoute
@@ -102,9 +106,12 @@ func (v *view) encap(p *Packet, inner packet.IPv4, hop fib.Hop, o *outer) (Verdi
 	if isTunnel(inner) && !v.state.options.NestedTunnels {
 		return VerdictDrop, ReasonNestedTunnel
 	}
-	length, segments, reason := wireSize(inner, &p.Offload)
-	if reason != ReasonNotSet {
-		return VerdictDrop, reason
+	length, segments := len(inner), 1
+	if p.Offload.Segmentation != SegmentNone {
+		var reason Reason
+		if length, segments, reason = wireSize(inner, &p.Offload); reason != ReasonNotSet {
+			return VerdictDrop, reason
+		}
 	}
 	if length > v.state.narrowest && length > v.state.mtuTo(hop.Gateway()) {
 		if inner.DF() {
@@ -115,10 +122,13 @@ func (v *view) encap(p *Packet, inner packet.IPv4, hop fib.Hop, o *outer) (Verdi
 	if v.state.options.ClampMSS {
 		v.clamp(p, inner, hop)
 	}
-	o.Src, o.TTL, o.Pipe, o.DSCP = v.state.source, outerTTL, v.state.pipe, v.state.options.DSCP.Value
 	binary.BigEndian.PutUint32(o.Dst[:], hop.Gateway())
-	o.ID = o.identify(&v.state.key, hop.Gateway(), inner, segments)
-	out, fault := packet.PushIPIP(p.Buf[:p.Off+len(inner)], p.Off, &o.Outer)
+	if inner.DF() {
+		o.ID = inner.ID() + o.offset(hop.Gateway())
+	} else {
+		o.ID = o.next(segments)
+	}
+	out, fault := packet.PushIPIP(p.Buf, p.Off, &o.Outer)
 	if fault != 0 {
 		if segments > 1 {
 			return VerdictSplit, ReasonPacketTooBig // its segments fit one by one

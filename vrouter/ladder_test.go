@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"net/netip"
+	"os"
 	"slices"
 	"testing"
 
@@ -213,6 +214,7 @@ func TestEncapSuperpacket(t *testing.T) {
 	}
 	v := view{routes: r.table.Forwarding(), state: r.state.Load()}
 	o := outer{counter: 9}
+	o.begin(v.state)
 	p := NewPacket()
 	p.Len, p.Offload = copy(p.Buf[p.Off:], mayFragment), super(1000)
 	inner, reason := v.encapParse(p)
@@ -355,6 +357,19 @@ func TestNoAllocations(t *testing.T) {
 		}
 		if got := w.tallies.forwarded[d].packets.Load(); got != 16*101 {
 			t.Errorf("%v: forwarded %d", d, got)
+		}
+	}
+}
+
+// TestCountersAreDocumented: docs/operations.md says of every counter what it tells an operator.
+func TestCountersAreDocumented(t *testing.T) {
+	b, err := os.ReadFile("../docs/operations.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range New().Counters() {
+		if !bytes.Contains(b, []byte("`"+c.Name+"`")) {
+			t.Errorf("%s is not in docs/operations.md", c.Name)
 		}
 	}
 }

@@ -44,29 +44,39 @@ func (r *Router) OuterOffset(gateway netip.Addr) uint16 {
 	return r.state.Load().key.offset(binary.BigEndian.Uint32(b[:]))
 }
 
-// outer is what a worker makes outer headers with. The zero value is ready.
+// outer is what a worker makes outer headers with. The zero value is ready to begin.
 type outer struct {
 	packet.Outer
-	counter uint16 // the last identification of a packet with DF clear
-	// offsets is a cache of outerKey.offset; an offset of 0 is none.
-	offsets [64]struct {
-		gateway uint32
-		offset  uint16
-	}
+	key     outerKey
+	counter uint16            // the last identification of a packet with DF clear
+	offsets [64]gatewayOffset // a cache of outerKey.offset
 }
 
-// identify chooses the identification of the outer header of inner, which becomes that many segments.
-func (o *outer) identify(key *outerKey, gateway uint32, inner packet.IPv4, segments int) uint16 {
-	if !inner.DF() {
-		id := o.counter + 1
-		o.counter += uint16(segments)
-		return id
+type gatewayOffset struct {
+	gateway uint32 // 0, which no gateway is: none
+	offset  uint16
+}
+
+// begin takes over what is the same for all packets of a batch; the key is for all of a router.
+func (o *outer) begin(s *state) {
+	o.Src, o.TTL, o.Pipe, o.DSCP = s.source, outerTTL, s.pipe, s.options.DSCP.Value
+	o.key = s.key
+}
+
+// next returns the identification for a packet with DF clear, which becomes that many segments.
+func (o *outer) next(segments int) uint16 {
+	first := o.counter + 1
+	o.counter += uint16(segments)
+	return first
+}
+
+// offset is outerKey.offset.
+func (o *outer) offset(gateway uint32) uint16 {
+	at := &o.offsets[gateway*0x9e3779b1>>26]
+	if at.gateway != gateway {
+		at.gateway, at.offset = gateway, o.key.offset(gateway)
 	}
-	at := &o.offsets[(gateway^gateway>>8)%uint32(len(o.offsets))]
-	if at.gateway != gateway || at.offset == 0 {
-		at.gateway, at.offset = gateway, key.offset(gateway)
-	}
-	return inner.ID() + at.offset
+	return at.offset
 }
 
 // sent reports whether quoted, an outer packet of this node with DF set as far as somebody has quoted it, can be one that

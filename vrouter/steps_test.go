@@ -149,7 +149,9 @@ func freeze(pid int) (frozen []int, err error) {
 		if err != nil || tid == pid {
 			continue
 		}
-		if err := syscall.PtraceAttach(tid); err != nil {
+		if err := syscall.PtraceAttach(tid); errors.Is(err, syscall.ESRCH) {
+			continue // it has ended meanwhile
+		} else if err != nil {
 			return frozen, fmt.Errorf("attach to thread %d: %w", tid, err)
 		}
 		frozen = append(frozen, tid)

@@ -95,8 +95,8 @@ func (r *Router) newWorker(w *Worker) *Worker {
 // makeRoom makes what a walk with n packets needs.
 func (w *Worker) makeRoom(n int) {
 	w.outgoing = make([]*Packet, 0, 2*n) // a batch, and the pieces
-	w.asked = make([]asked, 0, n)
-	w.addresses = make([]uint32, 0, 2*n)
+	w.asked = make([]asked, n)
+	w.addresses = make([]uint32, 2*n)
 	w.hops = make([]fib.Hop, 2*n)
 	w.answerer = newAnswerer()
 	w.replies = make([]*Packet, 0, n)
@@ -167,6 +167,7 @@ func (w *Worker) forward(n int) {
 
 // walk takes a batch up the worker's ladder.
 func (w *Worker) walk(batch []*Packet) {
+	w.outer.begin(w.view.state)
 	switch w.direction {
 	case Encap:
 		w.encap(&w.view, batch)
@@ -223,7 +224,7 @@ func (w *Worker) path(p *Packet) path {
 // transit walks the ladders with a batch from any interfaces. What comes from the underlay asks
 // for two addresses.
 func (w *Worker) transit(t *transit, batch []*Packet) {
-	w.asked, w.addresses = w.asked[:0], w.addresses[:0]
+	all, addresses, n, m := w.asked[:len(batch)], w.addresses[:2*len(batch)], 0, 0
 	for _, p := range batch {
 		var inner packet.IPv4
 		var reason Reason
@@ -239,15 +240,17 @@ func (w *Worker) transit(t *transit, batch []*Packet) {
 			w.drop(p, reason)
 			continue
 		}
-		w.asked = append(w.asked, asked{p, inner})
-		w.addresses = append(w.addresses, inner.DstU32())
+		all[n], addresses[m] = asked{p, inner}, inner.DstU32()
+		n, m = n+1, m+1
 		if p.In == UnderlayInterface {
-			w.addresses = append(w.addresses, inner.SrcU32())
+			addresses[m] = inner.SrcU32()
+			m++
 		}
 	}
-	t.routes.LookupBatch(w.addresses, w.hops)
+	t.routes.LookupBatch(addresses[:m], w.hops)
 	next := 0
-	for _, a := range w.asked {
+	for i := range all[:n] {
+		a := &all[i]
 		var verdict Verdict
 		var reason Reason
 		hop := t.toward(w.hops[next], a.inner)
@@ -273,19 +276,21 @@ func (w *Worker) transit(t *transit, batch []*Packet) {
 
 // encap walks the first ladder with a batch, and gathers what it lets through.
 func (w *Worker) encap(v *view, batch []*Packet) {
-	w.asked, w.addresses = w.asked[:0], w.addresses[:0]
+	all, addresses, n := w.asked[:len(batch)], w.addresses[:len(batch)], 0
 	for _, p := range batch {
 		inner, reason := v.encapParse(p)
 		if inner == nil {
 			w.drop(p, reason)
 			continue
 		}
-		w.asked = append(w.asked, asked{p, inner})
-		w.addresses = append(w.addresses, inner.DstU32())
+		all[n], addresses[n] = asked{p, inner}, inner.DstU32()
+		n++
 	}
-	v.routes.LookupBatch(w.addresses, w.hops)
-	for i, a := range w.asked {
-		hop := v.toward(w.hops[i], a.inner)
+	hops := w.hops[:n]
+	v.routes.LookupBatch(addresses[:n], hops)
+	for i := range hops {
+		a := &all[i]
+		hop := v.toward(hops[i], a.inner)
 		verdict, reason := v.encap(a.p, a.inner, hop, &w.outer)
 		w.settle(a, hop, verdict, reason)
 	}
@@ -293,20 +298,22 @@ func (w *Worker) encap(v *view, batch []*Packet) {
 
 // decap does the same with the second, which asks for two addresses of each packet.
 func (w *Worker) decap(v *view, batch []*Packet) {
-	w.asked, w.addresses = w.asked[:0], w.addresses[:0]
+	all, addresses, n := w.asked[:len(batch)], w.addresses[:2*len(batch)], 0
 	for _, p := range batch {
 		inner, reason := v.decapParse(p)
 		if inner == nil {
 			w.drop(p, reason)
 			continue
 		}
-		w.asked = append(w.asked, asked{p, inner})
-		w.addresses = append(w.addresses, inner.SrcU32(), inner.DstU32())
+		all[n], addresses[2*n], addresses[2*n+1] = asked{p, inner}, inner.SrcU32(), inner.DstU32()
+		n++
 	}
-	v.routes.LookupBatch(w.addresses, w.hops)
-	for i, a := range w.asked {
+	hops := w.hops[:2*n]
+	v.routes.LookupBatch(addresses[:2*n], hops)
+	for i := range all[:n] {
+		a := &all[i]
 		outer := packet.IPv4(a.p.Bytes())
-		verdict, reason := v.decap(a.p, a.inner, w.hops[2*i], w.hops[2*i+1])
+		verdict, reason := v.decap(a.p, a.inner, hops[2*i], hops[2*i+1])
 		w.noteECN(outer, a.inner, verdict)
 		if verdict == VerdictForward && v.tooLong(a.p, a.inner) {
 			verdict = VerdictSplit
@@ -323,16 +330,24 @@ func (w *Worker) noteECN(outer, inner packet.IPv4, verdict Verdict) {
 }
 
 // settle does with a packet on its way to hop what the ladder has decided.
-func (w *Worker) settle(a asked, hop fib.Hop, verdict Verdict, reason Reason) {
-	switch verdict {
-	case VerdictForward:
+func (w *Worker) settle(a *asked, hop fib.Hop, verdict Verdict, reason Reason) {
+	if verdict == VerdictForward {
 		w.outgoing = append(w.outgoing, a.p)
-	case VerdictSplit:
-		w.split(a.p, a.inner, hop)
-	default:
-		w.drop(a.p, reason)
-		w.answer(a.p, a.inner, hop, reason)
+		return
 	}
+	w.refuse(a, hop, verdict, reason)
+}
+
+// refuse is settle for what cannot go as it is.
+//
+//go:noinline
+func (w *Worker) refuse(a *asked, hop fib.Hop, verdict Verdict, reason Reason) {
+	if verdict == VerdictSplit {
+		w.split(a.p, a.inner, hop)
+		return
+	}
+	w.drop(a.p, reason)
+	w.answer(a.p, a.inner, hop, reason)
 }
 
 // drop counts a packet that a ladder or a port has dropped, and takes notes of it. No ladder changes the length of what it

@@ -68,6 +68,11 @@ func TestNodeDeletedWhileItLives(t *testing.T) {
 		t.Error("the node or its pod is not reached any more")
 	}
 	store(t, "", "ipam", "check")
+	// Deleting a Node takes away where its agent answers; this one has said it anew.
+	until(t, "the node to be asked for its drops", func() bool {
+		_, err := tryIn(n1.Netns, "margayctl", "drops", "--node", n3.Name)
+		return err == nil
+	})
 }
 
 // restartWithGrace has node3's agent collect garbage by another grace period until the test's end.

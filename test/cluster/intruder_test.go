@@ -122,6 +122,7 @@ func TestPodMayNotSpoof(t *testing.T) {
 	n1, n2 := node(t, 1), node(t, 2)
 	victim := n2.Pods[0]
 	at := tapOn(t, victim.Netns, "eth0")
+	before := dropped(t, n1, "spoofed")
 	packet := make([]byte, 20+8)
 	header(packet, 17, ip(t, n1.Pods[1].Address), ip(t, victim.Address))
 	binary.BigEndian.PutUint16(packet[24:], 8)
@@ -134,6 +135,18 @@ func TestPodMayNotSpoof(t *testing.T) {
 	if n := at.count(func(s seen) bool { return s.src == ip(t, n1.Pods[1].Address) && s.proto == 17 }); n != 0 {
 		t.Errorf("%d spoofed packets arrived", n)
 	}
+	until(t, "the refusals to be counted", func() bool { return dropped(t, n1, "spoofed") >= before+10 })
+}
+
+// dropped returns how many packets a node has dropped for a reason, whoever it was.
+func dropped(t *testing.T, n labNode, reason string) (packets uint64) {
+	t.Helper()
+	for _, d := range drops(t, "--node", n.Name).Drops {
+		if d.Reason == reason {
+			packets += d.Packets
+		}
+	}
+	return packets
 }
 
 // TestMasquerade: a pod that leaves the cluster does so by its node's address.

@@ -102,8 +102,8 @@ const stride = 64
 // too often.
 func (f *trie4) lookups(dst []uint32, hops []Hop) {
 	var step [stride]uint32 // the index of each address' next cell, then the cell
-	// These three, and the lengths they tell the compiler, spare some of the checks of indexes.
-	cells, root, dst := f.cells, (*[rootLen]uint32)(f.cells), dst[:min(len(dst), stride)]
+	// These, and the lengths they tell the compiler, spare some of the checks of indexes.
+	cells, root, answers, dst := f.cells, (*[rootLen]uint32)(f.cells), f.hops, dst[:min(len(dst), stride)]
 	for i, a := range dst {
 		c := atomic.LoadUint32(&root[a>>rootShift])
 		// A leaf's next cell is the leaf once more.
@@ -120,7 +120,7 @@ func (f *trie4) lookups(dst []uint32, hops []Hop) {
 			// Few prefixes are longer than 24 bits. It may also be a leaf of the root that has become a node.
 			c = f.leaf(a)
 		}
-		hops[i] = Hop(atomic.LoadUint64(&f.hops[c&cellHop]))
+		hops[i] = Hop(atomic.LoadUint64(&answers[c&cellHop]))
 	}
 }
 

@@ -47,18 +47,23 @@ func fold(acc, carry uint64) uint16 {
 	return uint16(s>>16 + s&0xffff)
 }
 
-// headerSum is Sum for a header without options, which nearly every header is: five words of 32 bits.
-func headerSum(h *[IPv4MinLen]byte) uint16 {
-	return foldHeader(binary.BigEndian.Uint64(h[:]), binary.BigEndian.Uint64(h[8:]), binary.BigEndian.Uint32(h[16:]))
+// validHeader reports whether the checksum of a header without options, which nearly every header is, is right. One's
+// complement arithmetic is arithmetic modulo 0xffff, where the sum of a right one is 0; so eight bytes may be added at a
+// time, in any order of bytes (RFC 1071, 2), and there is nothing to fold.
+func validHeader(h *[IPv4MinLen]byte) bool {
+	return addHeader(binary.NativeEndian.Uint64(h[:]), binary.NativeEndian.Uint64(h[8:]), binary.NativeEndian.Uint32(h[16:]))%0xffff == 0
 }
 
-// foldHeader is headerSum of a header that is at hand as numbers. Five words of 32 bits cannot overflow 64, so there is
-// no carry to wait for.
-func foldHeader(a, b uint64, c uint32) uint16 {
-	s := a>>32 + a&0xffffffff + b>>32 + b&0xffffffff + uint64(c) // 35 bits
-	s = s>>16 + s&0xffff                                         // 20
-	s = s>>16 + s&0xffff                                         // 17
-	return uint16(s>>16 + s&0xffff)
+// headerSum is Sum for a header without options that is at hand as numbers, one of them not 0.
+func headerSum(a, b uint64, c uint32) uint16 {
+	return uint16((addHeader(a, b, c)-1)%0xffff) + 1 // of 0 and 0xffff, which are the same, the sum is the latter
+}
+
+// addHeader adds with end-around carry.
+func addHeader(a, b uint64, c uint32) uint64 {
+	s, carry := bits.Add64(a, b, 0)
+	s, carry = bits.Add64(s, uint64(c), carry)
+	return s + carry // no more to carry: where there was one, little is left of c
 }
 
 // Checksum returns the Internet checksum of b (RFC 1071): the complement of Sum(b, initial). The initial value is 0

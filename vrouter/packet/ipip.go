@@ -28,28 +28,27 @@ func PushIPIP(buf []byte, off int, o *Outer) ([]byte, Fault) {
 	if off < IPv4MinLen || off > len(buf)-IPv4MinLen {
 		return nil, FaultShort
 	}
-	inner := IPv4(buf[off:])
-	total := IPv4MinLen + inner.TotalLen()
+	// Both headers are in registers, the inner one's first half and the whole outer one, checksum and all: to read back what
+	// was just written in smaller pieces would stall the processor.
+	inner := binary.BigEndian.Uint64(buf[off:])
+	total := IPv4MinLen + int(inner>>32&0xffff)
 	if total > MaxTotalLen {
 		return nil, FaultTotalLen
 	}
-	start := off - IPv4MinLen
-	if total > len(buf)-start {
+	out := buf[off-IPv4MinLen:]
+	if total > len(out) {
 		return nil, FaultShort
 	}
-	out := buf[start : start+total : start+total]
-	// The header is put together in registers, checksum and all: to read back what was just written in smaller pieces
-	// would stall the processor.
-	h := (*[IPv4MinLen]byte)(out)
-	tos := inner.TOS()
+	out = out[:total:total]
+	const tosShift = 48
+	first := (4<<4|IPv4MinLen>>2)<<56 | inner&(0xff<<tosShift|flagDF) | uint64(total)<<32 | uint64(o.ID)<<16
 	if o.Pipe {
-		tos = o.DSCP<<2 | tos&ecnMask
+		first = first&^((0xff&^ecnMask)<<tosShift) | uint64(o.DSCP)<<2<<tosShift
 	}
-	df := binary.BigEndian.Uint16(inner[offFragment:]) & flagDF
-	first := (4<<4|IPv4MinLen>>2)<<56 | uint64(tos)<<48 | uint64(total)<<32 | uint64(o.ID)<<16 | uint64(df)
 	second := uint64(o.TTL)<<56 | ProtocolIPIP<<48 | uint64(binary.BigEndian.Uint32(o.Src[:]))
 	third := binary.BigEndian.Uint32(o.Dst[:])
-	second |= uint64(^foldHeader(first, second, third)) << 32
+	second |= uint64(^headerSum(first, second, third)) << 32
+	h := (*[IPv4MinLen]byte)(out)
 	binary.BigEndian.PutUint64(h[:], first)
 	binary.BigEndian.PutUint64(h[8:], second)
 	binary.BigEndian.PutUint32(h[16:], third)

@@ -50,19 +50,20 @@ func ParseIPv4(b []byte) (IPv4, Fault) {
 	if len(b) < IPv4MinLen {
 		return nil, FaultShort
 	}
-	if b[0]>>4 != 4 {
-		return nil, FaultVersion
+	hl, total := IPv4MinLen, int(binary.BigEndian.Uint16(b[offTotalLen:]))
+	if b[0] != 4<<4|IPv4MinLen>>2 {
+		if b[0]>>4 != 4 {
+			return nil, FaultVersion
+		}
+		if hl = int(b[0]&0x0f) << 2; hl < IPv4MinLen || hl > len(b) {
+			return nil, FaultHeaderLen
+		}
 	}
-	hl := int(b[0]&0x0f) << 2
-	if hl < IPv4MinLen || hl > len(b) {
-		return nil, FaultHeaderLen
-	}
-	total := int(binary.BigEndian.Uint16(b[offTotalLen:]))
 	if total < hl || total > len(b) {
 		return nil, FaultTotalLen
 	}
 	if hl == IPv4MinLen {
-		if headerSum((*[IPv4MinLen]byte)(b)) != 0xffff {
+		if !validHeader((*[IPv4MinLen]byte)(b)) {
 			return nil, FaultChecksum
 		}
 	} else if Sum(b[:hl], 0) != 0xffff {
@@ -71,6 +72,9 @@ func ParseIPv4(b []byte) (IPv4, Fault) {
 	return IPv4(b[:total:total]), FaultNone
 }
 
+// header returns the header without its options: one check of the length in place of one for the field and one for its end.
+func (p IPv4) header() *[IPv4MinLen]byte { return (*[IPv4MinLen]byte)(p) }
+
 // HeaderLen returns the length of the header with its options, in bytes.
 func (p IPv4) HeaderLen() int { return int(p[0]&0x0f) << 2 }
 
@@ -78,25 +82,25 @@ func (p IPv4) HeaderLen() int { return int(p[0]&0x0f) << 2 }
 func (p IPv4) TOS() uint8 { return p[offTOS] }
 
 // TotalLen returns the total length field, header included, in bytes.
-func (p IPv4) TotalLen() int { return int(binary.BigEndian.Uint16(p[offTotalLen:])) }
+func (p IPv4) TotalLen() int { return int(binary.BigEndian.Uint16(p[offTotalLen : offTotalLen+2])) }
 
 // ID returns the identification field.
-func (p IPv4) ID() uint16 { return binary.BigEndian.Uint16(p[offID:]) }
+func (p IPv4) ID() uint16 { return binary.BigEndian.Uint16(p[offID : offID+2]) }
 
 // DF reports whether the "don't fragment" flag is set.
-func (p IPv4) DF() bool { return binary.BigEndian.Uint16(p[offFragment:])&flagDF != 0 }
+func (p IPv4) DF() bool { return binary.BigEndian.Uint16(p[offFragment:offFragment+2])&flagDF != 0 }
 
 // MF reports whether the "more fragments" flag is set.
-func (p IPv4) MF() bool { return binary.BigEndian.Uint16(p[offFragment:])&flagMF != 0 }
+func (p IPv4) MF() bool { return binary.BigEndian.Uint16(p[offFragment:offFragment+2])&flagMF != 0 }
 
 // FragOffset returns the fragment offset in bytes.
 func (p IPv4) FragOffset() int {
-	return int(binary.BigEndian.Uint16(p[offFragment:])&fragmentMask) << 3
+	return int(binary.BigEndian.Uint16(p[offFragment:offFragment+2])&fragmentMask) << 3
 }
 
 // IsFragment reports whether the packet is one of several fragments: more follow, or some came before.
 func (p IPv4) IsFragment() bool {
-	return binary.BigEndian.Uint16(p[offFragment:])&(flagMF|fragmentMask) != 0
+	return binary.BigEndian.Uint16(p[offFragment:offFragment+2])&(flagMF|fragmentMask) != 0
 }
 
 // TTL returns the time to live.
@@ -112,10 +116,10 @@ func (p IPv4) Src() netip.Addr { return netip.AddrFrom4([4]byte(p[offSrc : offSr
 func (p IPv4) Dst() netip.Addr { return netip.AddrFrom4([4]byte(p[offDst : offDst+4])) }
 
 // SrcU32 returns the source address as a number, its first octet in the highest bits.
-func (p IPv4) SrcU32() uint32 { return binary.BigEndian.Uint32(p[offSrc:]) }
+func (p IPv4) SrcU32() uint32 { return binary.BigEndian.Uint32(p.header()[offSrc:]) }
 
 // DstU32 returns the destination address as a number, its first octet in the highest bits.
-func (p IPv4) DstU32() uint32 { return binary.BigEndian.Uint32(p[offDst:]) }
+func (p IPv4) DstU32() uint32 { return binary.BigEndian.Uint32(p.header()[offDst:]) }
 
 // Payload returns what follows the header and its options.
 func (p IPv4) Payload() []byte { return p[p.HeaderLen():] }

@@ -241,8 +241,18 @@ func transportOK(b []byte) bool {
 
 func TestHeaderSum(t *testing.T) {
 	check := func(t rapid.TB, h [IPv4MinLen]byte) {
-		if got, want := headerSum(&h), naiveSum(h[:], 0); got != want {
+		h[0] |= 1 // a header is not all zeros
+		want := naiveSum(h[:], 0)
+		if got := headerSum(binary.BigEndian.Uint64(h[:]), binary.BigEndian.Uint64(h[8:]), binary.BigEndian.Uint32(h[16:])); got != want {
 			t.Fatalf("%x: %04x, want %04x", h, got, want)
+		}
+		if got := validHeader(&h); got != (want == 0xffff) {
+			t.Fatalf("%x, whose sum is %04x: valid %v", h, want, got)
+		}
+		binary.BigEndian.PutUint16(h[offChecksum:], 0)
+		binary.BigEndian.PutUint16(h[offChecksum:], ^naiveSum(h[:], 0))
+		if !validHeader(&h) {
+			t.Fatalf("%x: invalid", h)
 		}
 	}
 	check(t, [IPv4MinLen]byte{})
