@@ -107,7 +107,7 @@ func (p *directPods) setDevice(l netlink.Link, there bool) {
 	p.names[a.Index] = a.Name
 	p.devices[a.Name] = device{index: a.Index, mac: bytes.Clone(a.HardwareAddr), mtu: a.MTU,
 		up:    a.Flags&net.FlagUp != 0 && a.EncapType == "ether" && len(a.HardwareAddr) == 6,
-		sends: a.OperState == netlink.OperUp,
+		sends: a.OperState == netlink.OperUp || a.OperState == netlink.OperUnknown && l.Type() != "veth", // some never say
 		peer:  l.Type() == "veth" && a.NetNsID >= 0}
 	if p.plan != nil {
 		p.plan.dirty.Store(true)
