@@ -2,14 +2,14 @@ package agent
 
 import (
 	"errors"
-	"os"
-	"regexp"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"margay/test/documented"
 )
 
 func TestMetrics(t *testing.T) {
@@ -79,24 +79,7 @@ margay_agent_vrouter_up 0
 
 // TestMetricsAreDocumented: docs/metrics.md names every metric, and none that there is not.
 func TestMetricsAreDocumented(t *testing.T) {
-	b, err := os.ReadFile("../docs/metrics.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	said := map[string]bool{}
-	for _, name := range regexp.MustCompile("margay_agent_[a-z_]+").FindAllString(string(b), -1) {
-		said[name] = true
-	}
 	descriptors := make(chan *prometheus.Desc, 1)
 	newCNISeconds().Describe(descriptors)
-	for _, d := range append(metricDescriptors, <-descriptors) {
-		name, _, _ := strings.Cut(strings.TrimPrefix(d.String(), `Desc{fqName: "`), `"`)
-		if !said[name] {
-			t.Errorf("%s is not in docs/metrics.md", name)
-		}
-		delete(said, name)
-	}
-	for name := range said {
-		t.Errorf("docs/metrics.md has %s, which there is not", name)
-	}
+	documented.Metrics(t, "../docs/metrics.md", "margay_agent_", append(metricDescriptors, <-descriptors))
 }

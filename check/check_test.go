@@ -238,6 +238,11 @@ func TestProtocol4(t *testing.T) {
 		{"accepted", filter{nftables.TableFamilyIPv4, nftables.ChainHookOutput, nftables.ChainPolicyAccept, [][]expr.Any{verdict(expr.VerdictAccept, protocol(4)...)}}, OK},
 		{"everything that leaves", filter{nftables.TableFamilyINet, nftables.ChainHookOutput, nftables.ChainPolicyDrop, nil}, Fail},
 		{"at the interface", filter{nftables.TableFamilyNetdev, nftables.ChainHookIngress, nftables.ChainPolicyAccept, [][]expr.Any{verdict(expr.VerdictDrop, protocol(4)...)}}, Fail},
+		{"all but others at the interface", filter{nftables.TableFamilyNetdev, nftables.ChainHookIngress, nftables.ChainPolicyDrop, [][]expr.Any{verdict(expr.VerdictAccept, protocol(6)...)}}, Fail},
+		{"all but others on the way out", filter{nftables.TableFamilyIPv4, nftables.ChainHookOutput, nftables.ChainPolicyDrop, [][]expr.Any{verdict(expr.VerdictAccept, protocol(6)...)}}, Fail},
+		{"all but it on the way out", filter{nftables.TableFamilyIPv4, nftables.ChainHookOutput, nftables.ChainPolicyDrop, [][]expr.Any{verdict(expr.VerdictAccept, protocol(4)...)}}, OK},
+		{"accepted before it is dropped", filter{nftables.TableFamilyIPv4, nftables.ChainHookOutput, nftables.ChainPolicyAccept, [][]expr.Any{verdict(expr.VerdictAccept, protocol(4)...), verdict(expr.VerdictDrop, protocol(4)...)}}, OK},
+		{"above a rate", filter{nftables.TableFamilyIPv4, nftables.ChainHookOutput, nftables.ChainPolicyAccept, [][]expr.Any{verdict(expr.VerdictDrop, append(protocol(4), &expr.Limit{Type: expr.LimitTypePkts, Rate: 9, Unit: expr.LimitTimeSecond, Burst: 5, Over: true})...)}}, Warn},
 		{"in input, after the packet socket", filter{nftables.TableFamilyIPv4, nftables.ChainHookInput, nftables.ChainPolicyAccept, [][]expr.Any{verdict(expr.VerdictDrop, protocol(4)...)}}, OK},
 	} {
 		remove := install(t, c.f)

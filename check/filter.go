@@ -16,9 +16,6 @@ import (
 // ownTable is the table that cni/server keeps in nftables.
 const ownTable = "margay"
 
-// protocolIPIP is IP-in-IP's number (IANA).
-const protocolIPIP = 4
-
 // baseChain is a chain of somebody else's that the kernel calls, with its rules.
 type baseChain struct {
 	*nftables.Chain
@@ -127,62 +124,4 @@ func (n *Node) legacyForward() (string, error) {
 		return "", nil
 	}
 	return "iptables-legacy: the policy of FORWARD is DROP, and no rule is about cali+", nil
-}
-
-// protocol4 looks for rules that drop IP-in-IP where the vRouter's packets pass: at the ingress of an interface, which comes
-// before its packet socket, and on the way out. What input and prerouting drop it has seen before.
-func (n *Node) protocol4() Result {
-	const name = "protocol 4"
-	chains, err := baseChains()
-	if err != nil {
-		return unknown(name, err)
-	}
-	for _, c := range chains {
-		if !passed(c) {
-			continue
-		}
-		for _, r := range c.rules {
-			if dropsIPIP(r.Exprs) {
-				return Result{name, Fail, c.String() + " drops IP protocol 4", "remove that rule, or accept protocol 4 between the nodes before it"}
-			}
-		}
-		if c.drops() && c.Table.Family != nftables.TableFamilyNetdev && len(c.rules) == 0 {
-			return Result{name, Fail, c.String() + " drops everything that leaves the node", "accept protocol 4 to the other nodes there"}
-		}
-	}
-	return ok(name, "no rule of this node's drops it")
-}
-
-// passed reports whether the vRouter's encapsulated packets pass a chain, coming or going.
-func passed(c baseChain) bool {
-	if c.Table.Family == nftables.TableFamilyNetdev {
-		return *c.Hooknum == *nftables.ChainHookIngress
-	}
-	return *c.Hooknum == *nftables.ChainHookOutput || *c.Hooknum == *nftables.ChainHookPostrouting
-}
-
-// dropsIPIP reports whether a rule drops or rejects protocol 4.
-func dropsIPIP(exprs []expr.Any) bool {
-	const protocolOffset = 9 // in the IPv4 header
-	aboutProtocol, matched := false, false
-	for _, e := range exprs {
-		switch e := e.(type) {
-		case *expr.Meta:
-			aboutProtocol = e.Key == expr.MetaKeyL4PROTO
-		case *expr.Payload:
-			aboutProtocol = e.Base == expr.PayloadBaseNetworkHeader && e.Offset == protocolOffset && e.Len == 1
-		case *expr.Cmp:
-			matched = matched || aboutProtocol && e.Op == expr.CmpOpEq && len(e.Data) == 1 && e.Data[0] == protocolIPIP
-			aboutProtocol = false
-		case *expr.Verdict:
-			if matched && e.Kind == expr.VerdictDrop {
-				return true
-			}
-		case *expr.Reject:
-			if matched {
-				return true
-			}
-		}
-	}
-	return false
 }

@@ -40,7 +40,7 @@ tcp, udp, icmp, ip[…], and, or, not; docs/trace.md lists it. It is asked about
 inner one, with --outer about the outer.
 
 Forwarding never waits for a capture. What finds no room is lost, and counted; Ctrl-C ends a capture, and closes the file
-properly. A vRouter or an agent that is restarted meanwhile is asked again, for half a minute. With --socket the vRouter of
+properly. A vRouter or an agent that is restarted meanwhile is asked again, for two minutes. With --socket the vRouter of
 this node is asked directly, when neither etcd nor an agent is there.
 
 The exit status is 1 when something is missing: a node did not answer, or not all the time, or FILE cannot be written, which
@@ -144,12 +144,7 @@ func (o *captureOptions) sources(ctx context.Context, cmd *cobra.Command, target
 	}
 	var out []captureSource
 	for _, n := range names {
-		c, err := f.client(n)
-		if err != nil {
-			out = append(out, captureSource{n, func(context.Context, api.CaptureRequest, func(api.Captured) error) error { return err }})
-			continue
-		}
-		out = append(out, captureSource{n, c.Capture})
+		out = append(out, f.capturing(cmd, n))
 	}
 	return out, filter, nil
 }

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/spf13/cobra"
+
 	"margay/agent/api"
 )
 
@@ -13,7 +15,7 @@ import (
 
 const (
 	// resumeFor is how long a source that has captured and does not any more is asked again.
-	resumeFor = 30 * time.Second
+	resumeFor = 2 * time.Minute
 	// resumePause is the time between two questions.
 	resumePause = 250 * time.Millisecond
 )
@@ -67,6 +69,22 @@ func (s *captureSink) follow(ctx context.Context, src captureSource, req api.Cap
 		case <-time.After(resumePause):
 		}
 	}
+}
+
+// capturing is a source that asks a node's agent; one that was restarted answers by another certificate, which is looked up.
+func (f *fleet) capturing(cmd *cobra.Command, node string) captureSource {
+	asked := false
+	return captureSource{node, func(ctx context.Context, r api.CaptureRequest, got func(api.Captured) error) error {
+		c, err := f.client(node)
+		if asked && (f.local == "" || node != f.local) {
+			c, err = currentClient(ctx, cmd, node)
+		}
+		asked = true
+		if err != nil {
+			return err
+		}
+		return c.Capture(ctx, r, got)
+	}}
 }
 
 // resumed notes that a source captures again, and counts from 0 what it loses.

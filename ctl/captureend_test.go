@@ -87,7 +87,7 @@ func TestCaptureGoesOnAfterARestart(t *testing.T) {
 		if exit := (ExitError{}); !errors.As(err, &exit) || strings.Count(out, "\n") != 2 {
 			t.Errorf("%v, %s", err, out)
 		}
-		for _, want := range []string{"does not answer any more; it is asked again for 30s", "n1 captures again; what passed in the 0.5 s between is missing",
+		for _, want := range []string{"does not answer any more; it is asked again for 2m0s", "n1 captures again; what passed in the 0.5 s between is missing",
 			"gone for good", "does not answer at all", "n1: 7 packets were lost", "2 packets captured"} {
 			if strings.Count(errs, want) != 1 {
 				t.Errorf("%q is not in, once:\n%s", want, errs)

@@ -108,13 +108,16 @@ The exit status is 1 when a node could not be asked.`,
 			if o.every < 100*time.Millisecond {
 				return fmt.Errorf("--interval %s: expected at least 100ms", o.every)
 			}
+			for _, counter := range []string{"drop_", "kernel_"} { // as metrics and `node counters` have it
+				o.reason = strings.TrimPrefix(o.reason, counter)
+			}
 			return o.run(cmd)
 		},
 	}
 	f := cmd.Flags()
 	f.StringSliceVar(&o.nodes, "node", nil, "only these `nodes`")
 	f.StringVar(&o.pod, "pod", "", "only what this `pod` (or address) sent or was to get")
-	f.StringVar(&o.reason, "reason", "", "only this `reason`")
+	f.StringVar(&o.reason, "reason", "", "only this `reason`, as the table names it, or its counter (drop_no_route)")
 	f.BoolVar(&o.all, "all", false, "also what nobody misses: IPv6 discovery of pods that have no IPv6")
 	f.BoolVar(&o.watch, "watch", false, "go on, and print what is dropped from now on")
 	f.DurationVar(&o.every, "interval", time.Second, "how often --watch asks")
@@ -146,6 +149,7 @@ func (o *dropsOptions) run(cmd *cobra.Command) error {
 		return o.follow(ctx, cmd, f, nodes, only)
 	}
 	result := dropsResult{Drops: []reasonDrops{}, Errors: map[string]string{}}
+	reasons := map[string]bool{} // that the nodes have packets for, asked for or not
 	for i, a := range f.askDrops(ctx, nodes, nil) {
 		if a.err != nil {
 			result.Errors[nodes[i]] = a.err.Error()
@@ -155,11 +159,14 @@ func (o *dropsOptions) run(cmd *cobra.Command) error {
 			result.Errors[nodes[i]] = a.drops.VRouter
 		}
 		result.Drops = append(result.Drops, o.rows(f, a.drops, only)...)
+		for _, c := range a.drops.Counters {
+			reasons[c.Reason] = true
+		}
 	}
 	if o.output == "json" {
 		err = printJSON(cmd.OutOrStdout(), result)
 	} else {
-		err = result.print(cmd.OutOrStdout(), cmd.ErrOrStderr())
+		err = result.print(cmd.OutOrStdout(), cmd.ErrOrStderr(), o.nothing(sortedKeys(reasons)))
 	}
 	if err == nil && len(result.Errors) > 0 {
 		return ExitError{1}
@@ -172,13 +179,22 @@ func (f *fleet) choose(names []string) ([]string, error) {
 	all := f.names()
 	for _, n := range names {
 		if !slices.Contains(all, n) {
-			return nil, fmt.Errorf("node %q: expected one of %s", n, strings.Join(all, ", "))
+			return nil, fmt.Errorf("node %q: expected one of %s", n, few(all))
 		}
 	}
 	if len(names) == 0 {
 		return all, nil
 	}
 	return names, nil
+}
+
+// few lists names for a line that somebody reads: not thousands of them.
+func few(names []string) string {
+	const most = 12
+	if len(names) <= most {
+		return strings.Join(names, ", ")
+	}
+	return fmt.Sprintf("%s and %d more", strings.Join(names[:most], ", "), len(names)-most)
 }
 
 // dropsAnswer is what one node said.
@@ -286,12 +302,23 @@ func concerns(b []byte, addr netip.Addr) bool {
 // maxFlows is how many flows of a reason the text shows.
 const maxFlows = 5
 
-func (r *dropsResult) print(w, errs io.Writer) error {
+// nothing says that there is none, and where a reason was asked for, which there are: it may have been another's name.
+func (o *dropsOptions) nothing(reasons []string) string {
+	switch {
+	case o.reason == "":
+		return "Nothing was dropped."
+	case len(reasons) == 0:
+		return "Nothing was dropped, for whatever reason."
+	}
+	return fmt.Sprintf("Nothing was dropped for the reason %q; there are drops for %s.", o.reason, few(reasons))
+}
+
+func (r *dropsResult) print(w, errs io.Writer, nothing string) error {
 	for _, n := range sortedKeys(r.Errors) {
 		fmt.Fprintf(errs, "%s: %s\n", n, r.Errors[n])
 	}
 	if len(r.Drops) == 0 {
-		_, err := fmt.Fprintln(w, "Nothing was dropped.")
+		_, err := fmt.Fprintln(w, nothing)
 		return err
 	}
 	tw := tabwriter.NewWriter(w, 5, 1, 3, ' ', 0)
@@ -364,7 +391,7 @@ func (o *dropsOptions) follow(ctx context.Context, cmd *cobra.Command, f *fleet,
 			}
 		}
 		if first {
-			fmt.Fprintf(errs, "watching %s; stop with Ctrl-C\n", strings.Join(nodes, ", "))
+			fmt.Fprintf(errs, "watching %s; stop with Ctrl-C\n", few(nodes))
 		}
 		select {
 		case <-ctx.Done():

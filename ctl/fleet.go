@@ -103,6 +103,30 @@ func (f *fleet) client(node string) (*api.Client, error) {
 	return api.NewClient(node, e, f.token), nil
 }
 
+// currentClient is client for an agent that may have been restarted since the fleet was read.
+func currentClient(ctx context.Context, cmd *cobra.Command, node string) (*api.Client, error) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	s, err := openStore(ctx, cmd)
+	if err != nil {
+		return nil, err
+	}
+	defer s.Close()
+	kv, err := s.Get(ctx, api.DiagNodes+node)
+	if err != nil {
+		return nil, fmt.Errorf("margay-agent of %s %w: %w", node, api.ErrUnreachable, err)
+	}
+	var e api.Endpoint
+	if err := json.Unmarshal(kv.Value, &e); err != nil {
+		return nil, fmt.Errorf("%s: %w", kv.Key, datastore.JSONError(err))
+	}
+	token, err := s.Get(ctx, api.DiagToken)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", api.DiagToken, err)
+	}
+	return api.NewClient(node, e, strings.TrimSpace(string(token.Value))), nil
+}
+
 // nodeAt returns the name of the node that has an underlay address.
 func (f *fleet) nodeAt(addr netip.Addr) (string, bool) {
 	name, ok := f.addresses[addr]

@@ -16,8 +16,9 @@ var answers = [reasonCount]packet.ICMPError{
 	ReasonTTLExpired:   {Type: packet.ICMPTimeExceeded},
 }
 
-// answerer makes the ICMP errors of one worker, or those that Relay passes on, and limits their rate (RFC 1812, 4.3.2.8): all together, and those about
-// packets of one sender, so that one who is answered all the time takes the answers from nobody else.
+// answerer makes the ICMP errors of one worker, or those that Relay passes on, and limits their rate (RFC 1812, 4.3.2.8): all
+// together, and those about packets of one sender, so that one who is answered all the time takes the answers from nobody
+// else.
 type answerer struct {
 	clock func() time.Duration // monotonic
 	id    uint16

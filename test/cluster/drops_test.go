@@ -87,6 +87,12 @@ func TestDropsNamePodAndPacket(t *testing.T) {
 	if text := in(t, node(t, 3).Netns, "margayctl", "drops", "--node", n1.Name); !strings.Contains(text, "from "+pod.Name+" (") {
 		t.Errorf("%s", text)
 	}
+	if byCounter := drops(t, "--node", n1.Name, "--reason", "drop_no_route").Drops; len(byCounter) != 1 || byCounter[0].Reason != "no_route" {
+		t.Errorf("a reason named as its counter: %+v", byCounter)
+	}
+	if text := in(t, node(t, 3).Netns, "margayctl", "drops", "--reason", "no_rout"); !strings.Contains(text, `for the reason "no_rout"; there are drops for `) || !strings.Contains(text, "no_route") {
+		t.Errorf("a reason that is none: %s", text)
+	}
 }
 
 // TestAddressOfNoPod: what goes to an address of a node's block that no pod has, from this node and from another, is counted, and
@@ -316,6 +322,18 @@ func TestCaptureToAPipe(t *testing.T) {
 		said, _ := os.ReadFile(words) // the shell has made it
 		t.Errorf("%q; on standard error: %s", out, said)
 	}
+}
+
+// TestCaptureGoesOnAfterARestart: another node's agent is restarted, and with it its certificate is another.
+func TestCaptureGoesOnAfterARestart(t *testing.T) {
+	n1, n2 := node(t, 1), node(t, 2)
+	live := start(t, "capturing", "capture", n1.Name, "icmp")
+	mustCtl(t, "lab", "restart", "--name", labName, "node1", "agent")
+	settled(t, n1)
+	// Nobody has pinged this pod before.
+	to := ip(t, n2.Pods[1].Address)
+	defer pinging(n1.Pods[1].Netns, to)()
+	live.line(t, ip(t, n1.Pods[1].Address).String()+" > "+to.String()+": ICMP echo request")
 }
 
 func TestCaptureRefuses(t *testing.T) {

@@ -3,14 +3,13 @@ package metrics
 import (
 	"errors"
 	"net/netip"
-	"os"
-	"regexp"
 	"strings"
 	"testing"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
+	"margay/test/documented"
 	"margay/vrouter"
 )
 
@@ -126,24 +125,7 @@ margay_vrouter_queue_occupancy_ratio{queue="port_send"} 0.25
 
 // TestDocumented: docs/metrics.md names every metric, and none that there is not.
 func TestDocumented(t *testing.T) {
-	b, err := os.ReadFile("../../docs/metrics.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	said := map[string]bool{}
-	for _, name := range regexp.MustCompile("margay_vrouter_[a-z_]+").FindAllString(string(b), -1) {
-		said[name] = true
-	}
-	for _, d := range all {
-		name, _, _ := strings.Cut(strings.TrimPrefix(d.String(), `Desc{fqName: "`), `"`)
-		if !said[name] {
-			t.Errorf("%s is not in docs/metrics.md", name)
-		}
-		delete(said, name)
-	}
-	for name := range said {
-		t.Errorf("docs/metrics.md has %s, which there is not", name)
-	}
+	documented.Metrics(t, "../../docs/metrics.md", "margay_vrouter_", all)
 }
 
 // value finds a sample by its name and labels as text.
