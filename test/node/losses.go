@@ -10,9 +10,9 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"margay/internal/dump"
 	"margay/test/space"
 )
 
@@ -39,7 +39,7 @@ func (n *Node) losses(t testing.TB) map[string]uint64 {
 }
 
 func linkLosses(where string, all map[string]uint64) error {
-	links, err := netlink.LinkList()
+	links, err := dump.Links(dump.Here)
 	if err != nil {
 		return err
 	}
