@@ -204,14 +204,13 @@ func isTunnel(inner packet.IPv4) bool {
 	return proto == packet.ProtocolIPIP || proto == packet.ProtocolIPv6
 }
 
-// decap is the second half; back is the answer for the source of the inner packet, here the one for its destination. It
-// takes the outer header away:
+// decap is the second half; outer is p as it came, back the answer for the source of the inner packet, here the one for its
+// destination. It takes the outer header away:
 //
 //	5 the route back to the inner source leads to the node that sent it, or the operator has made an exception
 //	6 the inner destination is this node's
 //	7 DSCP as configured (RFC 2983, 3.1)
-func (v *view) decap(p *Packet, inner packet.IPv4, back, here fib.Hop) (Verdict, Reason) {
-	outer := packet.IPv4(p.Bytes())
+func (v *view) decap(p *Packet, outer, inner packet.IPv4, back, here fib.Hop) (Verdict, Reason) {
 	if (!v.routes.LeadsTo(back, outer.SrcU32()) || (back.Kind() != fib.KindTunnel && back.Kind() != fib.KindDirect)) &&
 		!v.state.accepts(inner, back) {
 		return VerdictDrop, ReasonInnerSource

@@ -306,7 +306,7 @@ func wholeDecap(v *view, p *Packet) (Verdict, Reason) {
 	if inner == nil {
 		return VerdictDrop, reason
 	}
-	return v.decap(p, inner, v.routes.Lookup(inner.SrcU32()), v.routes.Lookup(inner.DstU32()))
+	return v.decap(p, p.Bytes(), inner, v.routes.Lookup(inner.SrcU32()), v.routes.Lookup(inner.DstU32()))
 }
 
 func TestDecapMovesChecksumStart(t *testing.T) {

@@ -261,7 +261,7 @@ func (w *Worker) transit(t *transit, batch []*Packet) {
 			verdict, reason = t.encap(a.p, a.inner, hop, &w.outer)
 		case UnderlayInterface:
 			outer := packet.IPv4(a.p.Bytes())
-			verdict, reason = t.decap(a.p, a.inner, w.hops[next], hop)
+			verdict, reason = t.decap(a.p, outer, a.inner, w.hops[next], hop)
 			next++
 			w.noteECN(outer, a.inner, verdict)
 			if verdict == VerdictForward {
@@ -313,7 +313,7 @@ func (w *Worker) decap(v *view, batch []*Packet) {
 	for i := range all[:n] {
 		a := &all[i]
 		outer := packet.IPv4(a.p.Bytes())
-		verdict, reason := v.decap(a.p, a.inner, hops[2*i], hops[2*i+1])
+		verdict, reason := v.decap(a.p, outer, a.inner, hops[2*i], hops[2*i+1])
 		w.noteECN(outer, a.inner, verdict)
 		if verdict == VerdictForward && v.tooLong(a.p, a.inner) {
 			verdict = VerdictSplit

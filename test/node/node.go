@@ -56,10 +56,11 @@ func OnEach(t *testing.T, drivers []port.Options, f func(*testing.T, port.Option
 // Node is a namespace with a vRouter that forwards.
 type Node struct {
 	*space.Space
-	Router *vrouter.Router
-	Ports  *port.Ports
-	driver port.Options
-	pods   int
+	Router  *vrouter.Router
+	Ports   *port.Ports
+	driver  port.Options
+	pods    int
+	watched []*space.Space
 }
 
 // Config is how a Node is.
@@ -202,37 +203,50 @@ func (n *Node) UntilCarried(t testing.TB, send func()) {
 	})
 }
 
-// Balance waits until every packet that the workers have taken, or the port has carried, is accounted for, and fails the
-// test if one is not or was dropped without a reason: in = out - pieces + split + dropped. It returns how many the kernel has
-// lost around the vRouter.
-// It is for tests without superpackets, which go out as more than come in.
-func (n *Node) Balance(t testing.TB) (lost uint64) {
-	t.Helper()
-	for deadline := time.Now().Add(Patience); ; time.Sleep(time.Millisecond) {
-		carried := n.Carried()
-		in := carried.Encap.Packets + carried.Decap.Packets + carried.Local.Packets
-		for _, b := range n.Router.Batches() {
-			in += b.Packets
-		}
-		c := n.Counters()
-		accounted := c["split"] - c["pieces"]
-		lost = 0
-		for name, packets := range c {
-			switch {
-			case IsOutcome(name):
-				accounted += packets
-			case strings.HasPrefix(name, "kernel_"):
-				lost += packets
-			}
-		}
-		if in == accounted && c["drop_not_set"] == 0 {
-			return lost
-		}
-		if time.Now().After(deadline) {
-			t.Errorf("came in %d packets, accounted for are %d: %v", in, accounted, c)
-			return lost
+// Books are what a vRouter has written down about its packets.
+type Books struct {
+	Counters  map[string]uint64 // those that are not zero
+	Taken     uint64            // packets that the workers have taken, or the port has carried
+	Accounted uint64            // of those: sent less pieces, split, or dropped
+	Lost      uint64            // by the kernel, around the vRouter
+}
+
+// Books returns them as they are now. Of superpackets more are accounted for than were taken: as many as the segments.
+func (n *Node) Books() Books {
+	carried := n.Carried()
+	b := Books{Taken: carried.Encap.Packets + carried.Decap.Packets + carried.Local.Packets}
+	for _, w := range n.Router.Batches() {
+		b.Taken += w.Packets
+	}
+	b.Counters = n.Counters()
+	b.Accounted = b.Counters["split"] - b.Counters["pieces"]
+	for name, packets := range b.Counters {
+		switch {
+		case IsOutcome(name):
+			b.Accounted += packets
+		case strings.HasPrefix(name, "kernel_"):
+			b.Lost += packets
 		}
 	}
+	return b
+}
+
+// Balance waits until every packet that the workers have taken, or the port has carried, is accounted for: in = out + dropped,
+// pieces counted as one. It fails the test if one is not, or was dropped without a reason, or if the kernel has lost any,
+// whether the vRouter has counted it or not. It is for tests without superpackets.
+func (n *Node) Balance(t testing.TB) Books {
+	t.Helper()
+	b := n.Books()
+	for deadline := time.Now().Add(Patience); b.Taken != b.Accounted && time.Now().Before(deadline); b = n.Books() {
+		time.Sleep(time.Millisecond)
+	}
+	if b.Taken != b.Accounted || b.Counters["drop_not_set"] != 0 {
+		t.Errorf("the vRouter took %d packets, and accounts for %d: %v", b.Taken, b.Accounted, b.Counters)
+	}
+	if lost := n.losses(t); b.Lost > 0 || len(lost) > 0 {
+		t.Errorf("the kernel has lost packets: the vRouter has counted %d of them, and the kernel %v: %v", b.Lost, lost, b.Counters)
+	}
+	return b
 }
 
 // IsOutcome reports whether a counter is of those of which every packet is in exactly one.
@@ -271,6 +285,7 @@ func (n *Node) AddPod(t testing.TB, p Pod) *space.Space {
 	t.Helper()
 	pod := space.New(t)
 	n.pods++
+	n.Watch(pod)
 	name := fmt.Sprintf("cali%d", n.pods)
 	pod.Do(t, func() error {
 		return space.Sysctls(map[string]string{"ipv4/conf/all/rp_filter": "0", "ipv4/conf/default/rp_filter": "0",

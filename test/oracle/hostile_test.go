@@ -42,9 +42,7 @@ func hostile(t *testing.T, driver port.Options) {
 			node.Until(t, c.name+": "+c.counter, func() bool { return box.Counters()[c.counter] > before })
 		}
 	}
-	if lost := box.Balance(t); lost > 0 {
-		t.Errorf("the kernel has lost %d packets around the vRouter: %v", lost, box.Counters())
-	}
+	box.Balance(t)
 }
 
 // strangers are the packets that are no ICMP errors.

@@ -199,9 +199,7 @@ func onDirect(t *testing.T, drivers []port.Options, f func(t *testing.T, oracle 
 		if c := box.Carried(); d.IO == port.IOTC && (c.Encap.Packets < 200 || c.Decap.Packets < 200) {
 			t.Errorf("the kernel has carried too few packets: %+v", c)
 		}
-		if lost := box.Balance(t); lost > 0 {
-			t.Errorf("the kernel has lost %d packets around the vRouter: %v", lost, box.Counters())
-		}
+		box.Balance(t)
 	})
 }
 

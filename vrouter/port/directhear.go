@@ -20,6 +20,7 @@ type device struct {
 	mac   net.HardwareAddr
 	mtu   int // bytes
 	up    bool
+	sends bool // its other side is up too, and the kernel has taken note: before that it drops what it is to send
 	peer  bool // a veth whose other side is in another namespace
 }
 
@@ -105,8 +106,9 @@ func (p *directPods) setDevice(l netlink.Link, there bool) {
 	}
 	p.names[a.Index] = a.Name
 	p.devices[a.Name] = device{index: a.Index, mac: bytes.Clone(a.HardwareAddr), mtu: a.MTU,
-		up:   a.Flags&net.FlagUp != 0 && a.EncapType == "ether" && len(a.HardwareAddr) == 6,
-		peer: l.Type() == "veth" && a.NetNsID >= 0}
+		up:    a.Flags&net.FlagUp != 0 && a.EncapType == "ether" && len(a.HardwareAddr) == 6,
+		sends: a.OperState == netlink.OperUp || a.OperState == netlink.OperUnknown && l.Type() != "veth", // some never say
+		peer:  l.Type() == "veth" && a.NetNsID >= 0}
 	if p.plan != nil {
 		p.plan.dirty.Store(true)
 	}
@@ -143,10 +145,11 @@ func (p *directPods) refresh() {
 	p.stale = false
 }
 
-// ask makes the kernel find out a pod's hardware address and keep it fresh, on its own from then on.
+// ask makes the kernel find out a pod's hardware address and keep it fresh, on its own from then on. A question that is lost is
+// asked again after a second only.
 func (p *directPods) ask(d device, address netip.Addr) {
 	at := neighbour{d.index, address}
-	if !d.up || !address.Is4() || p.asked[at] {
+	if !d.up || !d.sends || !address.Is4() || p.asked[at] {
 		return
 	}
 	p.asked[at] = true
