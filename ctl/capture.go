@@ -6,10 +6,9 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
 	"slices"
 	"strings"
-	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -72,6 +71,9 @@ ends the capture; what was written until then can be read.`,
 	return cmd
 }
 
+// finishTimeout is how long a capture that is told to end may write.
+const finishTimeout = 3 * time.Second
+
 // captureSource is one vRouter to capture from.
 type captureSource struct {
 	name    string
@@ -79,9 +81,7 @@ type captureSource struct {
 }
 
 func (o *captureOptions) run(cmd *cobra.Command, target, filter string) error {
-	// The file has to be closed properly, however it ends.
-	ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
+	ctx := cmd.Context()
 	sources, filter, err := o.sources(ctx, cmd, target, filter)
 	if err != nil {
 		return err
@@ -96,13 +96,27 @@ func (o *captureOptions) run(cmd *cobra.Command, target, filter string) error {
 			return errors.Join(err, w.Close())
 		}
 	}
-	req := api.CaptureRequest{Filter: filter, Outer: o.outer, SnapLen: o.snaplen}
-	err = s.collect(ctx, sources, req)
-	err = errors.Join(err, s.finish())
-	if errors.Is(err, errWrite) {
-		s.cut()
+	ended := make(chan error, 1)
+	go func() {
+		err := s.collect(ctx, sources, api.CaptureRequest{Filter: filter, Outer: o.outer, SnapLen: o.snaplen})
+		err = errors.Join(err, s.finish())
+		if errors.Is(err, errWrite) {
+			s.cut()
+		}
+		ended <- errors.Join(err, w.Close()) // the file has to be closed properly, however it ends
+	}()
+	select {
+	case err := <-ended:
+		return err
+	case <-ctx.Done():
 	}
-	return errors.Join(err, w.Close())
+	// Who reads the other end of a pipe may have stopped, and a write into it does not end then.
+	select {
+	case err := <-ended:
+		return err
+	case <-time.After(finishTimeout):
+		return fmt.Errorf("%w: for %s nobody has read what it writes: %d packets are not shown", errWrite, finishTimeout, s.got.Load()-s.shown.Load())
+	}
 }
 
 // sources finds whom to ask, and makes a filter of a pod.
@@ -142,9 +156,16 @@ func (o *captureOptions) sources(ctx context.Context, cmd *cobra.Command, target
 			}
 		}
 	}
+	if len(names) == 0 {
+		return nil, "", errors.New("there is no node in the datastore")
+	}
+	if err := roomFor(len(names)); err != nil {
+		return nil, "", err
+	}
 	var out []captureSource
+	starts := make(chan struct{}, atOnce)
 	for _, n := range names {
-		out = append(out, f.capturing(cmd, n))
+		out = append(out, f.capturing(n, starts))
 	}
 	return out, filter, nil
 }

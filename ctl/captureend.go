@@ -4,9 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
+	"syscall"
 	"time"
-
-	"github.com/spf13/cobra"
 
 	"margay/agent/api"
 )
@@ -16,8 +16,9 @@ import (
 const (
 	// resumeFor is how long a source that has captured and does not any more is asked again.
 	resumeFor = 2 * time.Minute
-	// resumePause is the time between two questions.
-	resumePause = 250 * time.Millisecond
+	// The time between two questions, which grows: those of thousands of sources keep a processor busy.
+	resumePause    = 250 * time.Millisecond
+	resumeMaxPause = 4 * time.Second
 )
 
 // errWrite is wrapped by the error that what is captured cannot be written.
@@ -55,7 +56,7 @@ func (s *captureSink) follow(ctx context.Context, src captureSource, req api.Cap
 		}
 		switch {
 		case !began:
-			s.refused()
+			s.refused(err)
 			return err
 		case silent.IsZero():
 			silent = time.Now()
@@ -66,25 +67,62 @@ func (s *captureSink) follow(ctx context.Context, src captureSource, req api.Cap
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-time.After(resumePause):
+		case <-time.After(min(max(resumePause, time.Since(silent)/4), resumeMaxPause)):
 		}
 	}
 }
 
-// capturing is a source that asks a node's agent; one that was restarted answers by another certificate, which is looked up.
-func (f *fleet) capturing(cmd *cobra.Command, node string) captureSource {
-	asked := false
+// capturing is a source that asks a node's agent; one that was restarted answers by another certificate, which is looked up. One
+// that says nothing for agentTimeout has not begun. starts holds those that have not.
+func (f *fleet) capturing(node string, starts chan struct{}) captureSource {
+	var failure error
 	return captureSource{node, func(ctx context.Context, r api.CaptureRequest, got func(api.Captured) error) error {
-		c, err := f.client(node)
-		if asked && (f.local == "" || node != f.local) {
-			c, err = currentClient(ctx, cmd, node)
+		if failure != nil {
+			failure = f.lookAgain(ctx, failure)
 		}
-		asked = true
-		if err != nil {
-			return err
-		}
-		return c.Capture(ctx, r, got)
+		failure = f.capture(ctx, node, r, got, starts)
+		return failure
 	}}
+}
+
+// capture captures from one node's agent.
+func (f *fleet) capture(ctx context.Context, node string, r api.CaptureRequest, got func(api.Captured) error, starts chan struct{}) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case starts <- struct{}{}:
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	late := time.AfterFunc(agentTimeout, func() { cancel(tooLate(node)) })
+	started := sync.OnceFunc(func() { late.Stop(); <-starts })
+	defer started()
+	c, err := f.client(node)
+	if err != nil {
+		return err
+	}
+	err = c.Capture(ctx, r, func(line api.Captured) error {
+		started()
+		return got(line)
+	})
+	if cause := context.Cause(ctx); errors.Is(cause, api.ErrUnreachable) {
+		return cause
+	}
+	return err
+}
+
+// roomFor refuses more connections than this process may open.
+func roomFor(nodes int) error {
+	const others = 64 // files that are open besides
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		return fmt.Errorf("how many files this process may open: %w", err)
+	}
+	if need := uint64(nodes + others); need > limit.Cur {
+		return fmt.Errorf("a capture of %d nodes needs as many connections, and this process may open %d files: name a pod or a node, or raise the limit (ulimit -n %d)",
+			nodes, limit.Cur, need)
+	}
+	return nil
 }
 
 // resumed notes that a source captures again, and counts from 0 what it loses.
@@ -92,7 +130,7 @@ func (s *captureSink) resumed(name string, after time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.lost[name] = lostPackets{before: s.lost[name].all()}
-	fmt.Fprintf(s.errs, "%s captures again; what passed in the %.1f s between is missing\n", name, after.Seconds())
+	s.again = append(s.again, fmt.Sprintf("%s captures again; what passed in the %.1f s between is missing", name, after.Seconds()))
 }
 
 // cut takes away what a write that failed has left of a block, so that the file can be read. A pipe has nothing to be taken away.

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"margay/agent/api"
@@ -37,6 +38,12 @@ type captureSink struct {
 	// The sources that run, and those of which nothing is known yet.
 	began, waiting int
 	failed         bool
+	problems       []string // not said yet
+	again          []string // sources that capture again, not said yet
+
+	far progress
+	// What a writer that hangs has not shown is told without its lock.
+	got, shown atomic.Int64
 }
 
 // heldPacket is one that is not written yet.
@@ -56,7 +63,9 @@ func (s *captureSink) collect(ctx context.Context, sources []captureSource, req 
 	defer cancel(nil)
 	s.waiting = len(sources)
 	var all, writer sync.WaitGroup
-	writer.Go(func() { s.write(ctx, cancel) })
+	stop := sync.OnceFunc(s.far.report(lockedWriter{&s.mu, s.errs}, len(sources)))
+	defer stop()
+	writer.Go(func() { s.write(ctx, cancel, stop) })
 	for _, src := range sources {
 		all.Go(func() {
 			switch err := s.follow(ctx, src, req); {
@@ -79,21 +88,30 @@ func (s *captureSink) collect(ctx context.Context, sources []captureSource, req 
 	return nil
 }
 
-// write writes what has waited long enough until ctx is done, which it makes it when nothing can be written.
-func (s *captureSink) write(ctx context.Context, cancel context.CancelCauseFunc) {
+// write writes what has waited long enough until ctx is done, which it makes it when nothing can be written. It calls running when
+// all sources have been asked.
+func (s *captureSink) write(ctx context.Context, cancel context.CancelCauseFunc, running func()) {
 	tick := time.NewTicker(captureHold / 4)
 	defer tick.Stop()
-	for {
+	for said := time.Now(); ; {
 		select {
 		case <-ctx.Done():
 			return
 		case now := <-tick.C:
 			s.mu.Lock()
 			err := s.release(func(p heldPacket) bool { return now.Sub(p.arrived) >= captureHold })
+			if now.Sub(said) >= problemPause {
+				said = now
+				s.say()
+			}
+			asked := s.waiting == 0
 			s.mu.Unlock()
 			if err != nil {
 				cancel(err)
 				return
+			}
+			if asked {
+				running()
 			}
 		}
 	}
@@ -104,13 +122,13 @@ func (s *captureSink) begin() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.began++
-	s.answered()
+	s.answered(nil)
 }
 
-func (s *captureSink) refused() {
+func (s *captureSink) refused(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.answered()
+	s.answered(err)
 }
 
 // fail says that something is missing.
@@ -118,11 +136,20 @@ func (s *captureSink) fail(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.failed = true
-	fmt.Fprintln(s.errs, err)
+	s.problems = append(s.problems, err.Error())
 }
 
-func (s *captureSink) answered() {
+// say says what has happened to the sources. The caller holds mu.
+func (s *captureSink) say() {
+	fewLines(s.errs, s.problems, "nodes do not capture")
+	fewLines(s.errs, s.again, "nodes capture again")
+	s.problems, s.again = nil, nil
+}
+
+func (s *captureSink) answered(err error) {
+	s.far.add(err)
 	if s.waiting--; s.waiting == 0 && s.began > 0 {
+		s.say()
 		fmt.Fprintln(s.errs, "capturing; stop with Ctrl-C")
 	}
 }
@@ -141,6 +168,7 @@ func (s *captureSink) take(name string, c api.Captured) error {
 		return errEnough
 	}
 	s.taken++
+	s.got.Add(1)
 	s.held = append(s.held, heldPacket{name, time.Now(), c})
 	if s.taken == s.o.count {
 		return errEnough
@@ -162,6 +190,7 @@ func (s *captureSink) release(ripe func(heldPacket) bool) error {
 			break
 		}
 		s.count++
+		s.shown.Add(1)
 	}
 	s.held = slices.Delete(s.held, 0, n)
 	return s.err
@@ -184,15 +213,17 @@ func (s *captureSink) put(p heldPacket) error {
 func (s *captureSink) finish() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.say()
 	broken := s.err != nil // has been said
 	errs := []error{s.release(func(heldPacket) bool { return true })}
 	if broken {
 		errs = nil
 	}
+	var losses []string
 	for _, name := range sortedKeys(s.lost) {
 		n := s.lost[name].all()
 		if n > 0 {
-			fmt.Fprintf(s.errs, "%s: %d packets were lost for want of room\n", name, n)
+			losses = append(losses, fmt.Sprintf("%s: %d packets were lost for want of room", name, n))
 		}
 		if s.pcap == nil || s.pcap.failed != nil {
 			continue
@@ -206,6 +237,7 @@ func (s *captureSink) finish() error {
 			}
 		}
 	}
+	fewLines(s.errs, losses, "nodes have lost packets")
 	fmt.Fprintf(s.errs, "%d packets captured\n", s.count)
 	return errors.Join(errs...)
 }

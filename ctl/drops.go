@@ -3,12 +3,12 @@ package ctl
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"fmt"
 	"io"
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 	"text/tabwriter"
 	"time"
 
@@ -25,6 +25,7 @@ type reasonDrops struct {
 	Packets uint64      `json:"packets"`
 	Bytes   uint64      `json:"bytes,omitempty"`
 	Flows   []podDrops  `json:"flows,omitempty"` // the most first
+	more    int         // flows that are not in there: a text does not show them
 	Sample  *dropSample `json:"sample,omitempty"`
 }
 
@@ -92,7 +93,7 @@ of the vRouter's it shows whose packets they were, and the last one of them; wha
 
 With --watch it goes on, and prints each dropped packet that is sampled (of each reason at most four a second, so that
 drops cost nothing), and each counter of the kernel's that has moved. -o json prints one document, or with --watch one
-line for each of these.
+line for each of these. Every node is asked each --interval; of more than a thousand, one each millisecond.
 
 IPv6 discovery and group reports of pods that have no IPv6, which are dropped and nobody misses, come only with --all.
 
@@ -148,30 +149,54 @@ func (o *dropsOptions) run(cmd *cobra.Command) error {
 	if o.watch {
 		return o.follow(ctx, cmd, f, nodes, only)
 	}
-	result := dropsResult{Drops: []reasonDrops{}, Errors: map[string]string{}}
-	reasons := map[string]bool{} // that the nodes have packets for, asked for or not
-	for i, a := range f.askDrops(ctx, nodes, nil) {
-		if a.err != nil {
-			result.Errors[nodes[i]] = a.err.Error()
-			continue
-		}
-		if a.drops.VRouter != "" {
-			result.Errors[nodes[i]] = a.drops.VRouter
-		}
-		result.Drops = append(result.Drops, o.rows(f, a.drops, only)...)
-		for _, c := range a.drops.Counters {
-			reasons[c.Reason] = true
-		}
-	}
+	result, reasons := o.ask(ctx, cmd.ErrOrStderr(), f, nodes, only)
 	if o.output == "json" {
 		err = printJSON(cmd.OutOrStdout(), result)
 	} else {
-		err = result.print(cmd.OutOrStdout(), cmd.ErrOrStderr(), o.nothing(sortedKeys(reasons)))
+		err = result.print(cmd.OutOrStdout(), cmd.ErrOrStderr(), o.nothing(len(nodes), len(result.Errors), sortedKeys(reasons)))
 	}
 	if err == nil && len(result.Errors) > 0 {
 		return ExitError{1}
 	}
 	return err
+}
+
+// ask asks the nodes, and returns besides which reasons there are, asked for or not. What nodes say is made rows of as it comes:
+// the raw answers of thousands are not held. When ctx is done the rest is not asked.
+func (o *dropsOptions) ask(ctx context.Context, errs io.Writer, f *fleet, nodes []string, only netip.Addr) (dropsResult, map[string]bool) {
+	result := dropsResult{Drops: []reasonDrops{}, Errors: map[string]string{}}
+	reasons := map[string]bool{}
+	rows := make([][]reasonDrops, len(nodes))
+	var (
+		mu  sync.Mutex
+		far progress
+	)
+	for _, n := range nodes {
+		result.Errors[n] = "not asked: interrupted"
+	}
+	stop := far.report(errs, len(nodes))
+	eachNode(ctx, nodes, func(i int, node string) {
+		d, err := f.drops(ctx, node, 0)
+		far.add(err)
+		rows[i] = o.rows(f, d, only)
+		mu.Lock()
+		defer mu.Unlock()
+		delete(result.Errors, node)
+		switch {
+		case err != nil:
+			result.Errors[node] = err.Error()
+		case d.VRouter != "":
+			result.Errors[node] = d.VRouter
+		}
+		for _, c := range d.Counters {
+			reasons[c.Reason] = true
+		}
+	})
+	stop()
+	for _, r := range rows {
+		result.Drops = append(result.Drops, r...)
+	}
+	return result, reasons
 }
 
 // choose checks names of nodes, and returns all there are for none.
@@ -188,39 +213,14 @@ func (f *fleet) choose(names []string) ([]string, error) {
 	return names, nil
 }
 
-// few lists names for a line that somebody reads: not thousands of them.
-func few(names []string) string {
-	const most = 12
-	if len(names) <= most {
-		return strings.Join(names, ", ")
-	}
-	return fmt.Sprintf("%s and %d more", strings.Join(names[:most], ", "), len(names)-most)
-}
-
-// dropsAnswer is what one node said.
-type dropsAnswer struct {
-	drops api.Drops
-	err   error
-}
-
-// askDrops asks the nodes, all at once; since holds the last sample that is known of each.
-func (f *fleet) askDrops(ctx context.Context, nodes []string, since []uint64) []dropsAnswer {
-	answers := make([]dropsAnswer, len(nodes))
-	eachNode(nodes, func(i int, node string) {
-		c, err := f.client(node)
-		if err != nil {
-			answers[i].err = err
-			return
-		}
-		ctx, cancel := context.WithTimeout(ctx, agentTimeout)
-		defer cancel()
-		var from uint64
-		if since != nil {
-			from = since[i]
-		}
-		answers[i].drops, answers[i].err = c.Drops(ctx, from)
+// drops asks one node, for the samples whose number is greater than since.
+func (f *fleet) drops(ctx context.Context, node string, since uint64) (d api.Drops, err error) {
+	err = f.question(ctx, node, func(ctx context.Context, c *api.Client) error {
+		d, err = c.Drops(ctx, since)
+		return err
 	})
-	return answers
+	d.Node = node // whatever it says
+	return d, err
 }
 
 // rows turns one node's answer into rows.
@@ -243,6 +243,10 @@ func (o *dropsOptions) rows(f *fleet, d api.Drops, only netip.Addr) []reasonDrop
 			for _, fl := range row.Flows {
 				row.Packets, row.Bytes = row.Packets+fl.Packets, row.Bytes+fl.Bytes
 			}
+		}
+		if o.output != "json" && len(row.Flows) > maxFlows {
+			row.more = len(row.Flows) - maxFlows
+			row.Flows = slices.Clone(row.Flows[:maxFlows]) // and the rest need not be held
 		}
 		rows = append(rows, row)
 	}
@@ -302,20 +306,32 @@ func concerns(b []byte, addr netip.Addr) bool {
 // maxFlows is how many flows of a reason the text shows.
 const maxFlows = 5
 
-// nothing says that there is none, and where a reason was asked for, which there are: it may have been another's name.
-func (o *dropsOptions) nothing(reasons []string) string {
-	switch {
-	case o.reason == "":
-		return "Nothing was dropped."
-	case len(reasons) == 0:
-		return "Nothing was dropped, for whatever reason."
+// nothing says that there is none, of so many nodes with so many errors, and where a reason was asked for, which there are: it may
+// have been another's name.
+func (o *dropsOptions) nothing(nodes, errors int, reasons []string) string {
+	where := ""
+	if errors > 0 {
+		where = " on the nodes that have answered"
 	}
-	return fmt.Sprintf("Nothing was dropped for the reason %q; there are drops for %s.", o.reason, few(reasons))
+	switch {
+	case errors > 0 && errors == nodes:
+		return "" // the errors have said everything
+	case o.reason == "":
+		return "Nothing was dropped" + where + "."
+	case len(reasons) == 0:
+		return "Nothing was dropped" + where + ", for whatever reason."
+	}
+	return fmt.Sprintf("Nothing was dropped%s for the reason %q; there are drops for %s.", where, o.reason, few(reasons))
 }
 
 func (r *dropsResult) print(w, errs io.Writer, nothing string) error {
+	var lines []string
 	for _, n := range sortedKeys(r.Errors) {
-		fmt.Fprintf(errs, "%s: %s\n", n, r.Errors[n])
+		lines = append(lines, n+": "+r.Errors[n])
+	}
+	fewLines(errs, lines, "nodes could not be asked; -o json names them all")
+	if len(r.Drops) == 0 && nothing == "" {
+		return nil
 	}
 	if len(r.Drops) == 0 {
 		_, err := fmt.Fprintln(w, nothing)
@@ -334,12 +350,11 @@ func (r *dropsResult) print(w, errs io.Writer, nothing string) error {
 			continue
 		}
 		fmt.Fprintf(w, "\n%s, %s:\n", d.Node, d.Reason)
-		for i, f := range d.Flows {
-			if i == maxFlows {
-				fmt.Fprintf(w, "  and %d more pairs of addresses\n", len(d.Flows)-maxFlows)
-				break
-			}
+		for _, f := range d.Flows {
 			fmt.Fprintf(w, "  %d from %s to %s\n", f.Packets, who(f.Source, f.SourcePod), who(f.Destination, f.DestinationPod))
+		}
+		if d.more > 0 {
+			fmt.Fprintf(w, "  and %d more pairs of addresses\n", d.more)
 		}
 		if s := d.Sample; s != nil {
 			fmt.Fprintf(w, "  last seen %s (%s): %s\n", s.Time.Local().Format(time.DateTime), s.Direction, s.Decoded)
@@ -363,88 +378,4 @@ func who(a netip.Addr, pod string) string {
 		return fmt.Sprintf("%s (%s)", pod, a)
 	}
 	return a.String()
-}
-
-// follow prints what is dropped from now on, until ctx is done, which is how it is meant to end.
-func (o *dropsOptions) follow(ctx context.Context, cmd *cobra.Command, f *fleet, nodes []string, only netip.Addr) error {
-	out, errs := cmd.OutOrStdout(), cmd.ErrOrStderr()
-	since := make([]uint64, len(nodes))
-	kernel := make([]map[string]uint64, len(nodes))
-	silent := make([]string, len(nodes))
-	for first := true; ; first = false {
-		for i, a := range f.askDrops(ctx, nodes, since) {
-			if ctx.Err() != nil {
-				return nil
-			}
-			if problem := a.problem(); problem != silent[i] { // a state that lasts is said once
-				if silent[i] = problem; problem != "" {
-					fmt.Fprintf(errs, "%s: %s\n", nodes[i], problem)
-				} else {
-					fmt.Fprintf(errs, "%s: answers again\n", nodes[i])
-				}
-			}
-			if a.err != nil {
-				continue
-			}
-			if err := o.news(out, f, a.drops, only, &since[i], kernel, i, first); err != nil {
-				return err
-			}
-		}
-		if first {
-			fmt.Fprintf(errs, "watching %s; stop with Ctrl-C\n", few(nodes))
-		}
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-time.After(o.every):
-		}
-	}
-}
-
-func (a *dropsAnswer) problem() string {
-	if a.err != nil {
-		return a.err.Error()
-	}
-	return a.drops.VRouter
-}
-
-// news prints the samples that are new, and the kernel's counters that have moved; of the first answer nothing.
-func (o *dropsOptions) news(out io.Writer, f *fleet, d api.Drops, only netip.Addr, since *uint64, kernel []map[string]uint64, i int, first bool) error {
-	for _, s := range d.Samples {
-		*since = s.Number
-		if first || !concerns(s.Packet, only) || o.reason != "" && s.Reason != o.reason {
-			continue
-		}
-		sample := sampleFrom(d.Node, s)
-		if o.output == "json" {
-			if err := json.NewEncoder(out).Encode(sample); err != nil {
-				return err
-			}
-			continue
-		}
-		if _, err := fmt.Fprintf(out, "%s %s %s: %s\n", s.Time.Local().Format("15:04:05.000"), d.Node, s.Reason, sample.Decoded); err != nil {
-			return err
-		}
-	}
-	before := kernel[i]
-	kernel[i] = map[string]uint64{}
-	for _, c := range d.Counters {
-		if c.By != "kernel" {
-			continue
-		}
-		kernel[i][c.Reason] = c.Packets
-		if before == nil || c.Packets <= before[c.Reason] || only.IsValid() || !o.shows(c.Reason) {
-			continue
-		}
-		if o.output == "json" {
-			if err := json.NewEncoder(out).Encode(kernelDrops{d.Node, time.Now(), c.By, c.Reason, c.Packets - before[c.Reason]}); err != nil {
-				return err
-			}
-			continue
-		}
-		if _, err := fmt.Fprintf(out, "%s %s %s: %d more, by the kernel\n", time.Now().Format("15:04:05.000"), d.Node, c.Reason, c.Packets-before[c.Reason]); err != nil {
-			return err
-		}
-	}
-	return nil
 }

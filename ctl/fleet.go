@@ -2,14 +2,11 @@ package ctl
 
 import (
 	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -20,8 +17,8 @@ import (
 	"margay/ipam/audit"
 )
 
-// agentTimeout bounds one question to one agent: a node that is dead must not hold up the others for long.
-const agentTimeout = 6 * time.Second
+// localTimeout bounds the question to the agent beside margayctl which node this is.
+const localTimeout = 2 * time.Second
 
 // fleet is the cluster as commands that ask many nodes need it: who the nodes are, how to ask their agents, whose an
 // address is. It is read once.
@@ -29,8 +26,7 @@ type fleet struct {
 	members   map[string]netip.Addr // the Node resources, with their addresses; invalid where one has none
 	addresses map[netip.Addr]string // members by their addresses
 	blocks    blockIndex
-	endpoints map[string]api.Endpoint
-	token     string
+	directory *directory
 	report    *audit.Report
 	pools     []*datastore.IPPool
 	noEcho    bool   // traces do not have the nodes ping each other
@@ -44,7 +40,7 @@ func openFleet(ctx context.Context, cmd *cobra.Command) (*fleet, error) {
 		return nil, err
 	}
 	defer s.Close()
-	f := &fleet{members: map[string]netip.Addr{}, addresses: map[netip.Addr]string{}, endpoints: map[string]api.Endpoint{}}
+	f := &fleet{members: map[string]netip.Addr{}, addresses: map[netip.Addr]string{}}
 	nodes, _, err := datastore.ListResources[datastore.Node](ctx, s)
 	if err != nil {
 		return nil, err
@@ -62,26 +58,17 @@ func openFleet(ctx context.Context, cmd *cobra.Command) (*fleet, error) {
 	if f.pools, _, err = datastore.ListResources[datastore.IPPool](ctx, s); err != nil {
 		return nil, err
 	}
-	kvs, _, err := s.List(ctx, api.DiagNodes)
-	if err != nil {
+	if f.directory, err = newDirectory(ctx, cmd, s); err != nil {
 		return nil, err
 	}
-	for _, kv := range kvs {
-		var e api.Endpoint
-		if json.Unmarshal(kv.Value, &e) == nil {
-			f.endpoints[strings.TrimPrefix(kv.Key, api.DiagNodes)] = e
-		}
-	}
-	token, err := s.Get(ctx, api.DiagToken)
-	if err != nil && !errors.Is(err, datastore.ErrNotFound) {
-		return nil, err
-	}
-	f.token = strings.TrimSpace(string(token.Value))
 	if f.report, err = audit.Look(ctx, s, version.String()); err != nil {
 		return nil, err
 	}
 	f.blocks = indexBlocks(f.report.Blocks)
-	if st, err := api.Get(ctx, agentSocket()); err == nil {
+	// One that does not answer is asked as those of other nodes are.
+	local, cancel := context.WithTimeout(ctx, localTimeout)
+	defer cancel()
+	if st, err := api.Get(local, agentSocket()); err == nil {
 		f.local = st.Node
 	}
 	return f, nil
@@ -90,42 +77,6 @@ func openFleet(ctx context.Context, cmd *cobra.Command) (*fleet, error) {
 // names returns the nodes of the cluster, sorted: those that have a Node. Where an agent without one has said that it answers, its
 // node was deleted; if it lives it makes its Node anew.
 func (f *fleet) names() []string { return slices.Sorted(maps.Keys(f.members)) }
-
-// client returns a client for a node's agent.
-func (f *fleet) client(node string) (*api.Client, error) {
-	if node == f.local && node != "" {
-		return api.NewUnixClient(agentSocket()), nil
-	}
-	e, ok := f.endpoints[node]
-	if !ok || f.token == "" {
-		return nil, fmt.Errorf("margay-agent of %s %w: it has never said where (it listens on --diag-port)", node, api.ErrUnreachable)
-	}
-	return api.NewClient(node, e, f.token), nil
-}
-
-// currentClient is client for an agent that may have been restarted since the fleet was read.
-func currentClient(ctx context.Context, cmd *cobra.Command, node string) (*api.Client, error) {
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
-	s, err := openStore(ctx, cmd)
-	if err != nil {
-		return nil, err
-	}
-	defer s.Close()
-	kv, err := s.Get(ctx, api.DiagNodes+node)
-	if err != nil {
-		return nil, fmt.Errorf("margay-agent of %s %w: %w", node, api.ErrUnreachable, err)
-	}
-	var e api.Endpoint
-	if err := json.Unmarshal(kv.Value, &e); err != nil {
-		return nil, fmt.Errorf("%s: %w", kv.Key, datastore.JSONError(err))
-	}
-	token, err := s.Get(ctx, api.DiagToken)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", api.DiagToken, err)
-	}
-	return api.NewClient(node, e, strings.TrimSpace(string(token.Value))), nil
-}
 
 // nodeAt returns the name of the node that has an underlay address.
 func (f *fleet) nodeAt(addr netip.Addr) (string, bool) {
@@ -232,13 +183,20 @@ func (f *fleet) find(text string) (place, error) {
 
 // known lists some of the names there are, for an error.
 func (f *fleet) known() string {
-	names := f.names()
+	var pods []string
 	for _, a := range f.report.Sorted() {
-		if a.Pod != "" && len(names) < 12 {
-			names = append(names, a.Namespace+"/"+a.Pod)
+		if a.Pod != "" {
+			pods = append(pods, a.Namespace+"/"+a.Pod)
 		}
 	}
-	return "there is " + strings.Join(names, ", ")
+	nodes := f.names()
+	switch {
+	case len(nodes) == 0:
+		return "there is no node"
+	case len(pods) == 0:
+		return "there is " + few(nodes)
+	}
+	return "there is " + few(nodes) + ", and of pods " + few(pods)
 }
 
 // at says what is known of an address.
@@ -295,23 +253,6 @@ func (f *fleet) pool(addr netip.Addr) *datastore.IPPool {
 		}
 	}
 	return best
-}
-
-// atOnce is how many nodes are asked at the same time: as many handshakes as one processor makes in a fraction of agentTimeout.
-const atOnce = 64
-
-// eachNode runs f for all nodes named, atOnce at the same time.
-func eachNode(nodes []string, f func(i int, node string)) {
-	var wg sync.WaitGroup
-	slots := make(chan struct{}, atOnce)
-	for i, n := range nodes {
-		slots <- struct{}{}
-		wg.Go(func() {
-			defer func() { <-slots }()
-			f(i, n)
-		})
-	}
-	wg.Wait()
 }
 
 func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }

@@ -14,7 +14,7 @@ import (
 
 // bigFleet is a cluster of n nodes with a block each, in which every pod is known.
 func bigFleet(n int) *fleet {
-	f := &fleet{members: map[string]netip.Addr{}, addresses: map[netip.Addr]string{}, endpoints: map[string]api.Endpoint{},
+	f := &fleet{members: map[string]netip.Addr{}, addresses: map[netip.Addr]string{}, directory: &directory{endpoints: map[string]api.Endpoint{}},
 		report: &audit.Report{Allocations: map[string][]*audit.Allocation{}}}
 	for i := range n {
 		name, at := fmt.Sprintf("node%d", i), netip.AddrFrom4([4]byte{198, 18, byte(i >> 8), byte(i)})
@@ -63,7 +63,7 @@ func TestSmallestBlock(t *testing.T) {
 // TestDeletedNodesAreNotAsked: what an agent has left in the datastore is no node.
 func TestDeletedNodesAreNotAsked(t *testing.T) {
 	f := bigFleet(2)
-	f.endpoints["deleted"] = api.Endpoint{Address: netip.MustParseAddrPort("198.18.0.9:9179")}
+	f.directory.endpoints["deleted"] = api.Endpoint{Address: netip.MustParseAddrPort("198.18.0.9:9179")}
 	if got := f.names(); !slices.Equal(got, []string{"node0", "node1"}) {
 		t.Errorf("nodes %v", got)
 	}
@@ -71,7 +71,7 @@ func TestDeletedNodesAreNotAsked(t *testing.T) {
 
 func TestNodesAreAskedSomeAtATime(t *testing.T) {
 	var now, most, all atomic.Int32
-	eachNode(make([]string, 1000), func(int, string) {
+	eachNode(t.Context(), make([]string, 1000), func(int, string) {
 		if n := now.Add(1); n > most.Load() {
 			most.Store(n)
 		}

@@ -3,9 +3,7 @@ package api
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"net/netip"
 	"time"
@@ -55,7 +53,7 @@ type Sighting struct {
 
 // SendProbe has the agent's node send a packet.
 func (c *Client) SendProbe(ctx context.Context, req ProbeRequest) (r ProbeReply, err error) {
-	return r, c.ask(ctx, http.MethodPost, ProbePath, req, &r)
+	return r, c.ask(ctx, http.MethodPost, ProbePath, req, &r, maxReply)
 }
 
 // WatchProbe calls saw with each sighting until ctx is done, or the agent has watched for long enough. The first has no What:
@@ -67,14 +65,16 @@ func (c *Client) WatchProbe(ctx context.Context, req ProbeRequest, saw func(Sigh
 		return err
 	}
 	defer resp.Body.Close()
-	for lines := json.NewDecoder(resp.Body); ; {
+	err = c.lines(resp.Body, func(text []byte) error {
 		var s Sighting
-		switch err := lines.Decode(&s); {
-		case ctx.Err() != nil, errors.Is(err, io.EOF):
-			return nil
-		case err != nil:
-			return fmt.Errorf("%s: %w", c.name, err)
+		if err := json.Unmarshal(text, &s); err != nil {
+			return fmt.Errorf("%s: a line of the watch is not what this version expects: %w", c.name, err)
 		}
 		saw(s)
+		return nil
+	})
+	if ctx.Err() != nil {
+		return nil
 	}
+	return err
 }
