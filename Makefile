@@ -38,8 +38,8 @@ test: setup build ## all tests: units, integration in network namespaces, a whol
 ATTACHMENTS := tun-plain:packet tun:packet tun:xdp:2:1 veth:packet:4:2 veth:xdp direct:packet:2 direct:xdp direct:tc:2
 ATTACHTESTS := TestEveryPodReachesEveryPod|TestHostReachesRemotePodAndBack|TestUnderlayCarriesOnlyIPIP|TestMasquerade|TestDecapsulationIsNoOpenDoor|TestVRouterKilled|TestServices|TestAttachmentChanges
 # And what a trace says of them, where packets go other ways than by the kernel's stack.
-TRACED := veth:xdp direct:tc
-TRACETESTS := TestTraceKnowsPodsAndFilters|TestTraceNamesTheCarrier|TestTraceMasquerade
+TRACED := veth:xdp direct:packet direct:tc
+TRACETESTS := TestTraceKnowsPodsAndFilters|TestTraceNamesTheCarrier|TestTraceMasquerade|TestTraceAgreesWhereItOnceDidNot
 
 .PHONY: test-attachments
 test-attachments: build ## a part of the cluster's tests on each other attachment and I/O

@@ -22,12 +22,16 @@ import (
 // is ping the other one, from tunnel address to tunnel address, so by IP-in-IP, as long as the traced packet and with its DF.
 
 const (
-	echoTries    = 3
-	echoPatience = 700 * time.Millisecond // after each try but the last
-	echoLast     = 2 * time.Second        // after that one: a busy node answers late, and a doubt would be wrong
-	maxEchoes    = 8                      // traces that ask so at a time
-	shortEcho    = 28                     // bytes: the IP header, and ICMP's without data
+	echoTries = 3
+	maxEchoes = 8  // traces that ask so at a time
+	shortEcho = 28 // bytes: the IP header, and ICMP's without data
 )
+
+// patience is how long an answer is waited for: after each try but the last, and after that one.
+type patience struct{ each, last time.Duration }
+
+// echoPatience is long at the end: a busy node answers late, and a doubt would be wrong.
+var echoPatience = patience{each: 700 * time.Millisecond, last: 2 * time.Second}
 
 // echo is one question to another node.
 type echo struct {
@@ -90,7 +94,7 @@ func (t *tracer) askFabric(outer bool) {
 		deep.to = dst
 		echoes = append(echoes, deep)
 	}
-	r, err := ask(t.ctx, echoes...)
+	r, err := ask(t.ctx, echoPatience, echoes...)
 	if err != nil {
 		t.doubt("agent", rung, "fabric_not_asked", err.Error(), "find out with --probe")
 		return
@@ -140,7 +144,7 @@ func (t *tracer) fabricSaid(rung, how string, node Member, whole echo, outer boo
 }
 
 // ask sends the first of some echoes, and again together with the others as long as it is not answered.
-func ask(ctx context.Context, echoes ...echo) ([]echoResult, error) {
+func ask(ctx context.Context, patience patience, echoes ...echo) ([]echoResult, error) {
 	type answer struct{ which, try int }
 	results := make([]echoResult, len(echoes))
 	answers := make(chan answer, len(echoes)*echoTries)
@@ -184,11 +188,11 @@ func ask(ctx context.Context, echoes ...echo) ([]echoResult, error) {
 			}
 			_, results[i].err = c.WriteToIP(echoes[i].message(id+uint16(i), uint16(try)), &net.IPAddr{IP: echoes[i].to.AsSlice()})
 		}
-		patience := echoPatience
+		wait := patience.each
 		if try == echoTries-1 {
-			patience = echoLast
+			wait = patience.last
 		}
-		for over := time.After(patience); over != nil; {
+		for over := time.After(wait); over != nil; {
 			select {
 			case <-ctx.Done():
 				return nil, ctx.Err()

@@ -2,13 +2,12 @@ package ctl
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"net/netip"
 	"slices"
 	"strings"
-	"text/tabwriter"
 
 	"github.com/spf13/cobra"
 
@@ -36,6 +35,8 @@ type way struct {
 	Reason   string        `json:"reason,omitempty"`
 	Why      string        `json:"why,omitempty"`
 	Fix      string        `json:"fix,omitempty"`
+
+	packet []byte // as it begins
 }
 
 // traceResult is what `margayctl trace -o json` prints.
@@ -169,40 +170,13 @@ func runTrace(ctx context.Context, f *fleet, p *probe, from, to string, oneWay b
 	return r, nil
 }
 
-// confirm takes back what a node doubts, on the way back, about the network between it and the next one, where that one's echo has
-// been answered on the way there: the answer went the way of this node's echo, without DF, and with it of a packet like it.
-func (r *traceResult) confirm() {
-	for i := range r.Back.Segments {
-		s := &r.Back.Segments[i]
-		if s.Echo == nil || s.Echo.DF || !slices.ContainsFunc(r.There.Segments, func(there api.Segment) bool {
-			e := there.Echo
-			return e != nil && e.Answered && e.IPIP && s.Echo.IPIP && e.From == s.Echo.To && e.To == s.Echo.From && e.Size >= s.Echo.Size
-		}) {
-			continue
-		}
-		for _, d := range s.Doubts {
-			at := slices.IndexFunc(s.Rungs, func(g api.Rung) bool { return g.Doubtful && g.Name == d.Rung })
-			if strings.HasPrefix(d.Reason, "fabric_") && at >= 0 {
-				s.Rungs[at].Doubtful = false
-				s.Rungs[at].Detail += fmt.Sprintf("; but the answer to the echo from %s went this way", s.Echo.To)
-			}
-		}
-		s.Doubts = slices.DeleteFunc(s.Doubts, func(d api.Doubt) bool { return strings.HasPrefix(d.Reason, "fabric_") })
-	}
-}
-
-// doubts reports whether the way has a doubt whose reason begins with some letters.
-func (w *way) doubts(reason string) bool {
-	return slices.ContainsFunc(w.Segments, func(s api.Segment) bool {
-		return slices.ContainsFunc(s.Doubts, func(d api.Doubt) bool { return strings.HasPrefix(d.Reason, reason) })
-	})
-}
-
 // follow asks node after node; question, for an answer, is the way that the packet went to which it is one.
 func (f *fleet) follow(ctx context.Context, from place, pkt []byte, dst netip.Addr, question *way) (w way) {
 	node, entry := from.Node, from.Entry
+	w.packet = pkt
 	for range maxHops {
 		w.At = node
+		pkt = question.unmasquerade(node, pkt)
 		s, err := f.ask(ctx, node, api.TraceRequest{Entry: entry, Packet: pkt, State: question.state(node), NoEcho: f.noEcho})
 		if err != nil {
 			w.Outcome, w.Reason, w.Why = api.Unknown, "agent_silent", err.Error()
@@ -253,6 +227,45 @@ func (w *way) state(node string) api.ConnState {
 		return api.StateEstablished
 	}
 	return api.StateUnknown
+}
+
+// unmasquerade gives an answer the destination back that the question's source was before the node rewrote it, as its connection
+// tracker does.
+func (w *way) unmasquerade(node string, answer []byte) []byte {
+	if w == nil {
+		return answer
+	}
+	before := innermost(w.packet)
+	for _, s := range w.Segments {
+		after := innermost(s.Packet)
+		if a, fault := packet.ParseIPv4(answer); s.Node == node && before != nil && after != nil && fault == packet.FaultNone && a.Dst() == after.Src() &&
+			before.Src() != after.Src() && !before.Src().IsUnspecified() {
+			return withDestination(a, before.Src())
+		}
+		before = after
+	}
+	return answer
+}
+
+// innermost is the packet inside IP-in-IP, or a packet itself; nil for what is none.
+func innermost(b []byte) packet.IPv4 {
+	p, fault := packet.ParseIPv4(b)
+	if fault == packet.FaultNone && p.Protocol() == packet.ProtocolIPIP {
+		p, fault = packet.ParseIPv4(p.Payload())
+	}
+	if fault != packet.FaultNone {
+		return nil
+	}
+	return p
+}
+
+// withDestination returns a copy of p that is for another address; the transport's checksum, which no trace asks for, stays.
+func withDestination(p packet.IPv4, to netip.Addr) []byte {
+	out := slices.Clone(p)
+	copy(out[16:20], to.AsSlice())
+	out[10], out[11] = 0, 0
+	binary.BigEndian.PutUint16(out[10:], packet.Checksum(out[:out.HeaderLen()], 0))
+	return out
 }
 
 // misdirected ends the way where a node has a hardware address for the next one that is not the one it has. An entry that ARP
@@ -328,111 +341,4 @@ func (f *fleet) note(r *traceResult, addr netip.Addr) {
 	if p := f.pool(addr); p != nil && p.Spec.Disabled {
 		r.Notes = append(r.Notes, fmt.Sprintf("pool %s of %s is disabled: it gives out no new addresses, and packets flow", p.Metadata.Name, addr))
 	}
-}
-
-// judge writes the verdict and the first line.
-func (r *traceResult) judge() {
-	for _, w := range []*way{&r.There, r.Back} {
-		if w == nil {
-			continue
-		}
-		for _, s := range w.Segments {
-			r.Notes = append(r.Notes, s.Caveats...)
-		}
-	}
-	route := fmt.Sprintf("%s → %s", r.Source, r.Destination)
-	doubt, at := r.doubt()
-	switch {
-	case r.There.Outcome == api.Left:
-		r.Verdict, r.Status = "leaves the cluster", exitUnknown
-		last := r.There.Segments[len(r.There.Segments)-1]
-		r.Line = fmt.Sprintf("leaves the cluster: %s, at %s by %s to %s; what becomes of it there is not known here", route, last.Node, last.Via, last.Next)
-	case r.There.Outcome != api.Delivered:
-		r.Verdict, r.Status, r.Line = r.There.verdict(route, "does not arrive")
-	case (r.Back == nil || r.Back.Outcome == api.Delivered) && doubt != nil:
-		r.Verdict, r.Status = "unknown", exitUnknown
-		r.Line = fmt.Sprintf("unknown whether it arrives: %s: at %s, %s, %s: %s", route, at, doubt.By, doubt.Rung, doubt.Why)
-		if doubt.Fix != "" {
-			r.Line += ". To find out: " + doubt.Fix
-		}
-	case r.Back == nil:
-		r.Verdict, r.Line = "arrives", "arrives: "+route
-	case r.Back.Outcome == api.Delivered:
-		r.Verdict, r.Line = "arrives", "arrives: "+route+", and the answer comes back"
-	case r.Back.Outcome == api.Left:
-		r.Verdict, r.Status = "unknown", exitUnknown
-		r.Line = "arrives, and the answer leaves the cluster: " + route
-	default:
-		r.Verdict, r.Status, r.Line = r.Back.verdict(route, "arrives, but the answer does not come back")
-	}
-}
-
-// doubt returns the first doubt on the way, with the node that has it.
-func (r *traceResult) doubt() (d *api.Doubt, node string) {
-	for _, w := range []*way{&r.There, r.Back} {
-		if w == nil {
-			continue
-		}
-		for _, s := range w.Segments {
-			if len(s.Doubts) > 0 {
-				return &s.Doubts[0], s.Node
-			}
-		}
-	}
-	return nil, ""
-}
-
-func (w *way) verdict(route, what string) (verdict string, code int, line string) {
-	verdict, code = "does not arrive", exitNotArrived
-	if w.Outcome == api.Unknown {
-		verdict, code, what = "unknown", exitUnknown, "unknown whether it arrives"
-	}
-	line = fmt.Sprintf("%s: %s: at %s, %s, %s: %s", what, route, w.At, w.By, w.Rung, w.Why)
-	if w.Fix != "" {
-		line += ". To mend it: " + w.Fix
-	}
-	return verdict, code, line
-}
-
-// print writes the verdict, and the rungs node by node.
-func (r *traceResult) print(w io.Writer) error {
-	fmt.Fprintln(w, r.Line)
-	for _, n := range r.Notes {
-		fmt.Fprintln(w, "note:", n)
-	}
-	fmt.Fprintf(w, "\nthere: %s\n", r.Packet)
-	if err := r.There.print(w); err != nil {
-		return err
-	}
-	if r.Back != nil {
-		fmt.Fprintln(w, "\nback:")
-		if err := r.Back.print(w); err != nil {
-			return err
-		}
-	}
-	return r.Probe.print(w)
-}
-
-func (w *way) print(out io.Writer) error {
-	for _, s := range w.Segments {
-		fmt.Fprintf(out, "  %s (%s): %s\n", s.Node, s.Address, s.Outcome)
-		tw := tabwriter.NewWriter(out, 0, 1, 2, ' ', 0)
-		for _, r := range s.Rungs {
-			mark := "ok"
-			switch {
-			case !r.Passed:
-				mark = "NO"
-			case r.Doubtful:
-				mark = "??"
-			}
-			fmt.Fprintf(tw, "    %s\t%s\t%s\t%s\n", mark, r.By, r.Name, r.Detail)
-		}
-		if err := tw.Flush(); err != nil {
-			return err
-		}
-	}
-	if w.Reason == "agent_silent" {
-		fmt.Fprintf(out, "  %s: %s\n", w.At, w.Why)
-	}
-	return nil
 }
