@@ -144,10 +144,11 @@ type Counter struct {
 	Bytes   uint64 `json:"bytes,omitempty"`
 }
 
-// DropFlow counts the vRouter's drops of one pair of addresses. Without a reason it is the sum of the pairs that had to make
-// room for others.
+// DropFlow counts the drops of one pair of addresses. Without a reason it is the sum of the pairs that had to make room for others.
 type DropFlow struct {
 	Reason      string     `json:"reason,omitempty"`
+	By          string     `json:"by,omitempty"` // as in Counter; empty: vrouter
+	Pod         netip.Addr `json:"pod,omitzero"` // the address of the pod that sent them, where the source is another's
 	Source      netip.Addr `json:"source"`
 	Destination netip.Addr `json:"destination"`
 	Packets     uint64     `json:"packets"`
