@@ -82,7 +82,7 @@ func (t *tracer) leavePod(device string, p *podSide) (local, passes bool) {
 		t.drop("pod", rung, "pod_"+answer.reason, "the pod's own routing refuses it: "+answer.detail, "take that away in the pod")
 		return false, false
 	}
-	f, err := loadFilters(p.nl, t.state)
+	f, err := t.podFilters(p)
 	if err != nil {
 		t.unknown("pod", "packet filter in the pod", err)
 		return false, false
@@ -100,6 +100,12 @@ func (t *tracer) leavePod(device string, p *podSide) (local, passes bool) {
 	hooks := func(h netfilter.Hook) bool { return t.filtered(f, "pod", " in the pod", h, "", p.name()) }
 	return false, hooks(netfilter.Output) && hooks(netfilter.Postrouting) && t.fits("pod", "the pod's MTU", answer.mtu, p.name()) &&
 		t.podGateway(device, p, answer) && hooks(netfilter.Egress)
+}
+
+// podFilters are those in the pod, whose own kernel has always seen the question to an answer.
+func (t *tracer) podFilters(p *podSide) (*filters, error) {
+	state, reply := tracked(t.pkt, t.state, api.CarrierKernel)
+	return loadFilters(p.nl, state, reply)
 }
 
 // podGateway is the gateway that pods have by Calico's convention.
@@ -167,7 +173,7 @@ func (t *tracer) enterPod(device string, p *podSide) bool {
 			t.doubt("pod", rung, "mtu", why+", unless BPF at tc hands them to the pod's side, which an older vRouter does not tell", fix+"; or find out with --probe")
 		}
 	}
-	f, err := loadFilters(p.nl, t.state)
+	f, err := t.podFilters(p)
 	if err != nil {
 		t.unknown("pod", "packet filter in the pod", err)
 		return false
