@@ -3,6 +3,7 @@ package port
 import (
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"sync/atomic"
 	"time"
 	"unsafe"
@@ -108,6 +109,8 @@ const (
 	maxHops = 1 << 15
 	// numberRest is how long a number that is free is not used again. A program runs for microseconds.
 	numberRest = time.Second
+	// idGap is how many identifications programs that still read the hop before may give meanwhile.
+	idGap = 1 << 10
 )
 
 // numbers gives out numbers from 1 to below limit.
@@ -207,7 +210,10 @@ func (s *shortcut) lead(way uint32, h tcHop, now time.Time) bool {
 	}
 	next := s.freeHops.take(now)
 	if next != 0 {
-		h.used, h.id = atomic.LoadUint32(&was.used), atomic.LoadUint32(&was.id)
+		h.used, h.id = atomic.LoadUint32(&was.used), atomic.LoadUint32(&was.id)+idGap
+		if old == 0 {
+			h.id = rand.Uint32() // not where every other way, worker and node begins
+		}
 		s.store[next] = h
 	}
 	atomic.StoreUint32(&s.turn[2*way], next)

@@ -151,7 +151,8 @@ func TestShortcutSegments(t *testing.T) {
 }
 
 // TestShortcutSameOnTheWire: what a pod sends leaves the underlay the same, byte for byte but for the identification of what
-// may be fragmented, whether the vRouter sends it or its programs in the kernel; and that counts up.
+// may be fragmented, whether the vRouter sends it or its programs in the kernel; and that counts up, from packet to packet too
+// (RFC 6864, 4.3).
 func TestShortcutSameOnTheWire(t *testing.T) {
 	wires := map[string]map[string][][]byte{}
 	for _, way := range []string{port.IOPacket, port.IOTC} {
@@ -176,6 +177,7 @@ func TestShortcutSameOnTheWire(t *testing.T) {
 			frames, _ := n.underlay.Resolved(nodeAddress(2))
 			return frames && (way != port.IOTC || n.direct.Carried().Encap.Packets > 0)
 		})
+		given := map[uint16]string{}
 		for name, super := range all {
 			before := n.direct.Carried().Encap.Packets
 			sendAsPod(t, fd, super)
@@ -197,6 +199,10 @@ func TestShortcutSameOnTheWire(t *testing.T) {
 				}
 				if id, first := binary.BigEndian.Uint16(b[4:]), binary.BigEndian.Uint16(got[0][4:]); id != first+uint16(i) {
 					t.Errorf("%s, %s: identification %d of packet %d, the first has %d", way, name, id, i, first)
+				} else if other, ok := given[id]; ok {
+					t.Errorf("%s, %s: identification %d of packet %d, as one of %s has", way, name, id, i, other)
+				} else {
+					given[id] = name
 				}
 			}
 		}

@@ -28,6 +28,7 @@ const (
 	fixedGSO    = 1      // BPF_F_ADJ_ROOM_FIXED_GSO
 	encapIPv4   = 1 << 1 // BPF_F_ADJ_ROOM_ENCAP_L3_IPV4
 	keepSum     = 1 << 5 // BPF_F_ADJ_ROOM_NO_CSUM_RESET: what the device says of the checksum inside stays true
+	bpfFetch    = 1      // BPF_FETCH
 	dontFrag    = 0x4000
 	outerTTL    = 64
 	tcpFlagsAt  = 13
@@ -117,7 +118,7 @@ func (s *shortcut) encap() asm.Instructions {
 		// Each segment will count the identification up.
 		asm.LoadMem(asm.R1, asm.RFP, stackSegments, asm.Word).WithSymbol("may be fragmented"),
 		asm.Mov.Reg(asm.R2, asm.R8),
-		asm.FetchAdd.Mem(asm.R2, asm.R1, asm.Word, hopID),
+		fetchAdd(asm.R2, asm.R1, hopID),
 		asm.HostTo(asm.BE, asm.R1, asm.Half).WithSymbol("identification"),
 		asm.StoreMem(asm.RFP, stackOutIP+4, asm.R1, asm.Half),
 		asm.Mov.Imm(asm.R1, outerTTL),
@@ -143,6 +144,15 @@ func (s *shortcut) encap() asm.Instructions {
 		asm.FnRedirect.Call(),
 		asm.Return(),
 	)
+}
+
+// fetchAdd adds src to the word at dst and at, and leaves in src what was there before.
+func fetchAdd(dst, src asm.Register, at int16) asm.Instruction {
+	op := asm.FetchAdd.Mem(dst, src, asm.Word, at)
+	// The library writes this field as it is here, and leaves out what the kernel expects in it: BPF_FETCH, without which src
+	// stays as it is.
+	op.Constant = bpfFetch
+	return op
 }
 
 // toPod sends the packet to the pod that the hop in R8 is.
