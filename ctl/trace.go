@@ -184,6 +184,9 @@ func (f *fleet) follow(ctx context.Context, from place, pkt []byte, dst netip.Ad
 			w.Fix = "start the agent of " + node + ", and see that its --diag-port can be reached from here"
 			if _, ok := f.members[node]; !ok {
 				w.Fix = "the datastore has no Node " + node + " either: start its agent, which registers it"
+			} else if n := len(w.Segments); errors.Is(err, api.ErrUnreachable) && n > 0 && w.Segments[n-1].Echo != nil && !w.Segments[n-1].Echo.Answered {
+				w.Why += fmt.Sprintf(", and nothing answered the echoes of %s", w.Segments[n-1].Node)
+				w.Fix = "see whether " + node + " is up, and then whether its agent runs"
 			} else if !errors.Is(err, api.ErrUnreachable) { // it has answered, and refused
 				w.Fix = "see what it says; where versions differ, upgrade the older one of margayctl and the agent of " + node
 			}
