@@ -3,6 +3,7 @@ package vrouter
 import (
 	"encoding/binary"
 	"fmt"
+	"math"
 	"net/netip"
 	"strings"
 )
@@ -45,6 +46,8 @@ func validInterfaceName(name string) bool {
 // immutable.
 type Pods struct {
 	addresses []uint32  // of interface FirstPodInterface and on; 0: none
+	mtus      []int     // of the same interfaces, in bytes; nil: none is narrower than Config.MTU
+	narrowest int       // the least of mtus
 	cells     []podCell // a hash table, open addressing; its length is a power of two and at least twice what it holds
 	shift     uint8
 }
@@ -57,10 +60,10 @@ type podCell struct {
 // hashMultiplier is 2^32 divided by the golden ratio: multiplying by it spreads neighbouring addresses (Knuth, 6.4).
 const hashMultiplier = 0x9e3779b1
 
-// NewPods returns the table in which the pod with the IPv4 address addresses[i] has the interface FirstPodInterface+i. A
-// number that no pod has carries the zero Addr.
-func NewPods(addresses []netip.Addr) *Pods {
-	p := &Pods{addresses: make([]uint32, len(addresses)), shift: 31}
+// NewPods returns the table in which the pod with the IPv4 address addresses[i] has the interface FirstPodInterface+i, with
+// the MTU mtus[i] in bytes. A number that no pod has carries the zero Addr. Where mtus is nil none is less than Config.MTU.
+func NewPods(addresses []netip.Addr, mtus []int) *Pods {
+	p := &Pods{addresses: make([]uint32, len(addresses)), mtus: mtus, narrowest: math.MaxInt, shift: 31}
 	for size := 2; size < 2*len(addresses); size *= 2 {
 		p.shift--
 	}
@@ -72,6 +75,9 @@ func NewPods(addresses []netip.Addr) *Pods {
 		b := a.As4()
 		n := binary.BigEndian.Uint32(b[:])
 		p.addresses[i] = n
+		if mtus != nil {
+			p.narrowest = min(p.narrowest, mtus[i])
+		}
 		at := n * hashMultiplier >> p.shift
 		for p.cells[at].at != noInterface {
 			at = (at + 1) & uint32(len(p.cells)-1)
@@ -89,6 +95,11 @@ func (p *Pods) find(address uint32) Interface {
 			return c.at
 		}
 	}
+}
+
+// carries reports whether a pod's interface carries a packet of so many bytes.
+func (p *Pods) carries(at Interface, length int) bool {
+	return length <= p.narrowest || length <= p.mtus[at-FirstPodInterface]
 }
 
 // address returns the address of the pod at an interface, 0 where there is none.

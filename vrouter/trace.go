@@ -312,7 +312,7 @@ func (r *Router) takenPods() SwitchPort {
 	for _, p := range r.pods.all() {
 		addresses = append(addresses, p.Address)
 	}
-	return &podTable{pods: NewPods(addresses)}
+	return &podTable{pods: NewPods(addresses, nil)}
 }
 
 type podTable struct {

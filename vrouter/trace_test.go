@@ -159,7 +159,7 @@ func TestTraceOfWhatTheKernelHas(t *testing.T) {
 	if err := r.Update(Update{AddPods: []Pod{{neighbourPod, "cali2"}, {ownPod, "cali1"}}}); err != nil {
 		t.Fatal(err)
 	}
-	r.NewSwitch(&steered{switched{pods: NewPods([]netip.Addr{ownPod})}})
+	r.NewSwitch(&steered{switched{pods: NewPods([]netip.Addr{ownPod}, nil)}})
 	for _, tt := range []struct {
 		d       Direction
 		b       []byte

@@ -56,7 +56,7 @@ func (t *transit) podParse(p *Packet) (packet.IPv4, Reason) {
 func (t *transit) pod(p *Packet, inner packet.IPv4, hop fib.Hop, o *outer) (Verdict, Reason) {
 	p.Len = len(inner) // without the link layer's padding
 	out := t.pods.find(inner.DstU32())
-	if out == noInterface && hop.Kind() != fib.KindTunnel || !plain(inner) || out != noInterface && !t.fits(p, inner) {
+	if out == noInterface && hop.Kind() != fib.KindTunnel || !plain(inner) || out != noInterface && !t.fits(p, inner, out) {
 		p.Out = HostInterface
 		return VerdictForward, ReasonNotSet
 	}
@@ -82,7 +82,7 @@ func (t *transit) arrived(p *Packet, inner packet.IPv4) {
 	if p.Out == noInterface {
 		return
 	}
-	if f, ok := flowOf(inner); !plain(inner) || inner.TTL() <= 1 || !t.fits(p, inner) || ok && t.kernel.has(f) {
+	if f, ok := flowOf(inner); !plain(inner) || inner.TTL() <= 1 || !t.fits(p, inner, p.Out) || ok && t.kernel.has(f) {
 		p.Out = HostInterface
 		return
 	}
@@ -99,10 +99,10 @@ func plain(inner packet.IPv4) bool {
 	return inner.Protocol() != protoICMP || len(inner) > packet.IPv4MinLen && !icmpError(inner[packet.IPv4MinLen])
 }
 
-// fits reports whether a packet fits a pod's interface as it is.
-func (t *transit) fits(p *Packet, inner packet.IPv4) bool {
+// fits reports whether a packet fits a pod's interface as it is: the pods' MTU, and the interface's own where that is less.
+func (t *transit) fits(p *Packet, inner packet.IPv4, at Interface) bool {
 	length, _, reason := wireSize(inner, &p.Offload)
-	return reason == ReasonNotSet && length <= t.state.config.MTU
+	return reason == ReasonNotSet && length <= t.state.config.MTU && t.pods.carries(at, length)
 }
 
 // icmpError reports whether an ICMP message of a type is about another packet (RFC 1122, 3.2.2).

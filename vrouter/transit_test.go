@@ -46,7 +46,7 @@ const (
 	neighbourPodAt = FirstPodInterface + 2
 )
 
-func testPods() *Pods { return NewPods([]netip.Addr{ownPod, {}, neighbourPod}) }
+func testPods() *Pods { return NewPods([]netip.Addr{ownPod, {}, neighbourPod}, []int{1480, 0, 1400}) }
 
 // ports makes the first bytes of a transport header.
 func ports(from, to uint16, rest ...byte) []byte {
@@ -79,6 +79,11 @@ func TestTransit(t *testing.T) {
 		"pod, last hop, world": {from: ownPodAt, b: ip(ownPod, outside, 17, ports(1, 2), ttl(1)), to: HostInterface, same: true},
 		"pod, too big, DF":     {from: ownPodAt, b: ip(ownPod, pod2, 17, make([]byte, 1461), func(b []byte) { b[6] = 0x40 }), drop: ReasonPacketTooBig},
 		"pod, too big for pod": {from: ownPodAt, b: ip(ownPod, neighbourPod, 17, make([]byte, 1461)), to: HostInterface, same: true},
+		"pod, fits that pod":   {from: ownPodAt, b: ip(ownPod, neighbourPod, 17, make([]byte, 1380)), to: neighbourPodAt},
+		"pod, not that pod":    {from: ownPodAt, b: ip(ownPod, neighbourPod, 17, make([]byte, 1381)), to: HostInterface, same: true},
+		"node, fits that pod":  {from: UnderlayInterface, b: ip(node2, self, 4, ip(pod2, neighbourPod, 17, make([]byte, 1380))), to: neighbourPodAt},
+		"node, not that pod":   {from: UnderlayInterface, b: ip(node2, self, 4, ip(pod2, neighbourPod, 17, make([]byte, 1381))), to: HostInterface, same: true},
+		"node, fits this pod":  {from: UnderlayInterface, b: ip(node2, self, 4, ip(pod2, ownPod, 17, make([]byte, 1381))), to: ownPodAt},
 		"pod, fragment":        {from: ownPodAt, b: ip(ownPod, pod2, 17, ports(1, 2), func(b []byte) { b[6] = 0x20 }), to: HostInterface, same: true},
 		"pod, options":         {from: ownPodAt, b: fixSum(ip(ownPod, pod2, 17, options, withOptions)), to: HostInterface, same: true},
 		"pod, unreachable":     {from: ownPodAt, b: ip(ownPod, pod2, 1, []byte{3, 1, 0, 0, 0, 0, 0, 0}), to: HostInterface, same: true},
@@ -253,7 +258,7 @@ func TestPodsTable(t *testing.T) {
 			addresses = append(addresses, netip.AddrFrom4([4]byte(binary.BigEndian.AppendUint32(nil, n))))
 			want[n] = FirstPodInterface + Interface(i)
 		}
-		pods := NewPods(addresses)
+		pods := NewPods(addresses, nil)
 		for n := range uint32(310) {
 			n |= 10 << 24
 			at := pods.find(n)

@@ -50,13 +50,16 @@ type result struct {
 
 // kernelBox is the oracle. A TUN device's packets are routed before the write returns, so what comes of one is there
 // to be read then.
-type kernelBox struct{ in, out *tun }
+type kernelBox struct {
+	*space.Space
+	in, out *tun
+}
 
 // newKernelBox makes one; podMTU is that of the pods' side.
 func newKernelBox(t testing.TB, podMTU int) *kernelBox {
 	t.Helper()
-	k := &kernelBox{}
-	space.New(t).Do(t, func() (err error) {
+	k := &kernelBox{Space: space.New(t)}
+	k.Do(t, func() (err error) {
 		if err := space.BeRouter(); err != nil {
 			return err
 		}

@@ -32,7 +32,7 @@ func newMemoryBox(t testing.TB, options vrouter.Options) *memoryBox {
 	for i := range addresses {
 		addresses[i] = netip.AddrFrom4([4]byte{10, 245, byte(i >> 8), byte(i)})
 	}
-	m.pods = vrouter.NewPods(addresses)
+	m.pods = vrouter.NewPods(addresses, nil)
 	if err := m.router.SetOptions(options); err != nil {
 		t.Fatal(err)
 	}

@@ -188,8 +188,7 @@ func (p *attached) until(t testing.TB, marks awaited) [][]byte {
 
 // onDirect runs a test on those of drivers that read pods' interfaces.
 func onDirect(t *testing.T, drivers []port.Options, f func(t *testing.T, oracle *kernelBox, box *podBox, w world)) {
-	direct := slices.DeleteFunc(slices.Clone(drivers), func(d port.Options) bool { return d.Attach != port.AttachDirect })
-	node.OnEach(t, direct, func(t *testing.T, d port.Options) {
+	node.OnEach(t, directOf(drivers), func(t *testing.T, d port.Options) {
 		mtu := mtuFor(d)
 		oracle, box := newKernelBox(t, mtu), newPodBox(t, d, nodeOptions(), mtu)
 		f(t, oracle, box, world{nextPod: box.nextPod, neighbour: box.pods[0].address, mtu: mtu})
@@ -201,6 +200,11 @@ func onDirect(t *testing.T, drivers []port.Options, f func(t *testing.T, oracle 
 		}
 		box.Balance(t)
 	})
+}
+
+// directOf returns those of drivers that read pods' interfaces.
+func directOf(drivers []port.Options) []port.Options {
+	return slices.DeleteFunc(slices.Clone(drivers), func(d port.Options) bool { return d.Attach != port.AttachDirect })
 }
 
 // mtuFor is an MTU for pods: as much as the driver reads. AF_XDP carries no frame of 9,000 bytes.

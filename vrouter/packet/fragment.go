@@ -25,12 +25,17 @@ type Fragmenter struct {
 }
 
 // Start begins with pkt, a view as ParseIPv4 returns it, which must not change before the last fragment has been made.
-// mtu is in bytes. FaultFragment when DF is set; FaultShort when a link of that MTU carries no payload.
+// mtu is in bytes. FaultFragment when DF is set; FaultTotalLen when pkt is a fragment that ends behind the longest packet there can
+// be, of which the pieces would have offsets that do not fit the field, and would say that they are others; FaultShort when
+// a link of that MTU carries no payload.
 func (f *Fragmenter) Start(pkt IPv4, mtu int) Fault {
 	if pkt.DF() {
 		return FaultFragment
 	}
 	hl := pkt.HeaderLen()
+	if pkt.FragOffset()+len(pkt)-hl > MaxTotalLen {
+		return FaultTotalLen
+	}
 	if mtu-hl < 8 {
 		return FaultShort
 	}

@@ -99,6 +99,13 @@ func TestFragmentFaults(t *testing.T) {
 	if _, fault := fragmentsOf(IPv4(ipv4(0, 1, 0, 9, 17, podA, podB, make([]byte, 2000))), 27); fault != FaultShort {
 		t.Errorf("no room: %v", fault)
 	}
+	// The second piece would begin at 65536, which the field has no room for: it would say 0, and that more follow.
+	if _, fault := fragmentsOf(IPv4(ipv4(0, 1, 0x1fff, 9, 17, podA, podB, make([]byte, 100))), 68); fault != FaultTotalLen {
+		t.Errorf("behind the end of a packet: %v", fault)
+	}
+	if out, fault := fragmentsOf(IPv4(ipv4(0, 1, (65535-100)>>3, 9, 17, podA, podB, make([]byte, 100))), 68); fault != FaultNone || len(out) != 3 {
+		t.Errorf("to the end of a packet: %v, %d fragments", fault, len(out))
+	}
 	if out, _ := fragmentsOf(IPv4(ipv4(0, 1, 0, 9, 17, podA, podB, nil)), 68); len(out) != 1 || len(out[0]) != 20 {
 		t.Errorf("an empty packet: %d fragments", len(out))
 	}

@@ -82,7 +82,7 @@ func OpenDirect(host Device, underlay *Underlay, io string) (*Direct, error) {
 }
 
 func openDirect(host Device, underlay *Underlay, io string) (_ *Direct, err error) {
-	none := &directTable{pods: vrouter.NewPods(nil)}
+	none := &directTable{pods: vrouter.NewPods(nil, nil)}
 	var d *Direct
 	below := underlay.queues()
 	for i, above := range host.queues() {

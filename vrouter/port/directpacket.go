@@ -98,6 +98,9 @@ func (l *podLink) moved(own, pod []byte) bool {
 	return string(l.ethernet[:6]) != string(pod) || string(l.ethernet[6:12]) != string(own)
 }
 
+// holds reports whether an AF_XDP socket was opened for packets as long as the MTU, in bytes; others take any.
+func (l *podLink) holds(mtu int) bool { return l.xsk == nil || mtu <= l.xsk.mtu }
+
 // dropped returns what the socket has lost so far.
 func (l *podLink) dropped() uint64 {
 	if l.xsk != nil {

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -59,6 +60,7 @@ type directPods struct {
 	queued  map[int]bool // devices, by index, at which a queueing discipline holds packets back
 	stale   bool         // devices and hosts have to be read anew
 	slots   []*podLink
+	mtus    []int              // of slots, in bytes, as the table has them
 	frames  int                // of a pod's AF_XDP socket, see XDPOptions
 	taken   map[netip.Addr]int // slots
 	retired []retiredLink
@@ -211,6 +213,7 @@ func (p *directPods) look() {
 	}
 	changed := p.release()
 	changed = p.acquire() || changed
+	changed = p.measure() || changed
 	if changed {
 		p.publish()
 	}
@@ -254,7 +257,7 @@ func (p *directPods) release() (changed bool) {
 	for address, slot := range p.taken {
 		l := p.slots[slot]
 		if pod, ok := named[address]; ok {
-			if d, mac, ok := p.wanted(pod); ok && d.index == l.index && !l.moved(d.mac, mac) {
+			if d, mac, ok := p.wanted(pod); ok && d.index == l.index && !l.moved(d.mac, mac) && l.holds(d.mtu) {
 				continue
 			}
 		}
@@ -289,6 +292,9 @@ func (p *directPods) acquire() (changed bool) {
 	used := make(map[int]bool, len(p.taken))
 	for _, slot := range p.taken {
 		used[p.slots[slot].index] = true
+	}
+	for _, r := range p.retired {
+		used[r.link.index] = true // an AF_XDP socket has its queue to itself, until it is closed
 	}
 	for _, pod := range p.pods {
 		if _, ok := p.taken[pod.Address]; ok {
@@ -336,6 +342,17 @@ func (p *directPods) openLink(d device, slot int, mac net.HardwareAddr) (*podLin
 	return openPodLink(p.steering, d.index, d.mac, mac)
 }
 
+// measure takes note of the interfaces' MTUs, and reports whether one has changed.
+func (p *directPods) measure() (changed bool) {
+	p.mtus = append(p.mtus, make([]int, len(p.slots)-len(p.mtus))...)
+	for _, slot := range p.taken {
+		if mtu := p.devices[p.names[p.slots[slot].index]].mtu; p.mtus[slot] != mtu {
+			p.mtus[slot], changed = mtu, true
+		}
+	}
+	return changed
+}
+
 // freeSlot returns a slot that no interface has, nor one had that is not closed yet.
 func (p *directPods) freeSlot() int {
 	busy := make(map[int]bool, len(p.retired))
@@ -358,7 +375,7 @@ func (p *directPods) publish() {
 	for address, slot := range p.taken {
 		addresses[slot] = address
 	}
-	next := &directTable{generation: old.generation + 1, pods: vrouter.NewPods(addresses), links: append([]*podLink(nil), p.slots...)}
+	next := &directTable{generation: old.generation + 1, pods: vrouter.NewPods(addresses, slices.Clone(p.mtus)), links: slices.Clone(p.slots)}
 	for _, q := range p.direct.all() {
 		q.next.Store(next)
 		q.poke()
