@@ -282,7 +282,7 @@ func (t *tracer) out(in string, answer kernelAnswer) {
 	}
 	if strings.HasPrefix(answer.device, "cali") {
 		if t.nodeHook(netfilter.Egress, "", answer.device) {
-			t.toPod(answer.device, func(mtu int) bool { return t.fits("kernel", "MTU of "+answer.device, mtu, answer.device) })
+			t.toPod(answer.device)
 		}
 		return
 	}
@@ -366,7 +366,7 @@ func (t *tracer) follow(traced rpc.Traced) bool {
 	switch traced.Out {
 	case "pod":
 		if inside := traced.ByTC && traced.Handover == rpc.HandoverInside; inside || t.atInterface(netfilter.Egress, traced.OutInterface) {
-			t.toPod(traced.OutInterface, func(mtu int) bool { return t.sentByVRouter(mtu, traced.OutInterface) })
+			t.toPod(traced.OutInterface)
 		}
 	case "underlay":
 		t.intoUnderlay()
@@ -447,7 +447,7 @@ func (t *tracer) leave(answer kernelAnswer, outer bool) {
 }
 
 // toPod is the last step: out by a pod's interface, if the packet fits its MTU.
-func (t *tracer) toPod(device string, fits func(mtu int) bool) {
+func (t *tracer) toPod(device string) {
 	mtu, wrong, err := t.kernel.linkState(device)
 	owner := t.pods.link(t.pkt.Dst())
 	switch {
@@ -458,29 +458,10 @@ func (t *tracer) toPod(device string, fits func(mtu int) bool) {
 	case owner == "":
 		t.drop("agent", "the pod", "no_such_pod", fmt.Sprintf("%s leads to %s, but no pod of this node has the address", device, t.pkt.Dst()),
 			"restart the agent of this node: it removes what belongs to no pod")
-	case fits(mtu) && t.inPod(device, func(p *podSide) bool { return t.enterPod(device, p) }):
+	case t.fits("kernel", "MTU of "+device, mtu, device) && t.inPod(device, func(p *podSide) bool { return t.enterPod(device, p) }):
 		t.pass("kernel", "delivered to the pod", t.pkt.Dst().String()+" by "+device)
 		t.seg.Outcome, t.seg.Via, t.seg.Packet = api.Delivered, device, slices.Clone(t.pkt)
 	}
-}
-
-// sentByVRouter compares the packet with the MTU of a pod's interface by which the vRouter itself sends. It goes by the node's MTU,
-// and what is longer than the interface's is refused to it.
-func (t *tracer) sentByVRouter(mtu int, device string) bool {
-	rung, length := "MTU of "+device, t.pkt.TotalLen()
-	why := fmt.Sprintf("%d bytes do not fit the MTU %d of %s", length, mtu, device)
-	const fix = "make both sides' MTUs the same as the node's: delete the pod, so that it is attached anew"
-	st, _ := t.plane.status()
-	switch {
-	case length <= mtu:
-		t.pass("kernel", rung, fmt.Sprintf("%d bytes, MTU %d", length, mtu))
-	case st.IO == rpc.IOXDP, st.IO == "":
-		t.doubt("kernel", rung, "mtu", why+", which is refused to the vRouter unless it sends by AF_XDP", fix+"; or find out with --probe")
-	default:
-		t.drop("kernel", rung, "mtu", why+", and are refused to the vRouter, which counts drop_send_failed", fix)
-		return false
-	}
-	return true
 }
 
 // fits compares the packet with an MTU. One that is too long ends, or is cut: its first fragment goes on.

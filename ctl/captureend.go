@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"margay/agent/api"
+	"margay/datastore"
 )
 
 // How a capture goes on when a vRouter or an agent is restarted, and how it ends when it cannot be written any more.
@@ -32,8 +33,8 @@ func (l lostPackets) all() uint64 { return l.before + l.now }
 // follow captures from one source until ctx is done, and past its restarts. The error is one of take's, or says why the source
 // gives nothing, or not any more; nil when ctx is done.
 func (s *captureSink) follow(ctx context.Context, src captureSource, req api.CaptureRequest) error {
-	began := false
-	var silent time.Time // since when it does not capture; zero: it does
+	began, lost := false, false // lost: it has been said that the datastore does not tell where it is
+	var silent time.Time        // since when it does not capture; zero: it does
 	for {
 		err := src.capture(ctx, req, func(c api.Captured) error {
 			if !began {
@@ -42,7 +43,7 @@ func (s *captureSink) follow(ctx context.Context, src captureSource, req api.Cap
 			}
 			if !silent.IsZero() {
 				s.resumed(src.name, time.Since(silent))
-				silent = time.Time{}
+				silent, lost = time.Time{}, false
 			}
 			return s.take(src.name, c)
 		})
@@ -63,6 +64,9 @@ func (s *captureSink) follow(ctx context.Context, src captureSource, req api.Cap
 			s.fail(fmt.Errorf("%w; it is asked again for %s", err, resumeFor))
 		case time.Since(silent) > resumeFor:
 			return err
+		case errors.Is(err, datastore.ErrUnreachable) && !lost:
+			lost = true
+			s.fail(err)
 		}
 		select {
 		case <-ctx.Done():
@@ -75,13 +79,14 @@ func (s *captureSink) follow(ctx context.Context, src captureSource, req api.Cap
 // capturing is a source that asks a node's agent; one that was restarted answers by another certificate, which is looked up. One
 // that says nothing for agentTimeout has not begun. starts holds those that have not.
 func (f *fleet) capturing(node string, starts chan struct{}) captureSource {
-	var failure error
+	asked := false
 	return captureSource{node, func(ctx context.Context, r api.CaptureRequest, got func(api.Captured) error) error {
-		if failure != nil {
-			failure = f.lookAgain(ctx, failure)
+		if !asked {
+			asked = true
+			return f.capture(ctx, node, r, got, starts)
 		}
-		failure = f.capture(ctx, node, r, got, starts)
-		return failure
+		unknown := f.directory.refresh(ctx)
+		return whereUnknown(f.capture(ctx, node, r, got, starts), unknown)
 	}}
 }
 

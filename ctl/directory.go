@@ -38,6 +38,7 @@ type directory struct {
 
 	reading sync.Mutex // one reads, and the others wait for what it finds
 	next    time.Time  // when it may be read again
+	err     error      // of the last time
 
 	mu        sync.Mutex
 	endpoints map[string]api.Endpoint
@@ -80,20 +81,24 @@ func readDirectory(ctx context.Context, s *datastore.Store) (map[string]api.Endp
 }
 
 // refresh reads the directory again, unless it has just been read. Without a datastore what was known stays: an agent that was not
-// restarted is where it was.
+// restarted is where it was. The error is that of the last look.
 func (d *directory) refresh(ctx context.Context) error {
 	d.reading.Lock()
 	defer d.reading.Unlock()
 	began := time.Now()
 	if began.Before(d.next) {
-		return nil
+		return d.err
 	}
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	endpoints, token, err := d.read(ctx)
+	var (
+		endpoints map[string]api.Endpoint
+		token     string
+	)
+	endpoints, token, d.err = d.read(ctx)
 	d.next = time.Now().Add(min(max(directoryPause, directoryShare*time.Since(began)), directoryMaxPause))
-	if err != nil {
-		return err
+	if d.err != nil {
+		return d.err
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -131,13 +136,12 @@ func (f *fleet) question(ctx context.Context, node string, ask func(context.Cont
 	return explained(ctx, ask(ctx, c))
 }
 
-// lookAgain has a node, whose agent has failed to answer, asked where the datastore says that it is now. It returns the agent's
-// error, with what keeps the datastore from saying.
-func (f *fleet) lookAgain(ctx context.Context, failure error) error {
-	if err := f.directory.refresh(ctx); err != nil && ctx.Err() == nil {
-		return fmt.Errorf("%w; and whether it was restarted is not known: %w", failure, err)
+// whereUnknown adds to an agent's failure what keeps the datastore from saying whether it is somewhere else now.
+func whereUnknown(failure, unknown error) error {
+	if failure == nil || unknown == nil {
+		return failure
 	}
-	return failure
+	return fmt.Errorf("%w; and whether it was restarted is not known: %w", failure, unknown)
 }
 
 // tooLate says that an agent has let agentTimeout pass.

@@ -125,7 +125,7 @@ func (w *dropsWatch) watch(ctx context.Context, n *watchedNode) {
 		d, err := w.f.drops(ctx, n.name, n.since)
 		<-slots
 		if err != nil {
-			err = w.f.lookAgain(ctx, err)
+			err = whereUnknown(err, w.f.directory.refresh(ctx))
 		}
 		if ctx.Err() != nil || !w.take(n, d, err, first) {
 			return

@@ -2,7 +2,6 @@ package cluster
 
 import (
 	"fmt"
-	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -62,7 +61,6 @@ func TestTraceAgreesWhereItOnceDidNot(t *testing.T) {
 	src, dst, far := ip(t, from.Address), ip(t, to.Address), ip(t, n2.Address)
 	device := hostSide(t, n2, dst.String())
 	e := listenIn(t, n2.Netns, from.Netns, to.Netns)
-	direct, io := strings.HasPrefix(os.Getenv("MARGAY_TEST_ATTACH"), "direct"), os.Getenv("MARGAY_TEST_IO")
 	between := sent{from: from.Netns, to: to.Netns, src: src, dst: dst, protocol: 17, size: 84, ttl: 64}
 	with := func(s sent, change func(*sent)) sent {
 		change(&s)
@@ -89,12 +87,6 @@ func TestTraceAgreesWhereItOnceDidNot(t *testing.T) {
 	}
 	narrow := wrong{name: "the node's side of the receiving pod's interface has a smaller MTU", break_: mtu(n2.Netns, device, "1300"), mend: mtu(n2.Netns, device, "1480"),
 		agreement: agreement{sent: with(between, func(s *sent) { s.size = 1400 }), oneWay: true}, want: []string{"arrives: "}}
-	if direct {
-		narrow.code, narrow.want = 1, []string{"does not arrive", "at " + n2.Name, "1400 bytes do not fit the MTU 1300 of " + device, "drop_send_failed"}
-		if io == "xdp" {
-			narrow.code, narrow.unsure, narrow.want = 3, true, []string{"unknown whether it arrives", "of " + device}
-		}
-	}
 	for _, c := range []wrong{narrow,
 		{name: "a masqueraded packet's answer is lost behind its node", break_: lose, mend: find,
 			agreement: agreement{sent: with(between, func(s *sent) { s.to, s.dst = n2.Netns, far }), destination: n2.Name}, code: 1,
