@@ -72,6 +72,7 @@ var ipLosses = map[string]string{
 	"Ip.FragFails":               "ip_too_big",
 	"Ip.InDiscards":              "ip_in_discarded",
 	"Ip.OutDiscards":             "ip_out_discarded",
+	"Ip.ReasmFails":              "ip_reassembly",
 	"TcpExt.IPReversePathFilter": "ip_reverse_path_filter",
 }
 

@@ -45,6 +45,8 @@ type TraceRequest struct {
 	Packet []byte `json:"packet"` // IPv4, from its header on
 	// State is what this node's connection tracker takes the packet for.
 	State ConnState `json:"state,omitempty"`
+	// Question is who has carried the question, of which the packet is an answer, through this node: what it has said itself.
+	Question Carrier `json:"question,omitempty"`
 	// NoEcho keeps the node from asking the network between it and the next node by an ICMP echo.
 	NoEcho bool `json:"noEcho,omitempty"`
 }
@@ -58,6 +60,16 @@ const (
 	StateNew         ConnState = ""
 	StateEstablished ConnState = "established"
 	StateUnknown     ConnState = "unknown"
+)
+
+// Carrier is who carries a packet through a node.
+type Carrier string
+
+// The carriers.
+const (
+	CarrierUnknown Carrier = ""        // an older agent does not tell
+	CarrierKernel  Carrier = "kernel"  // the node's own stack has a part in it: its connection tracker sees the packet
+	CarrierVRouter Carrier = "vrouter" // the vRouter alone
 )
 
 // Outcome is what becomes of a packet at one node.
@@ -97,6 +109,7 @@ type Segment struct {
 	Address netip.Addr `json:"address"`
 	Rungs   []Rung     `json:"rungs"`
 	Outcome Outcome    `json:"outcome"`
+	Carrier Carrier    `json:"carrier,omitempty"`
 	// Reason is a word for programs; Why and Fix are sentences for people. They are empty for a packet that passes.
 	Reason string `json:"reason,omitempty"`
 	Why    string `json:"why,omitempty"`
