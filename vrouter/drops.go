@@ -35,7 +35,8 @@ type DropSample struct {
 }
 
 // DropFlow counts what was dropped of one pair of addresses, those of the inner packet where there is one. Both are
-// invalid for what bore none, and for the pairs that had to make room for others.
+// invalid for what bore none, and for the pairs that had to make room for others. The source of what was spoofed is the
+// pod's that has sent it; the sample tells whose it bore.
 type DropFlow struct {
 	Direction      Direction
 	Reason         Reason // ReasonNotSet for what had to make room
@@ -72,8 +73,9 @@ type dropEntry struct {
 	bytes   atomic.Uint64
 }
 
-// note is called by the worker for each drop.
-func (n *dropNotes) note(p *Packet, reason Reason) {
+// note is called by the worker for each drop. pod is the address of the pod that has sent the packet, where the source that
+// it bears is another's, else 0.
+func (n *dropNotes) note(p *Packet, reason Reason, pod uint32) {
 	b := p.Bytes()
 	if s := &n.slots[reason]; !s.full.Load() {
 		s.length = len(b)
@@ -81,6 +83,9 @@ func (n *dropNotes) note(p *Packet, reason Reason) {
 		s.full.Store(true)
 	}
 	pair := pairOf(b)
+	if pod != 0 {
+		pair = uint64(pod)<<32 | pair&0xffffffff
+	}
 	kind := uint32(reason) + 1
 	h := (pair ^ uint64(kind)<<56) * 0x9e3779b97f4a7c15
 	set := &n.flows[h>>58]

@@ -67,6 +67,23 @@ func TestDropsAreSampledAndCountedByFlow(t *testing.T) {
 	}
 }
 
+// TestSpooferIsNamed: what bears another's address is counted for the pod that has sent it.
+func TestSpooferIsNamed(t *testing.T) {
+	r := testRouter(t)
+	spoofed := ip(neighbourPod, pod2, 17, ports(1, 2))
+	w := r.NewSwitch(&switched{queue: queue{in: [][]byte{spoofed}}, from: ownPodAt, pods: testPods()})
+	if err := w.turn(); err != nil {
+		t.Fatal(err)
+	}
+	flows, samples := r.Drops(0)
+	if n, _ := dropsOf(flows, ReasonSpoofed, ownPod, pod2); n != 1 {
+		t.Errorf("spoofed counts %d for the pod: %+v", n, flows)
+	}
+	if len(samples) != 1 || !slices.Equal(samples[0].Bytes, spoofed) {
+		t.Errorf("expected the packet as it was: %+v", samples)
+	}
+}
+
 // TestManyFlowsLoseNoCount: more flows than fit, and each drop is in the sum.
 func TestManyFlowsLoseNoCount(t *testing.T) {
 	r := testRouter(t)

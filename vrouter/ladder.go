@@ -176,7 +176,7 @@ func (v *view) decapParse(p *Packet) (packet.IPv4, Reason) {
 	if fault != 0 || outer.Protocol() != packet.ProtocolIPIP {
 		return nil, ReasonOuterMalformed
 	}
-	if outer.DstU32() != v.state.address {
+	if outer.DstU32() != v.state.address || outer.HeaderLen() != packet.IPv4MinLen && packet.HasSourceRoute(outer) {
 		return nil, ReasonOuterNotForUs
 	}
 	if outer.IsFragment() {

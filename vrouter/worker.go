@@ -355,5 +355,9 @@ func (w *Worker) refuse(a *asked, hop fib.Hop, verdict Verdict, reason Reason) {
 func (w *Worker) drop(p *Packet, reason Reason) {
 	p.Drop = reason
 	w.tallies.dropped[reason].add(1, uint64(p.Len))
-	w.notes.note(p, reason)
+	var pod uint32
+	if reason == ReasonSpoofed {
+		pod = w.switched.Pods().address(p.In)
+	}
+	w.notes.note(p, reason, pod)
 }

@@ -154,6 +154,10 @@ func fromUnderlay(pod netip.Addr) (all []intruder) {
 	add("nothing wrong", true, "forwarded_decap", outer(good, nil))
 	add("outer TTL 0", true, "forwarded_decap", outer(good, func(s *spec) { s.ttl = 0 }))
 	add("padding behind the inner packet", true, "forwarded_decap", outer(append(inner(nil), 1, 2, 3), nil))
+	// tun-plain's kernel refuses these itself, and counts.
+	for _, o := range [][]byte{{0x83, 7, 4, 10, 244, 2, 9}, {0x89, 7, 8, 10, 244, 2, 9}, {1, 0x83, 3, 4}} {
+		add("outer source route", false, "", outer(good, func(s *spec) { s.options = o }))
+	}
 	add("outer options", true, "forwarded_decap", outer(good, func(s *spec) { s.options = []byte{1, 1, 1, 1} }))
 
 	for name, f := range faults() {

@@ -7,6 +7,8 @@ const (
 	optionEnd    = 0
 	optionNop    = 1
 	optionCopied = 0x80 // this bit: into every fragment
+	optionLSRR   = 0x83 // loose source and record route
+	optionSSRR   = 0x89 // strict
 )
 
 // Fragmenter splits a packet that is too long for the next link into fragments: RFC 791 section 3.2, RFC 1812 section
@@ -70,6 +72,28 @@ func (f *Fragmenter) Next(dst []byte) int {
 	f.done += n
 	f.ended = last
 	return len(dst)
+}
+
+// HasSourceRoute reports whether p, a view as ParseIPv4 returns it, names routers to go by (RFC 791, section 3.1), or ends them
+// here.
+func HasSourceRoute(p IPv4) bool {
+	options := p[IPv4MinLen:p.HeaderLen()]
+	for i := 0; i < len(options); {
+		switch options[i] {
+		case optionEnd:
+			return false
+		case optionNop:
+			i++
+			continue
+		case optionLSRR, optionSSRR:
+			return true
+		}
+		if i+2 > len(options) || options[i+1] < 2 {
+			return false
+		}
+		i += int(options[i+1])
+	}
+	return false
 }
 
 // blankOptions replaces the options that only the first fragment carries (RFC 791 section 3.1, the copied flag) by

@@ -229,6 +229,31 @@ func TestCopyDSCP(t *testing.T) {
 	}
 }
 
+func TestHasSourceRoute(t *testing.T) {
+	for _, c := range []struct {
+		options []byte
+		want    bool
+	}{
+		{nil, false},
+		{[]byte{1, 1, 1, 1}, false},
+		{[]byte{7, 7, 4, 0, 0, 0, 0}, false},
+		{[]byte{0x83, 7, 4, 10, 244, 2, 9}, true},
+		{[]byte{0x83, 7, 8, 10, 244, 2, 9}, true}, // at its end
+		{[]byte{1, 0x89, 3, 4}, true},
+		{[]byte{0x94, 4, 0, 0, 0x89, 3, 4}, true},
+		{[]byte{7, 7, 4, 0x83, 7, 4, 0}, false}, // inside another option
+		{[]byte{0, 0x83, 7, 4}, false},          // behind the end
+		{[]byte{0x94, 0, 0x83, 7}, false},
+		{[]byte{0x94, 1, 0x83, 7}, false},
+		{[]byte{0x94, 255, 0x83, 7}, false},
+		{[]byte{1, 1, 1, 0x94}, false},
+	} {
+		if got := HasSourceRoute(withOptions(ipv4(0, 1, 0, 9, 4, nodeA, nodeB, nil), c.options)); got != c.want {
+			t.Errorf("% x: %v", c.options, got)
+		}
+	}
+}
+
 // FuzzRouter gives a packet to everything that a router does with one, and checks what must hold whatever is in it.
 func FuzzRouter(f *testing.F) {
 	f.Add([]byte(syn(1460, 1)), uint16(1000), uint16(1300))
@@ -243,6 +268,7 @@ func FuzzRouter(f *testing.F) {
 			return
 		}
 		orig := bytes.Clone(b)
+		HasSourceRoute(p)
 		answer := make([]byte, MaxICMPError)
 		if MayAnswer(p) {
 			n := PutICMPError(answer, p, ICMPError{Type: ICMPUnreachable, Code: CodeFragNeeded}, nodeA, 1)
