@@ -39,7 +39,7 @@ ATTACHMENTS := tun-plain:packet tun:packet tun:xdp:2:1 veth:packet:4:2 veth:xdp 
 ATTACHTESTS := TestEveryPodReachesEveryPod|TestHostReachesRemotePodAndBack|TestUnderlayCarriesOnlyIPIP|TestMasquerade|TestDecapsulationIsNoOpenDoor|TestVRouterKilled|TestServices|TestAttachmentChanges
 # And what a trace says of them, where packets go other ways than by the kernel's stack.
 TRACED := veth:xdp direct:packet direct:tc
-TRACETESTS := TestTraceKnowsPodsAndFilters|TestTraceNamesTheCarrier|TestTraceMasquerade|TestTraceAgreesWhereItOnceDidNot
+TRACETESTS := TestTraceKnowsPodsAndFilters|TestTraceNamesTheCarrier|TestTraceMasquerade|TestTraceAgreesWhereItOnceDidNot|TestTraceAgreesWithRandomPackets
 
 .PHONY: test-attachments
 test-attachments: build ## a part of the cluster's tests on each other attachment and I/O

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"net/http"
+	"net/netip"
 	"os"
 	"slices"
 	"strconv"
@@ -32,9 +33,29 @@ func (a *Agent) drops(ctx context.Context, since uint64) api.Drops {
 			d.Counters = append(d.Counters, api.Counter{By: "kernel", Reason: c.Name, Packets: c.Packets, Bytes: c.Bytes})
 		}
 	}
+	d.Flows = append(d.Flows, a.spoofedFlows()...)
 	d.Counters = append(d.Counters, ipLayerDrops()...)
 	d.Counters = slices.DeleteFunc(d.Counters, func(c api.Counter) bool { return c.Packets == 0 })
 	return d
+}
+
+// spoofedFlows are the packets that the anti-spoofing rules dropped, with the pods that have sent them.
+func (a *Agent) spoofedFlows() []api.DropFlow {
+	all, err := a.cni.Spoofers()
+	if err != nil {
+		a.log.Debug("drops", "err", err) // their sum is there
+		return nil
+	}
+	pods := map[string]netip.Addr{}
+	for _, at := range a.cni.Attachments() {
+		pods[at.HostName] = at.Address
+	}
+	var out []api.DropFlow
+	for _, s := range all {
+		out = append(out, api.DropFlow{By: "kernel", Reason: "spoofed", Pod: pods[s.Iface], Source: s.Source, Destination: s.Destination,
+			Packets: s.Packets, Bytes: s.Bytes})
+	}
+	return out
 }
 
 func (a *Agent) vrouterDrops(ctx context.Context, since uint64, d *api.Drops) error {

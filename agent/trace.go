@@ -29,6 +29,7 @@ type tracer struct {
 	pkt packet.IPv4
 
 	state      api.ConnState
+	question   api.Carrier // of the packet that this one answers
 	noEcho     bool
 	byTC       bool // programs of the vRouter's at tc forward it here, and not a worker
 	handover   rpc.Handover
@@ -57,8 +58,13 @@ func (a *Agent) trace(ctx context.Context, req api.TraceRequest) (api.Segment, e
 	default:
 		return api.Segment{}, fmt.Errorf("state %q: expected established, unknown, or none for a new connection", req.State)
 	}
-	t := &tracer{Agent: a, ctx: ctx, pkt: slices.Clone(pkt), state: req.State, noEcho: req.NoEcho}
-	t.seg.Node, t.seg.Address = a.cfg.Node, self
+	switch req.Question {
+	case api.CarrierUnknown, api.CarrierKernel, api.CarrierVRouter:
+	default:
+		return api.Segment{}, fmt.Errorf("question %q: expected kernel, vrouter, or none", req.Question)
+	}
+	t := &tracer{Agent: a, ctx: ctx, pkt: slices.Clone(pkt), state: req.State, question: req.Question, noEcho: req.NoEcho}
+	t.seg.Node, t.seg.Address, t.seg.Carrier = a.cfg.Node, self, api.CarrierVRouter
 	switch req.Entry {
 	case api.EntryPod:
 		t.fromPod()
@@ -186,6 +192,7 @@ func (t *tracer) fromPodInterface(device string) (done, handled bool) {
 
 // fromHost begins with a packet that a process of this node sends.
 func (t *tracer) fromHost() {
+	t.seg.Carrier = api.CarrierKernel
 	answer, err := t.kernel.askRoute(t.pkt.Src(), t.pkt.Dst(), "")
 	if err == nil && t.pkt.Src().IsUnspecified() && answer.source.Is4() {
 		t.pkt = withSource(t.pkt, answer.source)
@@ -233,6 +240,7 @@ func (t *tracer) fromUnderlay() {
 
 // kernelForward carries the packet through the kernel's input side and on.
 func (t *tracer) kernelForward(in string) {
+	t.seg.Carrier = api.CarrierKernel
 	if !t.nodeHook(netfilter.Ingress, in, "") || !t.nodeHook(netfilter.Prerouting, in, "") {
 		return
 	}
@@ -338,7 +346,11 @@ func (t *tracer) vrouterSilent(err error) {
 func (t *tracer) askVRouter(d rpc.Direction) (rpc.Traced, error) {
 	ctx, cancel := context.WithTimeout(t.ctx, askTimeout)
 	defer cancel()
-	return t.plane.client.Trace(ctx, d, t.pkt)
+	traced, err := t.plane.client.Trace(ctx, d, t.pkt)
+	if err == nil {
+		traced = t.afterQuestion(d, traced)
+	}
+	return traced, err
 }
 
 // follow goes on from what the vRouter has done with the packet; false when it has handed the packet to the kernel.

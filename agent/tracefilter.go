@@ -8,7 +8,6 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"margay/agent/api"
 	"margay/agent/netfilter"
 	"margay/vrouter/packet"
 	"margay/vrouter/rpc"
@@ -22,20 +21,15 @@ type filters struct {
 }
 
 // loadFilters reads the filters of the calling thread's namespace. Margay's own table is left out: the rungs that are about
-// anti-spoofing and masquerade ask it by themselves.
-func loadFilters(nl *netlink.Handle, state api.ConnState) (*filters, error) {
+// anti-spoofing and masquerade ask it by themselves. state and reply are what the connection tracker there takes the packet for.
+func loadFilters(nl *netlink.Handle, state uint32, reply bool) (*filters, error) {
 	rules, err := netfilter.Load("inet margay")
 	if err != nil {
 		return nil, err
 	}
 	f := &filters{rules: rules, nl: nl}
 	f.pkt.AddrType = f.kindOf
-	switch state {
-	case api.StateNew:
-		f.pkt.State = netfilter.StateNew
-	case api.StateEstablished:
-		f.pkt.State, f.pkt.Reply = netfilter.StateEstablished, true
-	}
+	f.pkt.State, f.pkt.Reply = state, reply
 	return f, nil
 }
 
@@ -120,7 +114,8 @@ func (t *tracer) nodeFilters() *filters {
 	if t.node != nil {
 		return t.node
 	}
-	f, err := loadFilters(t.kernel.nl, t.state)
+	state, reply := tracked(t.pkt, t.state, t.question)
+	f, err := loadFilters(t.kernel.nl, state, reply)
 	if err != nil {
 		t.unknown("kernel", "packet filter", err)
 		return nil

@@ -82,7 +82,7 @@ func (t *tracer) leavePod(device string, p *podSide) (local, passes bool) {
 		t.drop("pod", rung, "pod_"+answer.reason, "the pod's own routing refuses it: "+answer.detail, "take that away in the pod")
 		return false, false
 	}
-	f, err := loadFilters(p.nl, t.state)
+	f, err := t.podFilters(p)
 	if err != nil {
 		t.unknown("pod", "packet filter in the pod", err)
 		return false, false
@@ -100,6 +100,12 @@ func (t *tracer) leavePod(device string, p *podSide) (local, passes bool) {
 	hooks := func(h netfilter.Hook) bool { return t.filtered(f, "pod", " in the pod", h, "", p.name()) }
 	return false, hooks(netfilter.Output) && hooks(netfilter.Postrouting) && t.fits("pod", "the pod's MTU", answer.mtu, p.name()) &&
 		t.podGateway(device, p, answer) && hooks(netfilter.Egress)
+}
+
+// podFilters are those in the pod, whose own kernel has always seen the question to an answer.
+func (t *tracer) podFilters(p *podSide) (*filters, error) {
+	state, reply := tracked(t.pkt, t.state, api.CarrierKernel)
+	return loadFilters(p.nl, state, reply)
 }
 
 // podGateway is the gateway that pods have by Calico's convention.
@@ -167,7 +173,7 @@ func (t *tracer) enterPod(device string, p *podSide) bool {
 			t.doubt("pod", rung, "mtu", why+", unless BPF at tc hands them to the pod's side, which an older vRouter does not tell", fix+"; or find out with --probe")
 		}
 	}
-	f, err := loadFilters(p.nl, t.state)
+	f, err := t.podFilters(p)
 	if err != nil {
 		t.unknown("pod", "packet filter in the pod", err)
 		return false
@@ -200,12 +206,18 @@ func (t *tracer) podNeighbour(device string, p *podSide) bool {
 	const rung = "the pod, as the host knows it"
 	dst, mac := t.pkt.Dst(), p.link.Attrs().HardwareAddr
 	if n, ok := t.kernel.entry(device, dst); ok && n.HardwareAddr != nil && n.State&(netlink.NUD_FAILED|netlink.NUD_INCOMPLETE) == 0 {
-		if !bytes.Equal(n.HardwareAddr, mac) {
-			t.drop("kernel", rung, "neighbour", fmt.Sprintf("the node has %s for %s on %s, and the pod's interface has %s", n.HardwareAddr, dst, device, mac),
-				fmt.Sprintf("ip neigh del %s dev %s", dst, device))
+		why, fix := fmt.Sprintf("the node has %s for %s on %s, and the pod's interface has %s", n.HardwareAddr, dst, device, mac), fmt.Sprintf("ip neigh del %s dev %s", dst, device)
+		switch {
+		case bytes.Equal(n.HardwareAddr, mac):
+			t.pass("kernel", rung, fmt.Sprintf("%s has %s", dst, mac))
+		case !t.byTC || t.handover == rpc.HandoverOutside:
+			t.drop("kernel", rung, "neighbour", why, fix)
 			return false
+		case t.handover == rpc.HandoverInside:
+			t.pass("kernel", rung, "not looked at where BPF at tc hands packets to the pod's side: "+why)
+		default:
+			t.doubt("kernel", rung, "neighbour", why+", which does not matter if BPF at tc hands packets to the pod's side, and an older vRouter does not tell", fix+"; or find out with --probe")
 		}
-		t.pass("kernel", rung, fmt.Sprintf("%s has %s", dst, mac))
 		return true
 	}
 	if p.link.Attrs().RawFlags&unix.IFF_NOARP != 0 {

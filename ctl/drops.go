@@ -35,6 +35,7 @@ type podDrops struct {
 	SourcePod      string     `json:"sourcePod,omitempty"`
 	Destination    netip.Addr `json:"destination"`
 	DestinationPod string     `json:"destinationPod,omitempty"`
+	SentBy         string     `json:"sentBy,omitempty"` // the pod, where it is known and the source is another's
 	Packets        uint64     `json:"packets"`
 	Bytes          uint64     `json:"bytes"`
 }
@@ -231,8 +232,9 @@ func (o *dropsOptions) rows(f *fleet, d api.Drops, only netip.Addr) []reasonDrop
 			continue
 		}
 		row := reasonDrops{Node: d.Node, By: c.By, Reason: c.Reason, Packets: c.Packets, Bytes: c.Bytes}
+		row.Flows = f.flowsOf(d, c, only)
 		if c.By == "vrouter" {
-			row.Flows, row.Sample = f.flowsOf(d, c.Reason, only), f.sampleOf(d, c.Reason, only)
+			row.Sample = f.sampleOf(d, c.Reason, only)
 		}
 		if only.IsValid() {
 			// Of a pod only what is counted by flow is known.
@@ -256,16 +258,22 @@ func (o *dropsOptions) rows(f *fleet, d api.Drops, only netip.Addr) []reasonDrop
 	return rows
 }
 
-func (f *fleet) flowsOf(d api.Drops, reason string, only netip.Addr) []podDrops {
+func (f *fleet) flowsOf(d api.Drops, c api.Counter, only netip.Addr) []podDrops {
 	var out []podDrops
 	for _, fl := range d.Flows {
-		if fl.Reason != reason || only.IsValid() && fl.Source != only && fl.Destination != only {
+		if fl.Reason != c.Reason || cmp.Or(fl.By, "vrouter") != c.By || only.IsValid() && fl.Source != only && fl.Destination != only && fl.Pod != only {
 			continue
 		}
-		at := slices.IndexFunc(out, func(p podDrops) bool { return p.Source == fl.Source && p.Destination == fl.Destination })
+		p := podDrops{Source: fl.Source, SourcePod: f.podAt(fl.Source), Destination: fl.Destination, DestinationPod: f.podAt(fl.Destination)}
+		if fl.Pod.IsValid() {
+			p.SentBy = who(fl.Pod, f.podAt(fl.Pod))
+		}
+		at := slices.IndexFunc(out, func(o podDrops) bool {
+			return o.Source == p.Source && o.Destination == p.Destination && o.SentBy == p.SentBy
+		})
 		if at < 0 { // workers count apart
 			at = len(out)
-			out = append(out, podDrops{Source: fl.Source, SourcePod: f.podAt(fl.Source), Destination: fl.Destination, DestinationPod: f.podAt(fl.Destination)})
+			out = append(out, p)
 		}
 		out[at].Packets += fl.Packets
 		out[at].Bytes += fl.Bytes
@@ -351,7 +359,7 @@ func (r *dropsResult) print(w, errs io.Writer, nothing string) error {
 		}
 		fmt.Fprintf(w, "\n%s, %s:\n", d.Node, d.Reason)
 		for _, f := range d.Flows {
-			fmt.Fprintf(w, "  %d from %s to %s\n", f.Packets, who(f.Source, f.SourcePod), who(f.Destination, f.DestinationPod))
+			fmt.Fprintf(w, "  %d from %s to %s%s\n", f.Packets, who(f.Source, f.SourcePod), who(f.Destination, f.DestinationPod), sentBy(f.SentBy))
 		}
 		if d.more > 0 {
 			fmt.Fprintf(w, "  and %d more pairs of addresses\n", d.more)
@@ -368,6 +376,13 @@ func byteCount(d reasonDrops) string {
 		return "-" // the kernel counts packets only
 	}
 	return fmt.Sprint(d.Bytes)
+}
+
+func sentBy(pod string) string {
+	if pod == "" {
+		return ""
+	}
+	return ", sent by " + pod
 }
 
 func who(a netip.Addr, pod string) string {

@@ -177,13 +177,16 @@ func (f *fleet) follow(ctx context.Context, from place, pkt []byte, dst netip.Ad
 	for range maxHops {
 		w.At = node
 		pkt = question.unmasquerade(node, pkt)
-		s, err := f.ask(ctx, node, api.TraceRequest{Entry: entry, Packet: pkt, State: question.state(node), NoEcho: f.noEcho})
+		s, err := f.ask(ctx, node, api.TraceRequest{Entry: entry, Packet: pkt, State: question.state(node), Question: question.carrier(node), NoEcho: f.noEcho})
 		if err != nil {
 			w.Outcome, w.Reason, w.Why = api.Unknown, "agent_silent", err.Error()
 			w.By, w.Rung = "agent", "asking it"
 			w.Fix = "start the agent of " + node + ", and see that its --diag-port can be reached from here"
 			if _, ok := f.members[node]; !ok {
 				w.Fix = "the datastore has no Node " + node + " either: start its agent, which registers it"
+			} else if n := len(w.Segments); errors.Is(err, api.ErrUnreachable) && n > 0 && w.Segments[n-1].Echo != nil && !w.Segments[n-1].Echo.Answered {
+				w.Why += fmt.Sprintf(", and nothing answered the echoes of %s", w.Segments[n-1].Node)
+				w.Fix = "see whether " + node + " is up, and then whether its agent runs"
 			} else if !errors.Is(err, api.ErrUnreachable) { // it has answered, and refused
 				w.Fix = "see what it says; where versions differ, upgrade the older one of margayctl and the agent of " + node
 			}
@@ -227,6 +230,19 @@ func (w *way) state(node string) api.ConnState {
 		return api.StateEstablished
 	}
 	return api.StateUnknown
+}
+
+// carrier is who has carried the packet through a node, as far as it has said so: the kernel where it has had a part in it.
+func (w *way) carrier(node string) (c api.Carrier) {
+	if w == nil {
+		return api.CarrierUnknown
+	}
+	for _, s := range w.Segments {
+		if s.Node == node && c != api.CarrierKernel {
+			c = s.Carrier
+		}
+	}
+	return c
 }
 
 // unmasquerade gives an answer the destination back that the question's source was before the node rewrote it, as its connection

@@ -289,8 +289,8 @@ func (r *traceResult) judgeProbe(oneWay bool) {
 	case r.There.Outcome == api.Left:
 		say(before.Verdict, exitUnknown, "unknown whether it arrives: %s: of %d real packets none was answered; the last was seen %s", route, o.Sent, why)
 	case len(o.Blind) > 0:
-		say("unknown", exitUnknown, "unknown whether it arrives: %s: of %d real packets none was answered, and %s did not watch; the last was seen %s", route, o.Sent,
-			strings.Join(sortedKeys(o.Blind), ", "), why)
+		say("unknown", exitUnknown, "unknown whether it arrives: %[1]s: of %[2]d real packets none was answered, and %[4]s did not watch; the last was seen %[3]s. To find out: see whether %[4]s is up, and why its agent did not watch, below", route, o.Sent,
+			why, strings.Join(sortedKeys(o.Blind), ", "))
 	default:
 		say("does not arrive", exitNotArrived, "does not arrive: %s: of %d real packets none did: the last was seen %s. To mend it: %s", route, o.Sent, why, fix)
 	}

@@ -45,6 +45,8 @@ type TraceRequest struct {
 	Packet []byte `json:"packet"` // IPv4, from its header on
 	// State is what this node's connection tracker takes the packet for.
 	State ConnState `json:"state,omitempty"`
+	// Question is who has carried the question, of which the packet is an answer, through this node: what it has said itself.
+	Question Carrier `json:"question,omitempty"`
 	// NoEcho keeps the node from asking the network between it and the next node by an ICMP echo.
 	NoEcho bool `json:"noEcho,omitempty"`
 }
@@ -58,6 +60,16 @@ const (
 	StateNew         ConnState = ""
 	StateEstablished ConnState = "established"
 	StateUnknown     ConnState = "unknown"
+)
+
+// Carrier is who carries a packet through a node.
+type Carrier string
+
+// The carriers.
+const (
+	CarrierUnknown Carrier = ""        // an older agent does not tell
+	CarrierKernel  Carrier = "kernel"  // the node's own stack has a part in it: its connection tracker sees the packet
+	CarrierVRouter Carrier = "vrouter" // the vRouter alone
 )
 
 // Outcome is what becomes of a packet at one node.
@@ -97,6 +109,7 @@ type Segment struct {
 	Address netip.Addr `json:"address"`
 	Rungs   []Rung     `json:"rungs"`
 	Outcome Outcome    `json:"outcome"`
+	Carrier Carrier    `json:"carrier,omitempty"`
 	// Reason is a word for programs; Why and Fix are sentences for people. They are empty for a packet that passes.
 	Reason string `json:"reason,omitempty"`
 	Why    string `json:"why,omitempty"`
@@ -144,10 +157,11 @@ type Counter struct {
 	Bytes   uint64 `json:"bytes,omitempty"`
 }
 
-// DropFlow counts the vRouter's drops of one pair of addresses. Without a reason it is the sum of the pairs that had to make
-// room for others.
+// DropFlow counts the drops of one pair of addresses. Without a reason it is the sum of the pairs that had to make room for others.
 type DropFlow struct {
 	Reason      string     `json:"reason,omitempty"`
+	By          string     `json:"by,omitempty"` // as in Counter; empty: vrouter
+	Pod         netip.Addr `json:"pod,omitzero"` // the address of the pod that sent them, where the source is another's
 	Source      netip.Addr `json:"source"`
 	Destination netip.Addr `json:"destination"`
 	Packets     uint64     `json:"packets"`

@@ -52,6 +52,7 @@ type firewall struct {
 
 	table            *nftables.Table
 	families         [2]fwFamilySets // IPv4, IPv6
+	spoofers         *nftables.Set
 	pre, post, onPod *nftables.Chain
 
 	wait  sync.Mutex
@@ -101,6 +102,7 @@ func newFirewall() (*firewall, error) {
 		{protocolIPv4, 12, 16, 4, pods(fwPodSet, four), pools(fwNATSet, four), pools(fwAllSet, four), false},
 		{protocolIPv6, 8, 24, 16, pods(fwPodSet6, six), pools(fwNATSet6, six), pools(fwAllSet6, six), true},
 	}
+	f.spoofers = f.spoofersSet()
 	f.onPod = &nftables.Chain{Table: f.table, Name: fwPodChain}
 	accept := nftables.ChainPolicyAccept
 	f.pre = &nftables.Chain{Table: f.table, Name: fwPreChain, Type: nftables.ChainTypeFilter,
@@ -240,6 +242,7 @@ func (f *firewall) write(replace bool) error {
 		sets = append(sets, content{fam.pods, pods, false}, content{fam.nat, intervals(merge(f.nat, fam.six)), !f.poolsOK},
 			content{fam.all, intervals(merge(f.all, fam.six)), !f.poolsOK})
 	}
+	sets = append(sets, content{f.spoofers, nil, true})
 	for _, s := range sets {
 		if err := c.AddSet(s.set, nil); err != nil {
 			return err
@@ -338,6 +341,7 @@ func countAndDrop(counter string) []expr.Any {
 //	             meta nfproto ipv6 meta l4proto ipv6-icmp icmpv6 type 131-133 counter name "pod_ipv6_discovery" drop
 //	             … 135-136 and 143 likewise
 //	             meta nfproto ipv6 counter name "pod_ipv6" drop
+//	             meta nfproto ipv4 update @spoofers { iifname . ip saddr . ip daddr counter }
 //	             counter name "spoofed" drop
 //	postrouting: ip saddr @nat_pools ip daddr != @pools oifname != "cali*" oifname != "vr0" masquerade
 //	             ip6 saddr @nat_pools6 ip6 daddr != @pools6 oifname != "cali*" oifname != "vr0" masquerade
@@ -374,5 +378,6 @@ func (f *firewall) addRules() {
 			&expr.Range{Op: expr.CmpOpEq, Register: 1, FromData: types[:1], ToData: types[1:]}}, countAndDrop(fwDiscovery))
 	}
 	add(f.onPod, isProtocol(protocolIPv6), countAndDrop(fwIPv6))
+	add(f.onPod, isProtocol(protocolIPv4), f.noteSpoofer())
 	add(f.onPod, countAndDrop(fwSpoofed))
 }

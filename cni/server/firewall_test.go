@@ -27,7 +27,7 @@ func TestSpoofedSourceIsDropped(t *testing.T) {
 	n := newNode(t)
 	n.start()
 	a, b := newPod(t, 0), newPod(t, 1)
-	addrA, _, _ := n.add(a)
+	addrA, hostA, _ := n.add(a)
 	addrB, _, _ := n.add(b)
 	false1 := netip.MustParseAddr("10.244.0.77")
 	a.do(t, func() error {
@@ -46,12 +46,29 @@ func TestSpoofedSourceIsDropped(t *testing.T) {
 	if _, ok := exchange(t, a, b, addrA, addrB, patience); !ok {
 		t.Error("the true source did not get through")
 	}
+	spoofers := func() (packets uint64) {
+		t.Helper()
+		all, err := n.server.Spoofers()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, s := range all {
+			if s.Iface != hostA || s.Source != false1 || s.Destination != addrB || s.Bytes < 28*s.Packets {
+				t.Errorf("who spoofs: %+v", s)
+			}
+			packets += s.Packets
+		}
+		return packets
+	}
+	if got, all := spoofers(), n.counter("spoofed"); got != all {
+		t.Errorf("%d packets were dropped, %d of them by who sent them", all, got)
+	}
 	// The counters outlive a rebuild.
 	if err := n.server.SetPools(nil, nil); err != nil {
 		t.Fatal(err)
 	}
-	if got := n.counter("spoofed"); got == 0 {
-		t.Error("counter reset")
+	if got := n.counter("spoofed"); got == 0 || spoofers() != got {
+		t.Errorf("counter reset: %d, and by who sent them %d", got, spoofers())
 	}
 }
 

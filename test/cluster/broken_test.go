@@ -147,7 +147,7 @@ func TestTraceKnowsPodsAndFilters(t *testing.T) {
 			break_: func() { in(t, from.Netns, "ip", "neigh", "del", "169.254.1.1", "dev", "eth0") },
 			mend:   func() { gateway(from, "ee:ee:ee:ee:ee:ee") },
 			want:   []string{"at " + n1.Name, "nobody on this node answers ARP for it"}},
-		{name: "the node has a wrong hardware address for the pod", code: 1,
+		{name: "the node has a wrong hardware address for the pod", code: 1, tcPasses: true,
 			break_: func() {
 				in(t, n2.Netns, "ip", "neigh", "replace", dst, "lladdr", wrongMAC, "dev", device, "nud", "permanent")
 			},
@@ -353,4 +353,32 @@ func TestTraceAsksTheNetwork(t *testing.T) {
 		broken{code: 3, break_: break_, mend: mend,
 			want: []string{"unknown whether it arrives", "84 bytes plain", "seems not to carry pods' addresses"}}.check(t, from, to)
 	})
+}
+
+// TestTraceToADeadNode: a trace to a node whose daemons are gone, and which the network does not reach any more, never says that the
+// packet arrives, and names the node; it does not wait for BGP to notice.
+func TestTraceToADeadNode(t *testing.T) {
+	n1, n2 := node(t, 1), node(t, 2)
+	from, to := n1.Pods[0], n2.Pods[0]
+	underlay := labName + "-underlay"
+	arrives := func() bool { _, code := trace(t, from.Name, to.Name); return code == 0 }
+	until(t, "it works before", arrives)
+	t.Cleanup(func() {
+		in(t, underlay, "ip", "link", "set", "n2", "up")
+		mustCtl(t, "lab", "restart", "--name", labName, n2.Name, "vrouter")
+		mustCtl(t, "lab", "restart", "--name", labName, n2.Name, "agent")
+		until(t, "it works again", arrives)
+	})
+	in(t, underlay, "ip", "link", "set", "n2", "down")
+	kill(t, n2.PIDs["agent"])
+	kill(t, n2.PIDs["vrouter"])
+	// While the kernel still believes its neighbour entry the echoes tell, and afterwards the neighbour.
+	for _, args := range [][]string{{from.Name, to.Name}, {from.Name, to.Name, "--probe"}} {
+		if line, code := trace(t, args...); code != 1 && code != 3 || !strings.Contains(line, " is up") {
+			t.Errorf("%v: exit status %d: %s\nexpected 1 or 3, and what to look at", args, code, line)
+		}
+	}
+	if line, code := trace(t, to.Name, from.Name); code != 3 || !strings.Contains(line, "start the agent of "+n2.Name) {
+		t.Errorf("from it: exit status %d: %s\nexpected 3, and whom to start", code, line)
+	}
 }

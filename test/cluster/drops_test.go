@@ -19,8 +19,8 @@ type dropsOf struct {
 		Node, By, Reason string
 		Packets          uint64
 		Flows            []struct {
-			SourcePod, Destination string
-			Packets                uint64
+			SourcePod, Source, Destination, SentBy string
+			Packets                                uint64
 		}
 		Sample *struct{ Decoded string }
 	}
@@ -41,7 +41,9 @@ func TestDropsNamePodAndPacket(t *testing.T) {
 	n1 := node(t, 1)
 	pod := n1.Pods[0]
 	const nowhere = "10.244.255.254" // in the pool, in no block
+	var by uint64                    // the pod, of the spoofed ones
 	count := func() (packets uint64, flows uint64, sample string, spoofed uint64) {
+		by = 0
 		for _, d := range drops(t, "--node", n1.Name).Drops {
 			switch {
 			case d.By == "vrouter" && d.Reason == "no_route":
@@ -56,12 +58,18 @@ func TestDropsNamePodAndPacket(t *testing.T) {
 				}
 			case d.By == "kernel" && d.Reason == "spoofed":
 				spoofed = d.Packets
+				for _, f := range d.Flows {
+					if f.Source == "10.99.0.1" && strings.HasPrefix(f.SentBy, pod.Name+" (") {
+						by += f.Packets
+					}
+				}
 			}
 		}
 		return packets, flows, sample, spoofed
 	}
 	direct := strings.HasPrefix(os.Getenv("MARGAY_TEST_ATTACH"), "direct")
 	before, flowsBefore, _, spoofedBefore := count()
+	byBefore := by
 	_, _ = tryIn(pod.Netns, "ping", "-n", "-c", "5", "-i", "0.2", "-W", "1", nowhere)
 	in(t, pod.Netns, "ip", "address", "add", "10.99.0.1/32", "dev", "lo")
 	_, _ = tryIn(pod.Netns, "ping", "-n", "-c", "3", "-i", "0.2", "-W", "1", "-I", "10.99.0.1", ip(t, node(t, 2).Pods[0].Address).String())
@@ -80,6 +88,9 @@ func TestDropsNamePodAndPacket(t *testing.T) {
 	}
 	if !direct && spoofed-spoofedBefore != 3 {
 		t.Errorf("3 packets with another's address: the kernel counts %d", spoofed-spoofedBefore)
+	}
+	if !direct && by-byBefore != 3 {
+		t.Errorf("3 packets with another's address: %d are the pod's", by-byBefore)
 	}
 	for _, d := range drops(t, "--pod", node(t, 2).Pods[1].Name).Drops {
 		t.Errorf("of a pod that lost nothing: %+v", d)

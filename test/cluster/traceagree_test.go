@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -60,7 +61,8 @@ func TestTraceAgreesWhereItOnceDidNot(t *testing.T) {
 	from, to := n1.Pods[0], n2.Pods[0]
 	src, dst, far := ip(t, from.Address), ip(t, to.Address), ip(t, n2.Address)
 	device := hostSide(t, n2, dst.String())
-	e := listenIn(t, n2.Netns, from.Netns, to.Netns)
+	e := listenIn(t, n2.Netns, from.Netns, n1.Pods[1].Netns, to.Netns)
+	direct := strings.HasPrefix(os.Getenv("MARGAY_TEST_ATTACH"), "direct")
 	between := sent{from: from.Netns, to: to.Netns, src: src, dst: dst, protocol: 17, size: 84, ttl: 64}
 	with := func(s sent, change func(*sent)) sent {
 		change(&s)
@@ -85,9 +87,30 @@ func TestTraceAgreesWhereItOnceDidNot(t *testing.T) {
 		code int
 		want []string // in the first line
 	}
+	lost := func(words ...string) (code int, want []string) {
+		return 1, append([]string{"arrives, but the answer does not come back"}, words...)
+	}
 	narrow := wrong{name: "the node's side of the receiving pod's interface has a smaller MTU", break_: mtu(n2.Netns, device, "1300"), mend: mtu(n2.Netns, device, "1480"),
 		agreement: agreement{sent: with(between, func(s *sent) { s.size = 1400 }), oneWay: true}, want: []string{"arrives: "}}
-	for _, c := range []wrong{narrow,
+	// Of what a pod cuts into fragments, and of its answer, the kernel's connection tracker has other parts in direct.
+	ask, hush := mtu(from.Netns, "eth0", "1300"), mtu(from.Netns, "eth0", "1480")
+	established, without := forward(n1.Netns, "inet", "forward", "ct state established drop")
+	cutQuestion := wrong{name: "the kernel has had a question in fragments, and so its answer whole", break_: func() { ask(); established() }, mend: func() { without(); hush() },
+		agreement: agreement{sent: with(between, func(s *sent) { s.to, s.dst, s.size = n1.Pods[1].Netns, ip(t, n1.Pods[1].Address), 1302 }), destination: n1.Pods[1].Name}}
+	cutQuestion.code, cutQuestion.want = lost("at "+n1.Name, "packet filter, forward")
+	answer, short := mtu(to.Netns, "eth0", "1300"), mtu(to.Netns, "eth0", "1480")
+	fresh, stale := forward(n2.Netns, "inet", "forward", `iifname "cali*" ct state new,invalid drop`)
+	cutAnswer := wrong{name: "an answer in fragments to a question that came whole", break_: func() { answer(); fresh() }, mend: func() { stale(); short() },
+		agreement: agreement{sent: with(between, func(s *sent) { s.size = 1302 })}, want: []string{"arrives: "}}
+	if direct {
+		cutAnswer.code, cutAnswer.want = lost("at "+n2.Name, "packet filter, forward")
+	}
+	cutReply := cutAnswer
+	cutReply.name, cutReply.protocol = "an echo reply in fragments to a request that came whole", 1
+	shorter := wrong{name: "a pod's MTU that its question is cut for, and its answer is not", break_: ask, mend: hush,
+		agreement: agreement{sent: with(between, func(s *sent) { s.size = 1305 })}}
+	shorter.code, shorter.want = lost("at "+n1.Name, "1305 bytes do not fit the MTU 1300 of eth0 in the pod")
+	for _, c := range []wrong{narrow, cutQuestion, cutAnswer, cutReply, shorter,
 		{name: "a masqueraded packet's answer is lost behind its node", break_: lose, mend: find,
 			agreement: agreement{sent: with(between, func(s *sent) { s.to, s.dst = n2.Netns, far }), destination: n2.Name}, code: 1,
 			want: []string{"arrives, but the answer does not come back", "at " + n1.Name, "packet filter, forward"}},
