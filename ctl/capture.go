@@ -19,6 +19,7 @@ import (
 
 type captureOptions struct {
 	file    string
+	output  string // text or json, without file
 	count   int
 	snaplen int
 	outer   bool
@@ -32,7 +33,8 @@ func newCaptureCommand() *cobra.Command {
 		Short: "Packets as the vRouters see them, and what became of each: live, or as pcapng",
 		Long: `capture shows the packets that the vRouters receive, of one pod (by NAME, NAMESPACE/NAME or address), of one node, or of
 all (any), each with the vRouter's verdict: where it was sent, or why it was dropped. -w writes them as pcapng, which
-Wireshark and tshark open, with the verdict as a comment on each packet; "-w -" writes to standard output.
+Wireshark and tshark open, with the verdict as a comment on each packet; "-w -" writes to standard output. -o json prints
+a line for each.
 
 FILTER is in the pcap filter language, as tcpdump has it, without names to be looked up: host, net, port, portrange, proto,
 tcp, udp, icmp, ip[…], and, or, not; docs/trace.md lists it. It is asked about the pods' packets: of IP-in-IP about the
@@ -53,6 +55,12 @@ ends the capture; what was written until then can be read.`,
 			if o.count < 0 || o.snaplen < 0 || o.snaplen > packet.MaxTotalLen {
 				return fmt.Errorf("--count %d, --snaplen %d: expected 0 or more, and at most %d bytes", o.count, o.snaplen, packet.MaxTotalLen)
 			}
+			if err := checkOutput(o.output, "text", "json"); err != nil {
+				return err
+			}
+			if o.file != "" && cmd.Flags().Changed("output") {
+				return errors.New("--write writes pcapng: expected it without --output")
+			}
 			filter := strings.Join(args[1:], " ")
 			if err := rpc.CheckFilter(filter); err != nil {
 				return err
@@ -60,6 +68,7 @@ ends the capture; what was written until then can be read.`,
 			return o.run(cmd, args[0], filter)
 		},
 	}
+	addOutput(cmd, &o.output, "text", "text, or json: a line for each packet")
 	f := cmd.Flags()
 	f.StringVarP(&o.file, "write", "w", "", "write pcapng to this `file`; - for standard output")
 	// In its place, without the short form: here -c is what tcpdump's is.

@@ -3,7 +3,9 @@ package ctl
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -63,6 +65,33 @@ func TestCaptureToAFullDisk(t *testing.T) {
 	// tshark fails when a file ends within a packet.
 	if got := strings.Count(tshark(t, file, "frame.comment"), "dropped: no_route\n"); got != s.count || got == 0 {
 		t.Errorf("%d packets in the file, %d were counted", got, s.count)
+	}
+}
+
+// TestCaptureAsJSON: each packet is a line, dropped or not, and says what the text does.
+func TestCaptureAsJSON(t *testing.T) {
+	gateway := netip.MustParseAddr("198.18.0.2")
+	sent := (&probe{proto: "icmp", size: 84, ttl: 7}).build(probeSrc, probeDst, false)
+	dropped := api.Captured{Time: time.Unix(1700000000, 0), Port: "vr0", Direction: "encap", Length: 84, Reason: "no_route", Packet: sent}
+	forwarded := api.Captured{Time: time.Unix(1700000001, 0), Port: "vr0", Direction: "encap", Length: 84, Forwarded: true, Gateway: gateway, Packet: sent}
+	out, _, err := collectAll(t, captureOptions{output: "json", count: 2}, t.Context(), fakeSource("n1", dropped, forwarded))
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := strings.Split(strings.TrimSpace(out), "\n")
+	if len(lines) != 2 {
+		t.Fatalf("%d lines: %s", len(lines), out)
+	}
+	for i, c := range []api.Captured{dropped, forwarded} {
+		var got capturedLine
+		if err := json.Unmarshal([]byte(lines[i]), &got); err != nil {
+			t.Fatalf("%v: %s", err, lines[i])
+		}
+		if got.Node != "n1" || got.Port != "vr0" || !got.Time.Equal(c.Time) || got.Direction != "encap" || got.Forwarded != c.Forwarded ||
+			got.Reason != c.Reason || got.Length != 84 || !bytes.Equal(got.Packet, sent) || !strings.Contains(got.Decoded, "ICMP echo request") ||
+			(got.Gateway != nil) != c.Forwarded || c.Forwarded && *got.Gateway != gateway {
+			t.Errorf("%s", lines[i])
+		}
 	}
 }
 

@@ -202,6 +202,9 @@ func (s *captureSink) put(p heldPacket) error {
 	if s.pcap != nil {
 		return s.pcap.packet(port, p.Time, p.Packet, p.Length, verdictText(p.Captured))
 	}
+	if s.o.output == "json" {
+		return writeCapturedLine(s.out, p.source, p.Captured)
+	}
 	if !s.many {
 		port = p.Port
 	}

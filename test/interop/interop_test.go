@@ -171,6 +171,7 @@ func withKernel(t *testing.T, driver port.Options) {
 			t.Errorf("%s: %d", name, packets)
 		}
 	}
+	n.NoLosses(t)
 }
 
 func ping(t *testing.T, n *side) {

@@ -243,10 +243,17 @@ func (n *Node) Balance(t testing.TB) Books {
 	if b.Taken != b.Accounted || b.Counters["drop_not_set"] != 0 {
 		t.Errorf("the vRouter took %d packets, and accounts for %d: %v", b.Taken, b.Accounted, b.Counters)
 	}
+	n.NoLosses(t)
+	return b
+}
+
+// NoLosses fails the test if the kernel has lost any packet, whether the vRouter has counted it or not.
+func (n *Node) NoLosses(t testing.TB) {
+	t.Helper()
+	b := n.Books()
 	if lost := n.losses(t); b.Lost > 0 || len(lost) > 0 {
 		t.Errorf("the kernel has lost packets: the vRouter has counted %d of them, and the kernel %v: %v", b.Lost, lost, b.Counters)
 	}
-	return b
 }
 
 // IsOutcome reports whether a counter is of those of which every packet is in exactly one.
@@ -316,6 +323,8 @@ func (n *Node) AddPod(t testing.TB, p Pod) *space.Space {
 			netlink.RouteAdd(&netlink.Route{LinkIndex: l.Attrs().Index, Dst: &net.IPNet{IP: gateway, Mask: net.CIDRMask(32, 32)}, Scope: netlink.SCOPE_LINK}),
 			netlink.RouteAdd(&netlink.Route{LinkIndex: l.Attrs().Index, Gw: gateway}))
 	})
+	untilSends(t, n.Space, name)
+	untilSends(t, pod, "eth0")
 	if err := n.Router.Update(vrouter.Update{AddPods: []vrouter.Pod{{Address: p.Address, Interface: name}}}); err != nil {
 		t.Fatal(err)
 	}
@@ -348,4 +357,22 @@ func Cable(t testing.TB, a, b *space.Space, atA, atB string, mtu int, addressA, 
 			return netlink.LinkSetUp(l)
 		})
 	}
+	untilSends(t, a, atA)
+	untilSends(t, b, atB)
+}
+
+// untilSends waits until the kernel has taken note that both sides of an interface are up. What it is to send before that it drops,
+// an ARP request for one, which is asked again after a second only.
+func untilSends(t testing.TB, s *space.Space, link string) {
+	t.Helper()
+	Until(t, link+" sends", func() (up bool) {
+		s.Do(t, func() error {
+			l, err := netlink.LinkByName(link)
+			if err == nil {
+				up = l.Attrs().OperState == netlink.OperUp
+			}
+			return err
+		})
+		return up
+	})
 }

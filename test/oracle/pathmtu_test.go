@@ -140,6 +140,12 @@ func pathMTU(t *testing.T, driver port.Options) {
 	if c := a.Counters(); c["split"] == pieces || c["drop_packet_too_big"] < 30 || c["drop_packet_too_big"] > c["icmp_sent"] {
 		t.Errorf("no segments were split, or refused, or the sender was not told: %v", c)
 	}
+	for _, s := range []*space.Space{r1, r2} {
+		a.Watch(s)
+	}
+	for _, h := range []*host{a, b} {
+		h.NoLosses(t)
+	}
 }
 
 // echo starts a UDP echo server on the node's pod.

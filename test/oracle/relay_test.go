@@ -84,6 +84,10 @@ func relay(t *testing.T, driver port.Options) {
 	if c := h.Counters(); c["icmp_relayed"] < uint64(len(cases)) {
 		t.Errorf("%v", c)
 	}
+	for _, s := range []*space.Space{r1, r2} {
+		h.Watch(s)
+	}
+	h.Balance(t)
 }
 
 // refuse makes a route that ends in an ICMP error.

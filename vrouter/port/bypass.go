@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"runtime"
 	"sync/atomic"
+	"time"
 
 	"github.com/cilium/ebpf/asm"
 	"golang.org/x/sys/unix"
@@ -186,7 +187,7 @@ func (b *bypass) openSockets(at bypassPlace, match asm.Instructions) (_ *bypassS
 	for queue := range at.queues {
 		o := xskOptions{index: at.index, queue: queue, mtu: at.mtu, receive: b.options.frames(), send: sendFrames, busyPoll: b.options.BusyPoll}
 		var x *xsk
-		err := whileBusy(func() (err error) { x, err = openXSK(o); return err })
+		err := whileBusy(queuePatience, func() (err error) { x, err = openXSK(o); return err })
 		if err != nil {
 			return nil, err
 		}
@@ -201,19 +202,23 @@ func (b *bypass) openSockets(at bypassPlace, match asm.Instructions) (_ *bypassS
 	return s, nil
 }
 
-// whileBusy opens an AF_XDP socket. The kernel lets go of a queue some time after the socket that had it was closed.
-func whileBusy(open func() error) error {
+// whileBusy opens an AF_XDP socket. The kernel lets go of a queue some time after the socket that had it was closed: not before all
+// its processors have passed a grace period and a worker thread of its own has run, which a busy machine puts off.
+func whileBusy(patience time.Duration, open func() error) error {
 	err := open()
-	for try := 0; errors.Is(err, unix.EBUSY) && try < busyTries; try++ {
+	for end := time.Now().Add(patience); errors.Is(err, unix.EBUSY) && time.Now().Before(end); {
 		_, _ = unix.Poll(nil, busyPause)
 		err = open()
 	}
 	return err
 }
 
-// How often, and after how many milliseconds, a queue that is not free yet is asked for again.
 const (
-	busyTries = 20
+	// queuePatience is how long a queue is waited for without which the port cannot work.
+	queuePatience = 10 * time.Second
+	// podPatience is that for a pod's, which AF_PACKET serves as well while other pods wait.
+	podPatience = 200 * time.Millisecond
+	// busyPause is the time between two tries, in milliseconds.
 	busyPause = 10
 )
 

@@ -330,7 +330,7 @@ func (p *directPods) acquire() (changed bool) {
 func (p *directPods) openLink(d device, slot int, mac net.HardwareAddr) (*podLink, error) {
 	if p.io == IOXDP {
 		var l *podLink
-		err := whileBusy(func() (err error) {
+		err := whileBusy(podPatience, func() (err error) {
 			l, err = openPodXSK(p.steering, d.index, slot, p.frames, d.mtu, d.mac, mac)
 			return err
 		})
