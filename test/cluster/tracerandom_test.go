@@ -144,6 +144,10 @@ func (d *damage) packet() agreement {
 	source := d.pod(n)
 	s := sent{from: source.Netns, src: ip(d.t, source.Address), ttl: pick(64, 64, 64, 64, 64, 4, 3, 2, 1), tos: pick(0, 0, 0, 0xb8, 0x28, 2, 1), df: d.rnd.IntN(2) == 0,
 		protocol: byte(pick(1, 1, 1, 6, 17, 17, protoTest))}
+	from := source.Name
+	if s.protocol == 1 && d.rnd.IntN(4) == 0 { // a node, whose kernel chooses the source, of which the others have it in a checksum
+		s.from, from = n.Netns, n.Name
+	}
 	var to string
 	switch d.rnd.IntN(8) {
 	case 0: // a node
@@ -171,7 +175,7 @@ func (d *damage) packet() agreement {
 	case 17: // a program's have a TOS of their own
 		s.tos = 0
 	}
-	return agreement{sent: s, source: source.Name, destination: to, oneWay: s.protocol == protoTest}
+	return agreement{sent: s, source: from, destination: to, oneWay: s.protocol == protoTest}
 }
 
 // TestTraceAgreesWithRandomPackets: what a trace says of a packet is what becomes of a real one, whatever kind of packet it is and
