@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"net"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -59,6 +60,13 @@ func TestAttachmentChanges(t *testing.T) {
 	}
 	vrouter := processOf(t, n2.PIDs["vrouter"])
 	kill(t, n2.PIDs["vrouter"])
+	until(t, "nobody to answer on the vRouter's socket", func() bool {
+		conn, err := net.Dial("unix", filepath.Join(runDir(n2), "vrouter.sock"))
+		if err == nil {
+			_ = conn.Close()
+		}
+		return err != nil
+	})
 	back := func() {
 		mustCtl(t, "lab", "restart", "--name", labName, n2.Name, "vrouter")
 		settled(t, node(t, 2))
