@@ -77,48 +77,41 @@ func (f *Fragmenter) Next(dst []byte) int {
 // HasSourceRoute reports whether p, a view as ParseIPv4 returns it, names routers to go by (RFC 791, section 3.1), or ends them
 // here.
 func HasSourceRoute(p IPv4) bool {
-	options := p[IPv4MinLen:p.HeaderLen()]
-	for i := 0; i < len(options); {
-		switch options[i] {
-		case optionEnd:
-			return false
-		case optionNop:
-			i++
-			continue
-		case optionLSRR, optionSSRR:
+	for options := p[IPv4MinLen:p.HeaderLen()]; len(options) > 0; {
+		if options[0] == optionLSRR || options[0] == optionSSRR {
 			return true
 		}
-		if i+2 > len(options) || options[i+1] < 2 {
+		n := optionLen(options)
+		if n == 0 {
 			return false
 		}
-		i += int(options[i+1])
+		options = options[n:]
 	}
 	return false
+}
+
+// optionLen returns the length in bytes of the first of options, of IPv4 or TCP; 0 where they end, and where it does not fit.
+func optionLen(options []byte) int {
+	switch {
+	case len(options) == 0 || options[0] == optionEnd:
+		return 0
+	case options[0] == optionNop:
+		return 1
+	case len(options) < 2 || options[1] < 2 || int(options[1]) > len(options):
+		return 0
+	}
+	return int(options[1])
 }
 
 // blankOptions replaces the options that only the first fragment carries (RFC 791 section 3.1, the copied flag) by
 // options that mean nothing, so that all fragments have headers of one length.
 func blankOptions(options []byte) {
-	for i := 0; i < len(options); {
-		switch options[i] {
-		case optionEnd:
-			return
-		case optionNop:
-			i++
-			continue
-		}
-		if i+2 > len(options) {
-			return
-		}
-		n := int(options[i+1])
-		if n < 2 || i+n > len(options) {
-			return
-		}
-		if options[i]&optionCopied == 0 {
-			for j := range n {
-				options[i+j] = optionNop
+	for n := optionLen(options); n > 0; n = optionLen(options) {
+		if options[0]&optionCopied == 0 {
+			for i := range n {
+				options[i] = optionNop
 			}
 		}
-		i += n
+		options = options[n:]
 	}
 }

@@ -22,18 +22,8 @@ func ClampMSS(p IPv4, most uint16, partial bool) bool {
 		return false
 	}
 	for i := tcpMinLen; i < thl; {
-		switch tcp[i] {
-		case optionEnd:
-			return false
-		case optionNop:
-			i++
-			continue
-		}
-		if i+2 > thl {
-			return false
-		}
-		n := int(tcp[i+1])
-		if n < 2 || i+n > thl {
+		n := optionLen(tcp[i:thl])
+		if n == 0 {
 			return false
 		}
 		if tcp[i] == tcpOptionMSS && n == 4 {
